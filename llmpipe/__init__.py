@@ -1,0 +1,96 @@
+"""llmpipe: an offline batch runner for language models.
+
+A dataset, a model and a few lines of config in; every answer, with latency and memory, out. The command is `llmpipe`;
+the library is the names below. Importing this package loads no backend: each name is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmpipe.config import BackendType, DeviceType, ModelConfig, RunConfig, SamplingConfig
+    from llmpipe.exceptions import (
+        DatasetError,
+        LedgerError,
+        LLMConfigError,
+        LLMError,
+        LLMInferenceError,
+        LLMInitializationError,
+        MissingDependencyError,
+    )
+    from llmpipe.outputs import read_run
+    from llmpipe.pipeline import compose, run
+    from llmpipe.records import Chunk, Completion, Request
+    from llmpipe.runners import (
+        BaseLLMRunner,
+        EchoRunner,
+        LlamaCppRunner,
+        LLMRunnerFactory,
+        TransformersRunner,
+    )
+
+_HOME = {
+    "BackendType": "config",
+    "DeviceType": "config",
+    "ModelConfig": "config",
+    "RunConfig": "config",
+    "SamplingConfig": "config",
+    "DatasetError": "exceptions",
+    "LedgerError": "exceptions",
+    "LLMConfigError": "exceptions",
+    "LLMError": "exceptions",
+    "LLMInferenceError": "exceptions",
+    "LLMInitializationError": "exceptions",
+    "MissingDependencyError": "exceptions",
+    "read_run": "outputs",
+    "compose": "pipeline",
+    "run": "pipeline",
+    "Chunk": "records",
+    "Completion": "records",
+    "Request": "records",
+    "BaseLLMRunner": "runners",
+    "EchoRunner": "runners",
+    "LlamaCppRunner": "runners",
+    "LLMRunnerFactory": "runners",
+    "TransformersRunner": "runners",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendType",
+    "BaseLLMRunner",
+    "Chunk",
+    "Completion",
+    "DatasetError",
+    "DeviceType",
+    "EchoRunner",
+    "LLMConfigError",
+    "LLMError",
+    "LLMInferenceError",
+    "LLMInitializationError",
+    "LLMRunnerFactory",
+    "LedgerError",
+    "LlamaCppRunner",
+    "MissingDependencyError",
+    "ModelConfig",
+    "Request",
+    "RunConfig",
+    "SamplingConfig",
+    "TransformersRunner",
+    "__version__",
+    "compose",
+    "read_run",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'llmpipe' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"llmpipe.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

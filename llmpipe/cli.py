@@ -1,0 +1,235 @@
+"""The command line: argv → Hydra → pipeline → exit code.
+
+Exit codes: 0 every row ok; 1 the run could not start or was refused; 3 finished, some rows are errors; 130 and 143
+interrupted by SIGINT and SIGTERM, resumable.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llmpipe.config import BACKENDS, RunConfig, conf_dir, field_docs, register_schemas, unknown_name
+from llmpipe.exceptions import LLMError
+from llmpipe.ledger import saved_overrides
+
+log = logging.getLogger("llmpipe")
+
+OK, REFUSED, SOME_ERRORS = 0, 1, 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    program = Program()
+    try:
+        sys.argv[1:] = resumed(arguments)
+        register_schemas()
+        register_help()
+        register_logging()
+        # Otherwise Hydra prints errors by itself, with a stack trace, and exits.
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(program.job)()
+    except (LLMError, HydraException, OmegaConfBaseException, ValueError) as error:
+        from llmpipe.pipeline import RunInterrupted
+
+        if type(error) is ValueError and "--" not in str(error):
+            raise  # not Hydra's complaint about flags: a bug of ours
+        print(f"llmpipe: {one_line(error)}", file=sys.stderr)
+        return 128 + error.signum if isinstance(error, RunInterrupted) else REFUSED
+    except KeyboardInterrupt:
+        print("llmpipe: interrupted before any row was run", file=sys.stderr)
+        return 130
+    program.show_sweep()
+    return program.exit_code
+
+
+class Program:
+    """The jobs of one command: one, or several with `--multirun`."""
+
+    def __init__(self) -> None:
+        self.exit_code = OK
+        self._jobs: list[tuple[str, dict[str, Any]]] = []
+
+    def job(self, composed: DictConfig) -> dict[str, Any] | None:
+        """Run one composed configuration; Hydra calls this for each job, and a failed one does not end a sweep."""
+        from llmpipe.pipeline import RunInterrupted, run, to_run_config
+        from llmpipe.report import ProgressBar, show_summary
+
+        job = HydraConfig.get()
+        directory = Path(job.runtime.output_dir)
+        try:
+            config = to_run_config(composed)
+            config.trusted_modules = trusted_modules()
+            with ProgressBar() as bar:
+                metrics = run(config, directory, bar.update, overrides=list(job.overrides.task))
+        except RunInterrupted:
+            raise
+        except LLMError as error:
+            print(f"llmpipe: {one_line(error)}", file=sys.stderr)
+            self.exit_code = REFUSED
+            return None
+        show_summary(metrics, directory)
+        self._jobs.append((job.job.override_dirname, metrics))
+        if metrics["rows_error"] and self.exit_code == OK:
+            self.exit_code = SOME_ERRORS
+        return metrics
+
+    def show_sweep(self) -> None:
+        """Print the jobs of a sweep beside each other."""
+        from llmpipe.report import show_comparison
+
+        if len(self._jobs) > 1:
+            show_comparison(self._jobs)
+
+
+def resumed(arguments: list[str]) -> list[str]:
+    """Put the overrides of an earlier run in place of `resume=DIRECTORY`; new ones stand above them.
+
+    Raises:
+        LedgerError: the directory holds no run.
+    """
+    places = [i for i, argument in enumerate(arguments) if argument.startswith("resume=")]
+    if not places or arguments[places[-1]] in ("resume=", "resume=null"):
+        return arguments
+    directory = Path(arguments[places[-1]].partition("=")[2]).expanduser()
+    given = [argument for i, argument in enumerate(arguments) if i not in places]
+    names = {_key(argument) for argument in given} | {"resume", "hydra.run.dir"}
+    before = [text for text in saved_overrides(directory) if _key(text) not in names]
+    # The directory keeps the config files that Hydra wrote when the run began.
+    return [*before, *given, f"resume={directory}", f"hydra.run.dir={directory}", "hydra.output_subdir=null"]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def trusted_modules() -> list[str]:
+    """Return what the command line, or else the primary config file itself, trusts.
+
+    A config group must not be able to trust its own `_target_`, so the composed value is not asked.
+    """
+    job = HydraConfig.get()
+    for override in reversed(job.overrides.task):
+        if _key(override) == "trusted_modules":
+            return list(OmegaConf.from_dotlist([override.lstrip("+")])["trusted_modules"] or [])
+    for source in job.runtime.config_sources:
+        primary = Path(source.path) / f"{job.job.config_name}.yaml"
+        if source.schema == "file" and primary.is_file():
+            return list(OmegaConf.to_container(OmegaConf.load(primary)).get("trusted_modules") or [])  # type: ignore[union-attr]
+    return []
+
+
+# --- what Hydra shows -------------------------------------------------------------------------------------------------
+
+
+def one_line(error: Exception) -> str:
+    """Return an error as one readable line; an unknown key is followed by those there are."""
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OmegaConfBaseException) and cause.full_key is not None):
+        cause = cause.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        parent = cause.parent_node
+        known = list(parent) if isinstance(parent, DictConfig) and not parent._is_missing() else []
+        if known and cause.key not in known:
+            where = str(cause.full_key).rpartition(".")[0]
+            return unknown_name(cause.key, map(str, known), f"key in {where}" if where else "key")
+        return f"{cause.full_key}: {(cause.msg or str(cause)).splitlines()[0]}"
+    return " ".join(str(error).split())
+
+
+def register_help() -> None:
+    """Give Hydra the text of `--help`."""
+    ConfigStore.instance().store(
+        group="hydra/help",
+        name="llmpipe",
+        node={"app_name": "llmpipe", "header": "", "footer": "", "template": help_text()},
+    )
+
+
+def register_logging() -> None:
+    """Log to the terminal in short lines, and to run.log in the run directory in full ones."""
+    node = {
+        "version": 1,
+        "formatters": {
+            "short": {"format": "%(message)s"},
+            "full": {"format": "%(asctime)s %(levelname)-7s %(name)s: %(message)s"},
+        },
+        "handlers": {
+            "console": {"class": "logging.StreamHandler", "formatter": "short", "stream": "ext://sys.stderr"},
+            "file": {
+                "class": "logging.FileHandler",
+                "formatter": "full",
+                "filename": "${hydra.runtime.output_dir}/${hydra.job.name}.log",
+                "encoding": "utf-8",
+            },
+        },
+        "root": {"level": "INFO", "handlers": ["console", "file"]},
+        "disable_existing_loggers": False,
+    }
+    ConfigStore.instance().store(group="hydra/job_logging", name="llmpipe", node=node)
+
+
+def help_text() -> str:
+    """Return the text of `--help`: the groups, and what each key means."""
+    lines = [
+        "llmpipe: an offline batch runner for language models.",
+        "",
+        "  llmpipe backend=transformers device=cuda",
+        "  llmpipe dataset.path=prompts.jsonl sampling.max_tokens=100 output=parquet",
+        "  llmpipe -m sampling.temperature=0,0.7,1.2",
+        "  llmpipe resume=outputs/2026-01-31/12-00-00",
+        "",
+        "Choose one option per group (group=option):",
+        "",
+    ]
+    for group in ("backend", "device", "sampling", "dataset", "prompt", "output", "metrics", "experiment"):
+        options = sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+        sign = "+" if group == "experiment" else " "
+        lines.append(f"  {sign}{group + '=':<12}{'|'.join(options)}")
+    lines += ["", "Change any key (key=value); after each, its default:", ""]
+    for field in fields(RunConfig):
+        lines += _help_of(RunConfig, field.name)
+    lines += [
+        "hydra.run.dir=DIR chooses the run directory. --cfg job prints the composed config, --hydra-help Hydra's flags."
+    ]
+    return "\n".join(lines).replace("$", "$$") + "\n"
+
+
+def _help_of(owner: type[Any], name: str, prefix: str = "") -> list[str]:
+    field = next(f for f in fields(owner) if f.name == name)
+    default: Any = field.default_factory() if callable(field.default_factory) else field.default
+    doc = field_docs(owner).get(name, "")
+    if name == "backend":
+        lines = []
+        for backend, schema in BACKENDS.items():
+            lines.append(f"  backend={backend.group}: {(schema.__doc__ or '').splitlines()[0]}")
+            base = [] if backend is next(iter(BACKENDS)) else [f.name for f in fields(schema.__mro__[1])]
+            for own in fields(schema):
+                if own.name != "_target_" and own.name not in base:
+                    lines += _help_of(schema, own.name, "backend.")
+            lines.append("")
+        return lines
+    if hasattr(default, "__dataclass_fields__"):
+        inner = [line for f in fields(default) for line in _help_of(type(default), f.name, f"{prefix}{name}.")]
+        return [f"  {prefix}{name}: {doc}", *inner, ""] if not prefix else inner
+    shown = getattr(default, "value", default)
+    shown = (
+        {None: "null", True: "true", False: "false"}.get(shown, shown)
+        if isinstance(shown, (bool, type(None)))
+        else shown
+    )
+    first = f"    {prefix}{name} = {shown}" if shown != "???" else f"    {prefix}{name}"
+    return [f"{first:<44} {doc}"] if len(first) < 44 else [first, f"{'':<44} {doc}"]

@@ -1,0 +1,52 @@
+"""Everything that llmpipe raises on purpose.
+
+    LLMError                        catch this one to catch them all
+    ├── LLMConfigError              a value, option or name that cannot be honoured; also a ValueError
+    ├── LLMInitializationError      a model or backend that could not be loaded
+    │   └── MissingDependencyError  an optional package is not installed; also an ImportError
+    ├── LLMInferenceError           the runner failed while generating, or was used wrongly
+    ├── DatasetError                a dataset that would fail every row
+    └── LedgerError                 a run directory that is locked, damaged, or belongs to another run
+
+Each message is one readable line: what was got, what is allowed, what to do. A row that cannot be run is not an
+exception: it becomes an error row, and its neighbours go on.
+"""
+
+from __future__ import annotations
+
+
+class LLMError(Exception):
+    """Base of every error that llmpipe raises on purpose."""
+
+
+class LLMConfigError(LLMError, ValueError):
+    """A configuration value is unknown, out of range, or cannot be honoured by the chosen backend."""
+
+
+class LLMInitializationError(LLMError):
+    """A model could not be found or loaded, or its device is not there."""
+
+
+class MissingDependencyError(LLMInitializationError, ImportError):
+    """An optional package is needed and not installed.
+
+    Args:
+        package: The package that failed to import, as its users call it.
+        extra: The extra of llmpipe that brings it.
+        why: What it is needed for.
+    """
+
+    def __init__(self, package: str, extra: str, why: str) -> None:
+        super().__init__(f"{why} needs the package {package}: pip install 'llmpipe[{extra}]'")
+
+
+class LLMInferenceError(LLMError):
+    """The runner as a whole failed while generating, or is used in a way it cannot serve."""
+
+
+class DatasetError(LLMError, ValueError):
+    """A dataset is missing, unreadable, or lacks what every row needs."""
+
+
+class LedgerError(LLMError):
+    """A run directory is in use, damaged, or was made by another configuration."""

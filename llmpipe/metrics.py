@@ -1,0 +1,185 @@
+"""Completions → totals, percentiles and scores; memory of the process while it runs.
+
+To add a scorer: write a function of completion and reference, and name it in `SCORERS`. To add a figure: one line in
+`Totals.summary`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import numpy as np
+import psutil
+
+from llmpipe.config import unknown_name
+from llmpipe.exceptions import LLMConfigError
+from llmpipe.records import Completion
+
+Scorer = Callable[[str, str], float]
+
+
+def exact_match(completion: str, reference: str) -> float:
+    """1 where completion and reference are the same text, outer white space aside."""
+    return float(completion.strip() == reference.strip())
+
+
+def contains(completion: str, reference: str) -> float:
+    """1 where the completion contains the reference."""
+    return float(reference.strip() in completion)
+
+
+SCORERS: dict[str, Scorer] = {"exact_match": exact_match, "contains": contains}
+
+
+def scorers(names: Sequence[str]) -> dict[str, Scorer]:
+    """Return the named scorers.
+
+    Raises:
+        LLMConfigError: there is no such scorer.
+    """
+    for name in names:
+        if name not in SCORERS:
+            raise LLMConfigError(unknown_name(name, SCORERS, "scorer"))
+    return {name: SCORERS[name] for name in names}
+
+
+class Totals:
+    """Sums and distributions over the completions of a run; a few numbers per row, whatever the texts' lengths."""
+
+    def __init__(self) -> None:
+        self._rows = {True: 0, False: 0}
+        self._row: tuple[int, bool] | None = None
+        self._completions = 0
+        self._prompt_tokens = 0
+        self._cached_prompt_tokens = 0
+        self._completion_tokens = 0
+        self._truncated = 0
+        self._times = {name: array("d") for name in ("queue_s", "first_token_s", "latency_s")}
+        self._scores: dict[str, list[float]] = {}
+        self._finish_reasons: dict[str, int] = {}
+
+    def add(self, completion: Completion) -> None:
+        """Count one completion; those of one row must come one after another."""
+        ok = completion.error is None
+        if self._row is not None and self._row[0] == completion.request_id:
+            self._row = (completion.request_id, self._row[1] and ok)
+        else:
+            self._end_row()
+            self._row = (completion.request_id, ok)
+        reason = completion.finish_reason or "error"
+        self._finish_reasons[reason] = self._finish_reasons.get(reason, 0) + 1
+        for name, score in completion.scores.items():
+            total = self._scores.setdefault(name, [0.0, 0])
+            total[0] += score
+            total[1] += 1
+        if not ok:
+            return
+        self._completions += 1
+        self._prompt_tokens += completion.prompt_tokens or 0
+        self._cached_prompt_tokens += completion.cached_prompt_tokens or 0
+        self._completion_tokens += completion.completion_tokens or 0
+        self._truncated += bool(completion.truncated_prompt_tokens)
+        for name, times in self._times.items():
+            value = getattr(completion, name)
+            if value is not None:
+                times.append(value)
+
+    def _end_row(self) -> None:
+        if self._row is not None:
+            self._rows[self._row[1]] += 1
+            self._row = None
+
+    def summary(self, wall_s: float) -> dict[str, Any]:
+        """Return the figures of `metrics.json` that follow from the completions.
+
+        Args:
+            wall_s: Seconds spent generating, loading not counted; rates are per second of it.
+        """
+        self._end_row()
+
+        def per_s(count: int) -> float | None:
+            return count / wall_s if wall_s > 0 else None
+
+        return {
+            "rows": sum(self._rows.values()),
+            "rows_ok": self._rows[True],
+            "rows_error": self._rows[False],
+            "completions": self._completions,
+            "finish_reasons": self._finish_reasons,
+            "prompt_tokens": self._prompt_tokens,
+            "cached_prompt_tokens": self._cached_prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "truncated_prompts": self._truncated,
+            "wall_s": wall_s,
+            "prompt_tokens_per_s": per_s(self._prompt_tokens),
+            "completion_tokens_per_s": per_s(self._completion_tokens),
+            "rows_per_s": per_s(sum(self._rows.values())),
+            **{name: percentiles(times) for name, times in self._times.items()},
+            "scores": {name: total / count for name, (total, count) in self._scores.items()},
+            "scored_rows": {name: int(count) for name, (_, count) in self._scores.items()},
+        }
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    """Return p50, p90, p99 (linear interpolation), mean and max; nulls where there are no values."""
+    names = ("p50", "p90", "p99", "mean", "max")
+    if not len(values):
+        return dict.fromkeys(names)
+    data = np.asarray(values, dtype=np.float64)
+    figures = [*np.percentile(data, [50, 90, 99]), data.mean(), data.max()]
+    return {name: float(figure) for name, figure in zip(names, figures, strict=True)}
+
+
+class MemorySampler:
+    """Watches the resident memory of this process from a thread of its own, while its `with` block runs.
+
+    Args:
+        interval_s: Seconds between two looks; a peak that is shorter may be missed.
+    """
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._process = psutil.Process()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="llmpipe-memory", daemon=True)
+        self._peak_bytes = 0
+
+    @property
+    def peak_rss_mb(self) -> float:
+        """Most resident memory seen so far, in MB (10^6 bytes)."""
+        self._look()
+        return self._peak_bytes / 1e6
+
+    def __enter__(self) -> Self:
+        self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        self._peak_bytes = max(self._peak_bytes, self._process.memory_info().rss)
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._interval_s):
+            self._look()
+
+
+def environment() -> dict[str, Any]:
+    """Say what the run ran on."""
+    import llmpipe
+
+    return {
+        "llmpipe": llmpipe.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+        "memory_mb": psutil.virtual_memory().total / 1e6,
+    }

@@ -1,0 +1,201 @@
+"""The objects that travel: a `Row` becomes a `Request`, a runner makes `Chunk`s of it, a `Completion` is their sum.
+
+Knows nothing of files, models or configuration beyond the sampling options that ride on each request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llmpipe.exceptions import LLMInferenceError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from llmpipe.config import SamplingConfig
+
+Message = dict[str, Any]
+"""One turn of a chat: at least `role` and `content`, as in OpenAI's format."""
+
+
+def derive_seed(*parts: object) -> int:
+    """Hash `parts` to a seed in [0, 2**31), the same on every machine and in every process."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=4)
+    return int.from_bytes(digest.digest(), "big") & 0x7FFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of the dataset, readable or not."""
+
+    index: int
+    """Position in the dataset, from 0, unreadable rows counted."""
+    file: str
+    line: int
+    """Line in the file, from 1; the number of the row for formats without lines."""
+    values: dict[str, Any] = field(default_factory=dict)
+    raw: bytes | None = None
+    """The row as it stands in the file, where the file is text."""
+    error: str | None = None
+    """Why the row cannot be read; its values are then empty."""
+    batch: tuple[pa.RecordBatch, int] | None = None
+    """For Parquet: the Arrow batch with the row, and its position there."""
+
+    def id(self, column: str) -> Any:
+        """Return the row's id: the value of its id column, or `row-N` by position."""
+        value = self.values.get(column)
+        return value if isinstance(value, (str, int)) and not isinstance(value, bool) else f"row-{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One row to run.
+
+    Exactly one of `messages` (rendered by the model's chat template) and `prompt` (tokenised as it is) is used.
+    """
+
+    id: int
+    """Names the row in the chunks that answer it; unique among the requests of one stream."""
+    sampling: SamplingConfig
+    prompt: str = ""
+    messages: tuple[Message, ...] | None = None
+    seed: int = 0
+    """The row's own seed; every sample derives its random stream from it, see `seed_of`."""
+    samples: tuple[int, ...] = (0,)
+    """Which of the row's `sampling.n` samples to generate (a resumed run asks for those it lacks)."""
+    truncate: bool = False
+    """Cut a prompt that exceeds the context from the left, instead of refusing the row."""
+
+    def seed_of(self, sample: int) -> int:
+        """Return the seed of one sample; it depends on nothing but the row's seed and the sample's number."""
+        return derive_seed(self.seed, sample)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of one sample's answer, in the order it was generated.
+
+    The last chunk of a sample carries its `finish_reason` and the counts; the others carry text.
+    """
+
+    request_id: int
+    sample: int = 0
+    text: str = ""
+    finish_reason: str | None = None
+    """`stop` (end token or stop string), `length` (max_tokens or context), or `error`; None while more follows."""
+    error: str | None = None
+    prompt_tokens: int | None = None
+    cached_prompt_tokens: int | None = None
+    """How many of the prompt's tokens were not computed for this sample but copied from a shared prefix."""
+    truncated_prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    """Generated tokens, the end token not counted."""
+    started_at: float | None = None
+    """`time.perf_counter()` at which the runner began to work on the sample."""
+
+
+@dataclass(slots=True)
+class Completion:
+    """The whole answer to one sample of one row. Times are in seconds, from the moment the runner pulled the row."""
+
+    request_id: int
+    sample: int = 0
+    text: str | None = ""
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    cached_prompt_tokens: int | None = None
+    truncated_prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    queue_s: float | None = None
+    first_token_s: float | None = None
+    latency_s: float | None = None
+    error: str | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+StreamFn = Callable[[Iterable[Request]], Iterator[Chunk]]
+
+
+class Stopwatch:
+    """Turns the chunks of a stream into completions, timing from outside what a runner cannot be trusted to time."""
+
+    def __init__(self) -> None:
+        self._pulled_at: dict[int, float] = {}
+        self._waiting: dict[int, set[int]] = {}
+        self._open: dict[tuple[int, int], tuple[Completion, list[str]]] = {}
+
+    def watch(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """Pass `requests` on, noting when each one is pulled."""
+        for request in requests:
+            self._pulled_at[request.id] = time.perf_counter()
+            self._waiting[request.id] = set(request.samples)
+            yield request
+
+    def add(self, chunk: Chunk) -> Completion | None:
+        """Take one chunk; return the completion when it was the last of its sample.
+
+        Raises:
+            LLMInferenceError: the chunk answers what was not asked, or has been answered.
+        """
+        now = time.perf_counter()
+        key = (chunk.request_id, chunk.sample)
+        if chunk.sample not in self._waiting.get(chunk.request_id, ()):
+            raise LLMInferenceError(
+                f"the runner answered request {key[0]}, sample {key[1]}, which is not waiting for one"
+            )
+        pulled_at = self._pulled_at[chunk.request_id]
+        if key not in self._open:
+            self._open[key] = (Completion(*key), [])
+        completion, texts = self._open[key]
+        if chunk.text:
+            texts.append(chunk.text)
+        if completion.first_token_s is None and (chunk.text or chunk.finish_reason):
+            completion.first_token_s = now - pulled_at
+        if chunk.finish_reason is None:
+            return None
+        del self._open[key]
+        self._close(*key)
+        completion.finish_reason = chunk.finish_reason
+        completion.latency_s = now - pulled_at
+        completion.prompt_tokens = chunk.prompt_tokens
+        completion.cached_prompt_tokens = chunk.cached_prompt_tokens
+        completion.truncated_prompt_tokens = chunk.truncated_prompt_tokens
+        completion.completion_tokens = chunk.completion_tokens
+        if chunk.started_at is not None:
+            completion.queue_s = max(0.0, chunk.started_at - pulled_at)
+        if chunk.finish_reason == "error":
+            completion.error = chunk.error or "the runner gave no reason"
+            completion.text = completion.first_token_s = None
+        else:
+            completion.text = "".join(texts)
+        return completion
+
+    def abandoned(self) -> Iterator[Completion]:
+        """Yield an error for every sample that was pulled and never finished."""
+        for request_id, samples in list(self._waiting.items()):
+            for sample in sorted(samples):
+                yield failed(request_id, "the runner ended without an answer", sample)
+
+    def _close(self, request_id: int, sample: int) -> None:
+        self._waiting[request_id].discard(sample)
+        if not self._waiting[request_id]:
+            del self._waiting[request_id], self._pulled_at[request_id]
+
+
+def failed(request_id: int, reason: str, sample: int = 0) -> Completion:
+    """Return the completion of a sample that could not be run."""
+    return Completion(request_id, sample, text=None, finish_reason="error", error=reason)
+
+
+def complete(stream: StreamFn, requests: Iterable[Request]) -> Iterator[Completion]:
+    """Run `requests` through a runner's `stream` and yield each sample's completion as it finishes."""
+    stopwatch = Stopwatch()
+    for chunk in stream(stopwatch.watch(requests)):
+        completion = stopwatch.add(chunk)
+        if completion is not None:
+            yield completion
+    yield from stopwatch.abandoned()

@@ -1,0 +1,96 @@
+"""Messages → prompt text, by a model's own Jinja template, in a sandbox.
+
+For backends that bring no renderer of their own. Gives the text that `tokenizer.apply_chat_template` of transformers
+gives for the same template. Text from a dataset is only ever a value, never a template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llmpipe.exceptions import LLMConfigError
+from llmpipe.records import Message
+
+
+class ChatTemplateError(ValueError):
+    """The template refuses these messages; the row becomes an error row."""
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Args:
+        source: Jinja text.
+        special_tokens: Values the template may name, such as `bos_token` and `eos_token`.
+
+    Raises:
+        LLMConfigError: the text is not valid Jinja.
+    """
+
+    def __init__(self, source: str, special_tokens: dict[str, str] | None = None) -> None:
+        self.source = source
+        self._special_tokens = special_tokens or {}
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise LLMConfigError(
+                f"the chat template is not valid Jinja, line {error.lineno}: {error.message}"
+            ) from error
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Render `messages` up to where the assistant's answer begins.
+
+        Raises:
+            ChatTemplateError: the template refuses the messages, or fails on them.
+        """
+        try:
+            return self._template.render(
+                messages=list(messages),
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+                **self._special_tokens,
+            )
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            KeyError,
+            ValueError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
+
+
+def read_template(text_or_file: str) -> str:
+    """Return the template in `text_or_file`: the content of a file of that name, or the text itself.
+
+    Raises:
+        LLMConfigError: it looks like a file name, and there is no such file.
+    """
+    if "{" in text_or_file or "\n" in text_or_file:
+        return text_or_file
+    try:
+        return Path(text_or_file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise LLMConfigError(f"backend.chat_template={text_or_file!r} is neither Jinja nor a readable file") from error
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)

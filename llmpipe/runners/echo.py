@@ -1,0 +1,45 @@
+"""A runner without a model: it answers each request with its own prompt, word by word.
+
+For trying out a dataset and a configuration in a second, and for tests of everything that is not a backend.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+from llmpipe.config import EchoConfig
+from llmpipe.records import Chunk, Request
+from llmpipe.runners.base import BaseLLMRunner
+from llmpipe.runners.decoding import StopStrings
+
+
+class EchoRunner(BaseLLMRunner):
+    """Echoes prompts; a token is a word. A chat is answered with its last message."""
+
+    config_type = EchoConfig
+
+    def _initialize_model(self) -> None:
+        """Nothing to load."""
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
+        """Answer each request with its prompt's words, up to max_tokens and the stop strings."""
+        for request in requests:
+            text = request.prompt if request.messages is None else str(request.messages[-1]["content"])
+            words = text.split(" ")
+            limit = request.sampling.max_tokens
+            for sample in request.samples:
+                stops = StopStrings(request.sampling.stop)
+                shown = stops.push(" ".join(words[:limit]))
+                if not stops.stopped:
+                    shown += stops.flush()
+                yield Chunk(
+                    request.id,
+                    sample,
+                    shown,
+                    "length" if len(words) > limit and not stops.stopped else "stop",
+                    prompt_tokens=len(words),
+                    cached_prompt_tokens=0,
+                    completion_tokens=min(len(words), limit),
+                    started_at=time.perf_counter(),
+                )

@@ -1,0 +1,119 @@
+"""Configuration → the runner for it. The one place that knows which backends there are."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmpipe.config import (
+    BACKENDS,
+    BackendConfig,
+    BackendType,
+    DeviceConfig,
+    ModelConfig,
+    build,
+    describe,
+    unknown_name,
+)
+from llmpipe.exceptions import LLMConfigError
+from llmpipe.runners.base import BaseLLMRunner
+
+
+class LLMRunnerFactory:
+    """Makes runners from library configurations (`create_runner`) and from composed ones (`from_target`)."""
+
+    _registered: dict[str, type[BaseLLMRunner]] = {}
+
+    @classmethod
+    def register(cls, name: str, runner: type[BaseLLMRunner]) -> None:
+        """Make `backend=name` mean `runner` for `create_runner`.
+
+        Raises:
+            LLMConfigError: the name belongs to a backend of llmpipe.
+        """
+        if _builtin(name) is not None:
+            raise LLMConfigError(f"backend name {name!r} is taken by llmpipe; choose another")
+        cls._registered[name] = runner
+
+    @classmethod
+    def create_runner(cls, config: Mapping[str, Any] | ModelConfig) -> BaseLLMRunner:
+        """Load the model that `config` names.
+
+        Args:
+            config: A `ModelConfig`, or a dictionary of its fields and the backend's options, as it is or under `llm`.
+
+        Raises:
+            LLMConfigError: a backend or option is unknown, or a value out of range.
+            LLMInitializationError: the model or a package is missing, or the device is not there.
+        """
+        if not isinstance(config, ModelConfig):
+            config = ModelConfig.from_dict(config)
+        name = str(getattr(config.backend, "value", config.backend))
+        builtin = _builtin(name)
+        if builtin is not None:
+            runner = _import_class(BACKENDS[builtin]._target_)
+        elif name in cls._registered:
+            runner = cls._registered[name]
+        else:
+            names = [backend.value for backend in BackendType] + list(cls._registered)
+            raise LLMConfigError(unknown_name(name, names, "backend"))
+        return runner(config)
+
+    @classmethod
+    def from_target(
+        cls,
+        backend: BackendConfig | Mapping[str, Any],
+        device: DeviceConfig,
+        trusted_modules: Sequence[str] = (),
+    ) -> BaseLLMRunner:
+        """Load the runner that `backend._target_` names, with the options beside it.
+
+        Raises:
+            LLMConfigError: the target is outside llmpipe and not trusted, cannot be imported, or is no runner.
+            LLMInitializationError: the model or a package is missing, or the device is not there.
+        """
+        values = describe(backend) if isinstance(backend, BackendConfig) else dict(backend)
+        target = str(values.get("_target_", "???"))
+        check_trusted(target, trusted_modules)
+        runner = _import_class(target)
+        config = backend if type(backend) is runner.config_type else build(runner.config_type, values, "backend option")
+        return runner(config, device)
+
+
+def check_trusted(target: str, trusted_modules: Sequence[str]) -> None:
+    """Refuse a target whose module is neither llmpipe's nor trusted.
+
+    Raises:
+        LLMConfigError: says how to trust it.
+    """
+    module = target.rpartition(".")[0]
+    if not module:
+        raise LLMConfigError(f"backend._target_={target!r} is not allowed; it must be MODULE.CLASS")
+    if not any(module == name or module.startswith(name + ".") for name in ["llmpipe", *trusted_modules]):
+        raise LLMConfigError(
+            f"backend._target_={target!r} is outside llmpipe and not trusted: "
+            f"if you trust its code, add trusted_modules=[{module}] to the command or to your primary config"
+        )
+
+
+def _builtin(name: str) -> BackendType | None:
+    try:
+        return BackendType(name)
+    except ValueError:
+        return None
+
+
+def _import_class(target: str) -> type[BaseLLMRunner]:
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+            raise
+        raise LLMConfigError(f"backend._target_={target!r}: there is no module {error.name}") from error
+    except AttributeError as error:
+        raise LLMConfigError(f"backend._target_={target!r}: {module} has no {name}") from error
+    if not (isinstance(found, type) and issubclass(found, BaseLLMRunner)):
+        raise LLMConfigError(f"backend._target_={target!r} is no subclass of BaseLLMRunner")
+    return found

@@ -1,0 +1,42 @@
+"""llama.cpp's log → Python's logging: quiet by default, and at hand when something fails."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections import deque
+
+import llama_cpp
+
+log = logging.getLogger("llmpipe.llama_cpp")
+_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.DEBUG}
+_ERROR = 3
+_errors: deque[str] = deque(maxlen=20)
+_line = ""
+_level = 1
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _callback(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+    # Level 5 continues the line before.
+    global _line, _level
+    if level != 5:
+        _level = level
+    _line += text.decode("utf-8", "replace")
+    if not _line.endswith("\n"):
+        return
+    line, _line = _line.strip(), ""
+    if _level == _ERROR:
+        _errors.append(line)
+    log.log(_LEVELS.get(_level, logging.DEBUG), "%s", line)
+
+
+def capture() -> None:
+    """Send llama.cpp's log to the logger `llmpipe.llama_cpp`. Does no harm when called again."""
+    llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
+    _errors.clear()
+
+
+def last_errors() -> str:
+    """Return what llama.cpp complained of since `capture`, in one line."""
+    return "; ".join(dict.fromkeys(_errors))

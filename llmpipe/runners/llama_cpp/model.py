@@ -1,0 +1,139 @@
+"""A GGUF file in memory: loading, tokens, text, chat template. Knows nothing of requests."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import llama_cpp
+
+from llmpipe.config import DeviceConfig, LlamaCppConfig
+from llmpipe.exceptions import LLMInitializationError
+from llmpipe.runners.chat import ChatTemplate, read_template
+from llmpipe.runners.llama_cpp import log
+
+LOAD_MODES = {  # (mmap, mlock) → how the file gets into memory
+    (False, False): llama_cpp.LLAMA_LOAD_MODE_NONE,
+    (True, False): llama_cpp.LLAMA_LOAD_MODE_MMAP,
+    (False, True): llama_cpp.LLAMA_LOAD_MODE_MLOCK,
+    (True, True): llama_cpp.LLAMA_LOAD_MODE_MMAP_MLOCK,
+}
+
+
+class Model:
+    """The weights and the vocabulary.
+
+    Raises:
+        LLMInitializationError: the file is no model that can generate text, or does not fit in memory.
+    """
+
+    def __init__(self, path: Path, config: LlamaCppConfig, offload: bool) -> None:
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = (-1 if config.n_gpu_layers is None else config.n_gpu_layers) if offload else 0
+        params.main_gpu = config.main_gpu
+        params.load_mode = LOAD_MODES[config.mmap, config.mlock]
+        if config.tensor_split:
+            # Kept on self: llama.cpp reads the array after the parameters were filled.
+            self._tensor_split = (ctypes.c_float * llama_cpp.llama_max_devices())(*config.tensor_split)
+            params.tensor_split = self._tensor_split
+        self.handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not self.handle:
+            raise LLMInitializationError(f"llama.cpp cannot load {path}: {log.last_errors() or 'no reason given'}")
+        self.vocab = llama_cpp.llama_model_get_vocab(self.handle)
+        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
+        self._pieces: dict[int, bytes] = {}
+        self._ends: dict[int, bool] = {}
+        if not self.n_vocab:
+            raise LLMInitializationError(f"{path} has no vocabulary, so it cannot read text")
+        if llama_cpp.llama_model_has_encoder(self.handle) or not llama_cpp.llama_model_has_decoder(self.handle):
+            raise LLMInitializationError(f"{path} ({self.describe()}) has an encoder; llmpipe runs decoder-only models")
+        self.train_context: int = llama_cpp.llama_model_n_ctx_train(self.handle)
+        source = read_template(config.chat_template) if config.chat_template else self._metadata_template()
+        self.chat = ChatTemplate(source, self._special_tokens()) if source else None
+
+    def describe(self) -> str:
+        """Return llama.cpp's short description, such as `llama 7B Q4_K - Medium`."""
+        buffer = ctypes.create_string_buffer(256)
+        llama_cpp.llama_model_desc(self.handle, buffer, len(buffer))
+        parameters = llama_cpp.llama_model_n_params(self.handle)
+        # llama.cpp names only the sizes it knows.
+        return buffer.value.decode("utf-8", "replace").replace("?B", f"{parameters / 1e6:.1f}M")
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return int(llama_cpp.llama_model_size(self.handle))
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        """Return the token ids of `text`.
+
+        Args:
+            text: Any text that UTF-8 can hold.
+            special: Add the tokens that the model's file asks for around raw text, such as BOS. A rendered chat
+                brings its own.
+
+        Raises:
+            UnicodeEncodeError: `text` has a lone surrogate.
+        """
+        data = text.encode("utf-8")
+        room = len(data) + 8
+        while True:
+            ids = (llama_cpp.llama_token * room)()
+            count = llama_cpp.llama_tokenize(self.vocab, data, len(data), ids, room, special, True)
+            if count >= 0:
+                return list(ids[:count])
+            room = -count
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes a token stands for; nothing for control tokens."""
+        if token not in self._pieces:
+            buffer = ctypes.create_string_buffer(64)
+            count = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False)
+            if count < 0:
+                buffer = ctypes.create_string_buffer(-count)
+                count = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False)
+            self._pieces[token] = buffer.raw[:count]
+        return self._pieces[token]
+
+    def is_end(self, token: int) -> bool:
+        """Say whether `token` ends a generation: EOS, end of turn, and the like."""
+        if token not in self._ends:
+            self._ends[token] = bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
+        return self._ends[token]
+
+    def close(self) -> None:
+        """Free the weights."""
+        if self.handle:
+            llama_cpp.llama_model_free(self.handle)
+            self.handle = None
+
+    def _metadata_template(self) -> str | None:
+        template = llama_cpp.llama_model_chat_template(self.handle, None)
+        return template.decode("utf-8", "replace") if template else None
+
+    def _special_tokens(self) -> dict[str, str]:
+        ids = {
+            "bos_token": llama_cpp.llama_vocab_bos(self.vocab),
+            "eos_token": llama_cpp.llama_vocab_eos(self.vocab),
+            "pad_token": llama_cpp.llama_vocab_pad(self.vocab),
+        }
+        texts = {name: llama_cpp.llama_vocab_get_text(self.vocab, i) for name, i in ids.items() if i >= 0}
+        return {name: text.decode("utf-8", "replace") for name, text in texts.items()}
+
+
+def can_offload(device: DeviceConfig) -> bool:
+    """Say whether layers go to a GPU on this device with this build of llama.cpp.
+
+    Raises:
+        LLMInitializationError: a GPU is asked for and the build has none.
+    """
+    supported = bool(llama_cpp.llama_supports_gpu_offload())
+    if device.type == "cpu":
+        return False
+    if device.type in ("cuda", "mps") and not supported:
+        flag = "-DGGML_CUDA=on" if device.type == "cuda" else "-DGGML_METAL=on"
+        raise LLMInitializationError(
+            f"device={device.type}, but llama-cpp-python was built without it; rebuild it, or use device=cpu: "
+            f"CMAKE_ARGS='{flag}' pip install --force-reinstall --no-cache-dir llama-cpp-python"
+        )
+    return supported

@@ -1,0 +1,147 @@
+"""A model's name → the files that hold it, and a digest that tells two models apart.
+
+The name is `bundled`, a local file or directory, or a hub id. Only safetensors and GGUF count as weights.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from llmpipe.config import BUNDLED
+from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
+
+BUNDLED_DIR = Path(__file__).parent.parent / "models" / "tiny-chat"
+WHOLE_BYTES = 256 * 2**20
+"""Files up to this size are digested whole; of larger ones, the length and `SAMPLES` blocks spread evenly."""
+SAMPLES = 256
+BLOCK_BYTES = 64 * 2**10
+
+
+def local_path(model: str) -> Path | None:
+    """Return where `model` is on this machine, or None where it can only be a hub id.
+
+    Raises:
+        LLMInitializationError: `model` is written as a path, and nothing is there.
+    """
+    if model == BUNDLED:
+        return BUNDLED_DIR
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    owner, _, name = model.partition(":")[0].partition("/")
+    looks_like_a_path = model.startswith((".", "/", "~", "\\")) or not owner or not name or "/" in name
+    if looks_like_a_path or path.suffix in (".gguf", ".safetensors"):
+        if looks_like_a_path or len(path.parts) != 3:
+            raise LLMInitializationError(
+                f"backend.model={model!r} does not exist (from {os.getcwd()}); "
+                f"it must be a file, a directory, a hub id such as owner/name, or bundled"
+            )
+    return None
+
+
+def find_gguf(model: str) -> Path:
+    """Return the GGUF file of `model`; of a hub id `owner/name[:pattern]`, download it.
+
+    Raises:
+        LLMInitializationError: there is no GGUF file, or there are several and none is named.
+        MissingDependencyError: a hub id is given and huggingface_hub is not installed.
+    """
+    path = local_path(model)
+    if path is None:
+        return _download_gguf(model)
+    if path.is_dir():
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        return path / _only_gguf(files, str(path), f"backend.model={path}/")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise LLMInitializationError(
+                f"backend.model={model!r} is not a GGUF file; for other formats use backend=transformers"
+            )
+    return path
+
+
+def _only_gguf(files: list[str], where: str, remedy: str) -> str:
+    first_parts = [name for name in files if "-of-" not in name or "-00001-of-" in name]
+    if not first_parts:
+        raise LLMInitializationError(f"no GGUF file in {where}; for safetensors use backend=transformers")
+    if len(first_parts) > 1:
+        raise LLMInitializationError(
+            f"{len(first_parts)} GGUF files in {where}; name one: " + ", ".join(remedy + name for name in first_parts)
+        )
+    return first_parts[0]
+
+
+def _download_gguf(model: str) -> Path:
+    try:
+        from huggingface_hub import HfApi, hf_hub_download
+    except ImportError as error:
+        raise MissingDependencyError("huggingface_hub", "transformers", f"the hub model {model}") from error
+    repo, _, pattern = model.partition(":")
+    try:
+        files = [name for name in HfApi().list_repo_files(repo) if name.endswith(".gguf")]
+        wanted = [name for name in files if not pattern or fnmatch.fnmatch(name.lower(), f"*{pattern.lower()}*")]
+        name = _only_gguf(wanted, f"hub repository {repo}", f"backend.model={repo}:")
+        parts = [n for n in files if n.partition("-00001-of-")[0] in n] if "-00001-of-" in name else [name]
+        paths = {part: Path(hf_hub_download(repo, part)) for part in parts}
+    except LLMInitializationError:
+        raise
+    except Exception as error:  # whatever the hub or the network says, the remedy is the same
+        raise LLMInitializationError(
+            f"cannot fetch {model!r} from the hub ({type(error).__name__}); "
+            f"give a local file, or check the name and the network"
+        ) from error
+    return paths[name]
+
+
+def find_checkpoint(model: str) -> str:
+    """Return the directory of a transformers checkpoint, or the hub id as it is.
+
+    Raises:
+        LLMInitializationError: there is no such directory, or it holds no config.json.
+    """
+    path = local_path(model)
+    if path is None:
+        return model
+    if path.is_file():
+        raise LLMInitializationError(
+            f"backend.model={model!r} is a file; backend=transformers takes a directory or hub id "
+            f"(for GGUF use backend=llama_cpp)"
+        )
+    if not (path / "config.json").is_file():
+        raise LLMInitializationError(f"backend.model={model!r} has no config.json, so it is no transformers checkpoint")
+    return str(path)
+
+
+def model_digest(model: str) -> str:
+    """Return a short digest of the weights and of what stands beside them; of a hub id, the id itself.
+
+    Small files are read whole; of large ones, 16 MB spread evenly: enough to tell models apart, not to find a flipped
+    bit.
+
+    Raises:
+        LLMInitializationError: the model does not exist.
+    """
+    path = local_path(model)
+    if path is None:
+        return f"hub:{model}"
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file() and f.suffix != ".md")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name if path.is_dir() else ''}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            _feed(digest, stream, file.stat().st_size)
+    return f"sha256:{digest.hexdigest()[:32]}"
+
+
+def _feed(digest: hashlib._Hash, stream: BinaryIO, size: int) -> None:
+    if size <= WHOLE_BYTES:
+        while block := stream.read(2**20):
+            digest.update(block)
+        return
+    for i in range(SAMPLES):
+        stream.seek((size - BLOCK_BYTES) * i // (SAMPLES - 1))
+        digest.update(stream.read(BLOCK_BYTES))
