@@ -1,0 +1,56 @@
+"""Shared fixtures. The echo runner stands in where a test is not about a backend; the models are real elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmpipe import BaseLLMRunner, LLMRunnerFactory, RunConfig, compose
+
+BACKENDS = ["llama_cpp", "transformers"]
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_runner() -> Iterator[BaseLLMRunner]:
+    with LLMRunnerFactory.create_runner({"backend": "llama_cpp", "temperature": 0.0}) as runner:
+        yield runner
+
+
+@pytest.fixture(scope="session")
+def transformers_runner() -> Iterator[BaseLLMRunner]:
+    with LLMRunnerFactory.create_runner({"backend": "transformers", "temperature": 0.0, "device": "cpu"}) as runner:
+        yield runner
+
+
+@pytest.fixture(params=BACKENDS)
+def runner(request: pytest.FixtureRequest) -> BaseLLMRunner:
+    """The bundled model, on each backend in turn; greedy by default."""
+    found: BaseLLMRunner = request.getfixturevalue(f"{request.param}_runner")
+    return found
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
+    """Write rows (objects, or bytes as they are) to a JSONL file and return its path."""
+
+    def write(*rows: Any, name: str = "rows.jsonl") -> Path:
+        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+        path = tmp_path / name
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def echo_config() -> Callable[..., RunConfig]:
+    """Compose a run of the echo backend over a dataset file, with further overrides."""
+
+    def make(path: Path | str, *overrides: str) -> RunConfig:
+        return compose(["backend=echo", f"dataset.path={path}", *overrides])
+
+    return make
