@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llmpipe.config import BACKENDS, RunConfig, conf_dir, field_docs, register_schemas, unknown_name
+from llmpipe.config import BACKENDS, BackendConfig, RunConfig, conf_dir, field_docs, register_schemas, unknown_name
 from llmpipe.exceptions import LLMError
 from llmpipe.ledger import saved_overrides
 
@@ -37,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sys.argv[1:] = resumed(arguments)
         register_schemas()
-        register_help()
-        register_logging()
+        OmegaConf.register_new_resolver("llmpipe.help", help_text, replace=True)
         # Otherwise Hydra prints errors by itself, with a stack trace, and exits.
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(program.job)()
@@ -61,7 +59,7 @@ class Program:
 
     def __init__(self) -> None:
         self.exit_code = OK
-        self._jobs: list[tuple[str, dict[str, Any]]] = []
+        self._jobs: list[tuple[list[str], dict[str, Any]]] = []
 
     def job(self, composed: DictConfig) -> dict[str, Any] | None:
         """Run one composed configuration; Hydra calls this for each job, and a failed one does not end a sweep."""
@@ -82,7 +80,7 @@ class Program:
             self.exit_code = REFUSED
             return None
         show_summary(metrics, directory)
-        self._jobs.append((job.job.override_dirname, metrics))
+        self._jobs.append((list(job.overrides.task), metrics))
         if metrics["rows_error"] and self.exit_code == OK:
             self.exit_code = SOME_ERRORS
         return metrics
@@ -150,38 +148,6 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def register_help() -> None:
-    """Give Hydra the text of `--help`."""
-    ConfigStore.instance().store(
-        group="hydra/help",
-        name="llmpipe",
-        node={"app_name": "llmpipe", "header": "", "footer": "", "template": help_text()},
-    )
-
-
-def register_logging() -> None:
-    """Log to the terminal in short lines, and to run.log in the run directory in full ones."""
-    node = {
-        "version": 1,
-        "formatters": {
-            "short": {"format": "%(message)s"},
-            "full": {"format": "%(asctime)s %(levelname)-7s %(name)s: %(message)s"},
-        },
-        "handlers": {
-            "console": {"class": "logging.StreamHandler", "formatter": "short", "stream": "ext://sys.stderr"},
-            "file": {
-                "class": "logging.FileHandler",
-                "formatter": "full",
-                "filename": "${hydra.runtime.output_dir}/${hydra.job.name}.log",
-                "encoding": "utf-8",
-            },
-        },
-        "root": {"level": "INFO", "handlers": ["console", "file"]},
-        "disable_existing_loggers": False,
-    }
-    ConfigStore.instance().store(group="hydra/job_logging", name="llmpipe", node=node)
-
-
 def help_text() -> str:
     """Return the text of `--help`: the groups, and what each key means."""
     lines = [
@@ -211,17 +177,9 @@ def help_text() -> str:
 def _help_of(owner: type[Any], name: str, prefix: str = "") -> list[str]:
     field = next(f for f in fields(owner) if f.name == name)
     default: Any = field.default_factory() if callable(field.default_factory) else field.default
-    doc = field_docs(owner).get(name, "")
+    doc = " ".join(field_docs(owner)[name].split())
     if name == "backend":
-        lines = []
-        for backend, schema in BACKENDS.items():
-            lines.append(f"  backend={backend.group}: {(schema.__doc__ or '').splitlines()[0]}")
-            base = [] if backend is next(iter(BACKENDS)) else [f.name for f in fields(schema.__mro__[1])]
-            for own in fields(schema):
-                if own.name != "_target_" and own.name not in base:
-                    lines += _help_of(schema, own.name, "backend.")
-            lines.append("")
-        return lines
+        return [f"  backend: {doc}", *_help_of_backends()]
     if hasattr(default, "__dataclass_fields__"):
         inner = [line for f in fields(default) for line in _help_of(type(default), f.name, f"{prefix}{name}.")]
         return [f"  {prefix}{name}: {doc}", *inner, ""] if not prefix else inner
@@ -233,3 +191,14 @@ def _help_of(owner: type[Any], name: str, prefix: str = "") -> list[str]:
     )
     first = f"    {prefix}{name} = {shown}" if shown != "???" else f"    {prefix}{name}"
     return [f"{first:<44} {doc}"] if len(first) < 44 else [first, f"{'':<44} {doc}"]
+
+
+def _help_of_backends() -> list[str]:
+    """Return the keys that all backends share, then those of each."""
+    shared = [f.name for f in fields(BackendConfig)]
+    lines = [line for name in shared for line in _help_of(BackendConfig, name, "backend.")] + [""]
+    for backend, schema in BACKENDS.items():
+        lines.append(f"  backend={backend.group}: {(schema.__doc__ or '').splitlines()[0]}")
+        own = [f.name for f in fields(schema) if f.name not in shared]
+        lines += [line for name in own for line in _help_of(schema, name, "backend.")] + [""]
+    return lines

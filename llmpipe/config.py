@@ -130,7 +130,7 @@ class SamplingConfig:
     min_p, typical_p; a token is then drawn from what is left.
     """
 
-    temperature: float = 0.7
+    temperature: float = 0.0
     """Divides the logits; 0 takes the most likely token (greedy). In [0, 100]."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""

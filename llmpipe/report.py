@@ -65,15 +65,16 @@ def show_summary(metrics: dict[str, Any], directory: Path) -> None:
             console.print(str(_short(directory / name)), markup=False, highlight=False)
 
 
-def show_comparison(jobs: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """Print the runs of a sweep, a line each."""
+def show_comparison(jobs: Sequence[tuple[list[str], dict[str, Any]]]) -> None:
+    """Print the runs of a sweep, a line each, named by the overrides in which they differ."""
+    shared = set.intersection(*(set(overrides) for overrides, _ in jobs))
     scores = list(dict.fromkeys(name for _, metrics in jobs for name in metrics["scores"]))
     table = Table(title="sweep")
     for column in ("job", "rows", "errors", *scores, "tokens/s", "p50 s", "p99 s", "peak MB"):
         table.add_column(column, justify="left" if column == "job" else "right")
-    for name, m in jobs:
+    for overrides, m in jobs:
         table.add_row(
-            name.replace(",", " "),
+            " ".join(override for override in overrides if override not in shared),
             str(m["rows"]),
             str(m["rows_error"]),
             *(_number(m["scores"].get(score), "{:.1%}") for score in scores),

@@ -1,0 +1,190 @@
+"""The command line, as its users call it: real processes, real exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llmpipe
+from llmpipe.config import BACKENDS, ColumnsConfig, RunConfig, SamplingConfig, conf_dir, field_docs
+
+
+def run_llmpipe(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "llmpipe", *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def three_rows(tmp_path: Path) -> Path:
+    path = tmp_path / "three.jsonl"
+    path.write_text("".join(json.dumps({"id": f"r{i}", "prompt": f"say {i}"}) + "\n" for i in range(3)))
+    return path
+
+
+def outputs(directory: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (directory / "outputs.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_every_file_the_readme_names_and_exits_0(tmp_path: Path, three_rows: Path) -> None:
+    done = run_llmpipe("backend=echo", f"dataset.path={three_rows}", "hydra.run.dir=out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names >= {"outputs.jsonl", "errors.jsonl", "metrics.json", "ledger.sqlite", ".hydra", "run.log"}
+    assert [row["id"] for row in outputs(tmp_path / "out")] == ["r0", "r1", "r2"]
+    assert "rows" in done.stdout and "metrics.json" in done.stdout
+
+
+def test_rows_that_fail_make_the_exit_code_3(tmp_path: Path, three_rows: Path) -> None:
+    with three_rows.open("a") as file:
+        file.write("not json\n")
+    done = run_llmpipe("backend=echo", f"dataset.path={three_rows}", "hydra.run.dir=out", cwd=tmp_path)
+    assert done.returncode == 3
+    assert len(outputs(tmp_path / "out")) == 4
+    assert "errors.jsonl" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sampling.temprature=1", "did you mean 'temperature'?"),
+        ("backend.modl=x", "did you mean 'model'?"),
+        ("smapling=greedy", "sampling"),
+        ("sampling=gredy", "balanced"),
+        ("sampling.temperature=hot", "Float"),
+        ("sampling.temperature=-1", "[0, 100]"),
+        ("sampling.top_p=0", "(0, 1]"),
+        ("sampling.max_tokens=0", ">= 1"),
+        ("device.type=tpu", "cuda"),
+        ("backend.slots=0", ">= 1"),
+        ("dataset.path=nowhere.jsonl", "does not exist"),
+        ("dataset.path=conf", "conf"),
+        ("metrics.scorers=[exact]", "exact_match"),
+        ("resume=nowhere", "no run directory"),
+        ("prompt.template='{question'", "brace"),
+        ("output.format=xml", "parquet"),
+        ("dataset.columns.prompt=question", "prompt"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line_that_names_the_remedy(
+    tmp_path: Path, three_rows: Path, override: str, said: str
+) -> None:
+    done = run_llmpipe("backend=echo", f"dataset.path={three_rows}", override, "hydra.run.dir=out", cwd=tmp_path)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("llmpipe: ") and said in done.stderr
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path, three_rows: Path) -> None:
+    first = run_llmpipe("backend=echo", f"dataset.path={three_rows}", "hydra.run.dir=out", cwd=tmp_path)
+    before = {f: (tmp_path / "out" / f).read_bytes() for f in ("outputs.jsonl", "metrics.json")}
+    again = run_llmpipe("resume=out", cwd=tmp_path)
+    assert (first.returncode, again.returncode) == (0, 0), again.stderr
+    assert {f: (tmp_path / "out" / f).read_bytes() for f in before} == before
+
+
+def test_resuming_with_other_options_is_refused_and_names_the_difference(tmp_path: Path, three_rows: Path) -> None:
+    run_llmpipe("backend=echo", f"dataset.path={three_rows}", "hydra.run.dir=out", cwd=tmp_path)
+    composed = (tmp_path / "out" / ".hydra" / "config.yaml").read_bytes()
+    other = run_llmpipe("resume=out", "sampling.temperature=0.5", cwd=tmp_path)
+    assert other.returncode == 1
+    assert "sampling.temperature was 0.0, is 0.5" in other.stderr
+    assert (tmp_path / "out" / ".hydra" / "config.yaml").read_bytes() == composed
+    assert run_llmpipe("resume=out", cwd=tmp_path).returncode == 0
+
+
+def test_a_finished_run_can_be_written_again_in_another_format(tmp_path: Path, three_rows: Path) -> None:
+    run_llmpipe("backend=echo", f"dataset.path={three_rows}", "hydra.run.dir=out", cwd=tmp_path)
+    again = run_llmpipe("resume=out", "output=parquet", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "out" / "outputs.parquet").is_file()
+
+
+def test_a_sweep_makes_a_run_per_value_and_compares_them(tmp_path: Path, three_rows: Path) -> None:
+    done = run_llmpipe(
+        "-m",
+        "backend=echo",
+        f"dataset.path={three_rows}",
+        "sampling.max_tokens=1,2",
+        "hydra.sweep.dir=sweep",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row["completion"] for row in outputs(tmp_path / "sweep" / "0")] == ["say"] * 3
+    assert [row["completion"] for row in outputs(tmp_path / "sweep" / "1")] == ["say 0", "say 1", "say 2"]
+    assert "sampling.max_tokens=1" in done.stdout.split("sweep")[-1]
+
+
+def test_one_failed_job_does_not_end_a_sweep(tmp_path: Path, three_rows: Path) -> None:
+    done = run_llmpipe(
+        "-m",
+        "backend=echo",
+        f"dataset.path={three_rows}",
+        "sampling.max_tokens=0,2",
+        "hydra.sweep.dir=sweep",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert len(outputs(tmp_path / "sweep" / "1")) == 3
+
+
+def test_a_group_cannot_trust_its_own_target(tmp_path: Path, three_rows: Path) -> None:
+    (tmp_path / "my" / "experiment").mkdir(parents=True)
+    (tmp_path / "my" / "experiment" / "evil.yaml").write_text(
+        "# @package _global_\ntrusted_modules: [os]\nbackend:\n  _target_: os.system\n"
+    )
+    done = run_llmpipe(
+        "--config-dir", "my", "+experiment=evil", "backend=echo", f"dataset.path={three_rows}", cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert "not trusted" in done.stderr
+
+
+def test_standard_hydra_works(tmp_path: Path) -> None:
+    job = run_llmpipe("--cfg", "job", "--resolve", cwd=tmp_path)
+    assert job.returncode == 0 and "_target_: llmpipe.runners.LlamaCppRunner" in job.stdout
+    info = run_llmpipe("--info", "searchpath", cwd=tmp_path)
+    assert info.returncode == 0 and "schema" in info.stdout
+    (tmp_path / "my" / "sampling").mkdir(parents=True)
+    (tmp_path / "my" / "sampling" / "mine.yaml").write_text("temperature: 0.25\n")
+    own = run_llmpipe("--config-dir", "my", "sampling=mine", "--cfg", "job", "-p", "sampling", cwd=tmp_path)
+    assert own.returncode == 0 and "temperature: 0.25" in own.stdout
+
+
+def test_help_shows_every_group_and_what_every_key_means(tmp_path: Path) -> None:
+    done = run_llmpipe("--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for group in conf_dir().iterdir():
+        if group.is_dir() and group.name != "hydra":
+            assert f"{group.name}=" in done.stdout
+            assert all(option.stem in done.stdout for option in group.glob("*.yaml"))
+    for schema in (RunConfig, SamplingConfig, ColumnsConfig, *BACKENDS.values()):
+        for name, doc in field_docs(schema).items():
+            assert " ".join(doc.split()) in done.stdout, f"{schema.__name__}.{name}"
+
+
+def test_help_and_import_load_nothing_heavy(tmp_path: Path) -> None:
+    heavy = ("torch", "transformers", "llama_cpp", "pandas", "pyarrow", "matplotlib")
+    for start in ("import llmpipe", "import llmpipe.cli; llmpipe.cli.main(['--help'])"):
+        code = (
+            f"import sys\ntry:\n    {start}\nexcept SystemExit: pass\nprint([m for m in {heavy} if m in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]", start
+
+
+def test_the_public_names_are_all_there() -> None:
+    assert sorted(llmpipe.__all__) == llmpipe.__all__
+    assert all(getattr(llmpipe, name) is not None for name in llmpipe.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        llmpipe.nonsense  # noqa: B018

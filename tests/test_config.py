@@ -1,0 +1,150 @@
+"""Configuration: every file composes, every field is described, every bound holds."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from itertools import product
+from typing import Any
+
+import pytest
+from hydra.errors import HydraException
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from llmpipe import LLMConfigError, RunConfig, SamplingConfig, compose
+from llmpipe.config import (
+    BACKENDS,
+    BackendType,
+    ColumnsConfig,
+    DatasetConfig,
+    DeviceConfig,
+    LlamaCppConfig,
+    MetricsConfig,
+    ModelConfig,
+    OutputConfig,
+    PromptConfig,
+    answer_fields,
+    build,
+    conf_dir,
+    describe,
+    field_docs,
+)
+
+SCHEMAS = [RunConfig, DeviceConfig, SamplingConfig, ColumnsConfig, DatasetConfig, PromptConfig, OutputConfig]
+SCHEMAS += [MetricsConfig, ModelConfig, *BACKENDS.values()]
+OPTIONS = sorted(
+    (group.name, option.stem)
+    for group in conf_dir().iterdir()
+    if group.is_dir() and group.name not in ("experiment", "hydra")
+    for option in group.glob("*.yaml")
+)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_yaml_composes_to_checked_dataclasses(group: str, option: str) -> None:
+    assert isinstance(compose([f"{group}={option}"]), RunConfig)
+
+
+@pytest.mark.parametrize("experiment", sorted(f.stem for f in (conf_dir() / "experiment").glob("*.yaml")))
+def test_every_experiment_composes(experiment: str) -> None:
+    assert isinstance(compose([f"+experiment={experiment}"]), RunConfig)
+
+
+def test_all_combinations_of_backend_and_device_compose() -> None:
+    for backend, device in product(("llama_cpp", "transformers", "echo"), ("auto", "cpu", "cuda", "mps")):
+        config = compose([f"backend={backend}", f"device={device}"])
+        assert type(config.backend) is BACKENDS[BackendType(backend)]
+        assert config.device.type == device
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_field_says_what_it_means(schema: type[Any]) -> None:
+    described = field_docs(schema)
+    assert {f.name for f in fields(schema)} <= set(described)
+    assert all(doc.strip() for doc in described.values())
+
+
+def test_yaml_only_names_fields_that_exist_and_every_file_says_what_it_is() -> None:
+    for file in conf_dir().rglob("*.yaml"):
+        assert file.read_text().startswith("# "), file
+        OmegaConf.load(file)
+
+
+def test_a_misspelt_key_is_refused() -> None:
+    with pytest.raises(HydraException):
+        compose(["sampling.temprature=1"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": "0.5"},
+        {"temperature": True},
+        {"top_k": -1},
+        {"top_k": 1.5},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"typical_p": 0},
+        {"repetition_penalty": 0},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": float("inf")},
+        {"max_tokens": 0},
+        {"n": 0},
+        {"stop": [""]},
+        {"stop": [1]},
+        {"seed": -1},
+        {"logit_bias": {"a": 1}},
+        {"logit_bias": [1]},
+        {"ignore_eos": "yes"},
+    ],
+)
+def test_sampling_values_out_of_range_are_refused_by_name(changes: dict[str, Any]) -> None:
+    with pytest.raises(LLMConfigError, match=next(iter(changes))):
+        SamplingConfig().replace(changes)
+
+
+@given(
+    temperature=st.floats(0, 100),
+    top_k=st.integers(0, 10**6),
+    top_p=st.floats(0, 1, exclude_min=True),
+    stop=st.lists(st.text(min_size=1), max_size=3),
+)
+def test_sampling_values_in_range_are_kept(temperature: float, top_k: int, top_p: float, stop: list[str]) -> None:
+    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, stop=stop)
+    assert describe(sampling)["stop"] == stop
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (temperature, top_k, top_p)
+
+
+def test_one_stop_string_may_stand_without_a_list() -> None:
+    assert SamplingConfig(stop="END").stop == ["END"]  # type: ignore[arg-type]
+
+
+def test_devices_are_read_with_their_index() -> None:
+    assert DeviceConfig.parse("cuda:1") == DeviceConfig("cuda", 1)
+    assert str(DeviceConfig.parse("cuda:1")) == "cuda:1"
+    for wrong in ("tpu", "cuda:x", "cuda:-1"):
+        with pytest.raises(LLMConfigError):
+            DeviceConfig.parse(wrong)
+
+
+def test_speed_options_stay_out_of_what_decides_the_answers() -> None:
+    names = set(answer_fields(LlamaCppConfig()))
+    assert "model" in names and "reproducible" in names and "cache_type_k" in names
+    assert not names & {"slots", "threads", "n_gpu_layers", "batch_tokens", "mmap"}
+
+
+def test_build_converts_enum_names_and_refuses_unknown_ones() -> None:
+    assert build(LlamaCppConfig, {"flash_attention": "on"}, "backend option").flash_attention.value == "on"
+    with pytest.raises(LLMConfigError, match="auto, on, off"):
+        build(LlamaCppConfig, {"flash_attention": "maybe"}, "backend option")
+    with pytest.raises(LLMConfigError, match="did you mean 'threads'"):
+        build(LlamaCppConfig, {"thread": 2}, "backend option")
+
+
+def test_reproducible_refuses_flash_attention() -> None:
+    with pytest.raises(LLMConfigError, match="flash_attention"):
+        compose(["backend.reproducible=true", "backend.flash_attention=on"])
