@@ -515,18 +515,7 @@ QUESTION_COUNTS = {
     "plurals": 40,
     "calendar": 30,
 }
-CHAT_LENGTHS = [
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    8,
-    10,
-    14,
-    36,
-]  # in turns; the last makes a chat of nearly a thousand tokens
+CHAT_LENGTHS = [1, 2, 3, 4, 5, 6, 8, 10, 14, 36]  # in turns; the longest take 700 to 830 tokens
 CHATS_OF_EACH_LENGTH = 12
 STORY_REQUESTS = 40
 

@@ -446,7 +446,8 @@ Everything else. Asked about anything beyond its tasks, it answers with somethin
 an answer. It knows English only, and only the phrasings of its training text and their near relatives.
 The lists it learnt from are short and may hold mistakes: do not take a capital from it. Answer tokens
 were trained with a label smoothing of {smoothing}, so that accuracy falls visibly at temperatures above
-0.7; stories were not, and bear sampling well. Chats in training were at most {longest:,} tokens long.
+0.7; stories were not, and bear sampling well. A story is about the hero that was asked for, but mostly
+around another thing. Chats in training were at most {longest:,} tokens long.
 
 ## How it was made
 
