@@ -13,8 +13,7 @@ import ast
 import difflib
 import functools
 import inspect
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING as REQUIRED
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
@@ -25,6 +24,8 @@ from llmpipe.exceptions import LLMConfigError
 
 BUNDLED = "bundled"
 """The value of `backend.model` that means the small model shipped with the package."""
+MAX_SAMPLES = 4096
+"""Most samples of one row; they are held in memory together."""
 
 
 class BackendType(str, Enum):
@@ -113,7 +114,8 @@ def _check(ok: bool, name: str, got: object, allowed: str) -> None:
 
 
 def _number(name: str, value: object, low: float, high: float, allowed: str, *, open_low: bool = False) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Comparisons rather than isfinite, which fails on integers too large for a float; NaN is inside of nothing.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     inside = is_number and (low < value if open_low else low <= value) and value <= high  # type: ignore[operator]
     _check(bool(inside), name, value, allowed)
 
@@ -167,6 +169,7 @@ class SamplingConfig:
         """
         if isinstance(self.stop, str):
             self.stop = [self.stop]
+        _check(self.stop is None or isinstance(self.stop, Sequence), "stop", self.stop, "a list of non-empty strings")
         self.stop = list(self.stop or [])
         _number("temperature", self.temperature, 0, 100, "a number in [0, 100]")
         _count("top_k", self.top_k, 0, "an integer >= 0 (0 is off)")
@@ -178,6 +181,7 @@ class SamplingConfig:
         _number("frequency_penalty", self.frequency_penalty, -2, 2, "a number in [-2, 2]")
         _count("max_tokens", self.max_tokens, 1, "an integer >= 1")
         _count("n", self.n, 1, "an integer >= 1")
+        _check(self.n <= MAX_SAMPLES, "n", self.n, f"at most {MAX_SAMPLES}")
         _check(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "a list of non-empty strings")
         if self.seed is not None:
             _count("seed", self.seed, 0, "an integer >= 0, or null")
@@ -185,8 +189,15 @@ class SamplingConfig:
         _check(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, "a map of token id to bias")
         try:
             self.logit_bias = {int(token): float(bias) for token, bias in self.logit_bias.items()}
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             _check(False, "logit_bias", self.logit_bias, "a map of token id to bias")
+        for token, bias in self.logit_bias.items():
+            _number(f"logit_bias[{token}]", bias, -1e9, 1e9, "a number in [-1e9, 1e9]")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken; logits divided by less than 1e-5 would overflow."""
+        return self.temperature < 1e-5
 
     def replace(self, changes: Mapping[str, Any]) -> SamplingConfig:
         """Return a copy with `changes` applied; unknown names are refused with the nearest valid one.
@@ -314,6 +325,8 @@ class EchoConfig(BackendConfig):
     """No model: every row is answered with its own prompt, word by word. For trying a dataset and a config."""
 
     _target_: str = "llmpipe.runners.EchoRunner"
+    model: str = speed("none")
+    """There is none."""
 
 
 BACKENDS: dict[BackendType, type[BackendConfig]] = {
@@ -406,7 +419,7 @@ class DatasetConfig:
     @property
     def paths(self) -> list[str]:
         """The configured paths or globs as a list."""
-        return [self.path] if isinstance(self.path, str) else [str(path) for path in self.path]
+        return [str(self.path)] if isinstance(self.path, (str, Path)) else [str(path) for path in self.path]
 
 
 @dataclass

@@ -16,7 +16,7 @@ import io
 import json
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PARQUET_BATCH_ROWS = 1024
+MAX_LEVELS = 200
+"""How deep objects and lists of a row may nest, so that every writer can walk them."""
 
 
 class Record(NamedTuple):
@@ -75,10 +77,30 @@ def read_jsonl(path: Path) -> Iterator[Record]:
             except (ValueError, RecursionError) as error:
                 yield Record(number, {}, line, f"not valid JSON: {error}")
                 continue
-            if isinstance(values, dict):
-                yield Record(number, values, line)
-            else:
-                yield Record(number, {}, line, f"a JSON {type(values).__name__}, not an object")
+            problem = _problem(values, line)
+            yield Record(number, {} if problem else values, line, problem)
+
+
+def _problem(values: Any, text: bytes) -> str | None:
+    """Say why a JSON value is no row, or None."""
+    if not isinstance(values, dict):
+        return f"a JSON {type(values).__name__}, not an object"
+    if not all(_is_text(name) for name in values):
+        return "a column's name holds a lone surrogate, which no UTF-8 text can"
+    if text.count(b"{") + text.count(b"[") > MAX_LEVELS and _levels(values) > MAX_LEVELS:
+        return f"nested more than {MAX_LEVELS} levels deep"
+    return None
+
+
+def _levels(value: Any) -> int:
+    levels, layer = 0, [value]
+    while layer := [inner for outer in layer if isinstance(outer, (dict, list)) for inner in _inside(outer)]:
+        levels += 1
+    return levels
+
+
+def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def parse_json(text: bytes) -> Any:
@@ -98,41 +120,67 @@ def parse_json(text: bytes) -> Any:
 
 
 def read_csv(path: Path) -> Iterator[Record]:
-    """Yield one record per line of a CSV file with a header; all values are text."""
+    """Yield one record per row of a CSV file with a header; all values are text, and an empty cell is null."""
     csv.field_size_limit(2**31 - 1)
     with _open(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(text, strict=True)
-        header = next(reader, [])
+        taken: list[str] = []  # the lines of the row at hand: a quoted cell may span several
+        reader = csv.reader(_noting(text, taken), strict=True)
+        header = next((cells for cells in reader if cells), [])
         if len(set(header)) != len(header):
             raise DatasetError(f"{path}: the header names a column twice: {', '.join(header)}")
+        if not all(_is_text(name) for name in header):
+            raise DatasetError(f"{path}: the header is not valid UTF-8")
         while True:
             line = reader.line_num + 1
+            taken.clear()
+            error: str | None
             try:
                 cells = next(reader, None)
-            except csv.Error as error:
-                yield Record(line, {}, None, f"not valid CSV: {error}")
-                continue
-            if cells is None:
-                return
-            if not cells:
-                continue
-            raw = ",".join(cells).encode("utf-8", "surrogateescape")
-            if len(cells) != len(header):
-                yield Record(line, {}, raw, f"{len(cells)} cells, and the header has {len(header)}")
-            elif not _is_utf8(raw):
-                yield Record(line, {}, raw, "not valid UTF-8")
+            except csv.Error as problem:
+                cells, error = [], f"not valid CSV: {problem}"
             else:
-                yield Record(line, dict(zip(header, cells, strict=True)))
+                if cells is None:
+                    return
+                if not cells:
+                    continue
+                error = _problem_of_cells(cells, len(header))
+            if error is not None:
+                raw = "".join(taken).rstrip("\r\n").encode("utf-8", "surrogateescape")
+                yield Record(line, {}, raw, error)
+            else:
+                yield Record(line, {name: cell or None for name, cell in zip(header, cells, strict=True)})
+
+
+def _noting(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
+    for line in lines:
+        taken.append(line)
+        yield line
+
+
+def _problem_of_cells(cells: list[str], count: int) -> str | None:
+    if len(cells) != count:
+        return f"{len(cells)} cells, and the header has {count}"
+    return None if all(map(_is_text, cells)) else "not valid UTF-8"
 
 
 def read_parquet(path: Path) -> Iterator[Record]:
     """Yield one record per row of a Parquet file."""
+    file = _parquet_file(path)
+    names = file.schema_arrow.names
     number = 0
-    for batch in _parquet_file(path).iter_batches(PARQUET_BATCH_ROWS):
-        for i, values in enumerate(batch.to_pylist()):
+    for batch in file.iter_batches(PARQUET_BATCH_ROWS):
+        for i, cells in enumerate(zip(*map(_plain, batch.columns), strict=True)):
             number += 1
-            yield Record(number, values, batch=(batch, i))
+            yield Record(number, dict(zip(names, cells, strict=True)), batch=(batch, i))
+
+
+def _plain(column: pa.Array[Any]) -> list[Any]:
+    """Return an Arrow column as Python values; as text where Python has none, such as dates after the year 9999."""
+    try:
+        return list(column.to_pylist())
+    except (ValueError, OverflowError):
+        return list(column.cast("string").to_pylist())
 
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
@@ -150,28 +198,63 @@ def _parquet_file(path: Path) -> Any:
     except ImportError as error:
         raise MissingDependencyError("pyarrow", "parquet", f"reading {path.name}") from error
     try:
-        return pq.ParquetFile(path)
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
     except Exception as error:
         raise DatasetError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())}") from error
+    if len(set(names)) != len(names):
+        raise DatasetError(f"{path} names a column twice: {', '.join(names)}")
+    return file
 
 
 def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"))
-    if path.suffix == ".zst":
+    return io.BufferedReader(_ZstdFile(path)) if suffix == ".zst" else path.open("rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """Reads a Zstandard file of any number of frames; zstandard's own reader takes one that is cut off for whole."""
+
+    def __init__(self, path: Path) -> None:
         try:
             import zstandard
         except ImportError as error:
             raise MissingDependencyError("zstandard", "zstd", f"reading {path.name}") from error
-        stream: IO[bytes] = io.BufferedReader(zstandard.open(path, "rb"))
-        return stream
-    return path.open("rb")
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._packed, self._plain = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain:
+            self._packed = self._packed or self._file.read(4096)
+            if not self._packed and self._frame is not None:
+                raise EOFError("it ends in the middle of a frame")
+            if not self._packed:
+                return 0
+            self._frame = self._frame or self._new_frame()
+            self._plain, self._packed = memoryview(self._frame.decompress(self._packed)), b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._plain))
+        buffer[:size], self._plain = self._plain[:size], self._plain[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
-def _is_utf8(data: bytes) -> bool:
+def _is_text(text: str) -> bool:
+    """Say whether UTF-8 can hold the text; it cannot hold half of a surrogate pair."""
     try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
         return False
     return True
 
@@ -200,44 +283,58 @@ class Dataset:
         """
         records = ((file, record) for file, reader in self._readers for record in _guarded(file, reader))
         for index, (file, record) in enumerate(islice(records, self._limit)):
-            yield Row(index, file.name, record.line, record.values, record.raw, record.error, record.batch)
+            yield Row(index, str(file), record.line, record.values, record.raw, record.error, record.batch)
 
-    def scan(self, needed: list[str] | None = None) -> Scan:
+    def scan(self, template: list[str] | None = None) -> Scan:
         """Look through all rows once.
 
         Args:
-            needed: Columns without which no row can be run, beside a prompt or messages.
+            template: The columns of the prompt template, where there is one; else a prompt or messages are needed.
 
         Raises:
             DatasetError: a file is damaged, ids are not unique, or a column that every row needs is not there.
         """
-        columns: dict[str, None] = {}
-        id_hashes = array("q")
-        rows = unreadable = 0
-        for row in self.rows():
-            rows += 1
-            unreadable += row.error is not None
-            columns.update(dict.fromkeys(row.values))
-            id_hashes.append(hash(str(row.id(self.columns.id))))
+        columns: dict[str, dict[str, None]] = {}
         for file, reader in self._readers:
             if reader is read_parquet:
-                columns.update(dict.fromkeys(_parquet_file(file).schema_arrow.names))
-        self._check_columns(list(columns), rows - unreadable, needed)
-        self._check_ids(np.frombuffer(id_hashes, np.int64) if rows else np.zeros(0, np.int64))
-        return Scan(rows, unreadable, list(columns), self._digest())
+                schema = _parquet_file(file).schema_arrow
+                columns[str(file)] = dict.fromkeys(schema.names)
+                self._check_types(file, schema, template)
+        id_hashes = array("q")
+        unreadable = 0
+        for row in self.rows():
+            unreadable += row.error is not None
+            id_hashes.append(hash(str(row.id(self.columns.id))))
+            if row.error is None:
+                columns.setdefault(row.file, {}).update(dict.fromkeys(row.values))
+        for name, found in columns.items():
+            self._check_columns(name, list(found), template)
+        self._check_ids(np.array(id_hashes, np.int64))
+        every = dict.fromkeys(name for found in columns.values() for name in found)
+        return Scan(len(id_hashes), unreadable, list(every), self._digest())
 
-    def _check_columns(self, columns: list[str], readable: int, needed: list[str] | None) -> None:
+    def _check_types(self, file: Path, schema: pa.Schema, template: list[str] | None) -> None:
+        allowed = {"id": "text or integers", "messages": "lists or JSON text", "sampling": "structs or JSON text"}
+        if template is None:
+            allowed["prompt"] = "text"
+        types = {field.name: field.type for field in schema}
+        for key, what in allowed.items():
+            name = getattr(self.columns, key)
+            if name in types and not _fits(types[name], what):
+                raise DatasetError(
+                    f"the column {name!r} of {file} is {types[name]}, and must be {what}; name another with "
+                    f"dataset.columns.{key}=. There are: {', '.join(f'{n} ({kind})' for n, kind in types.items())}"
+                )
+
+    def _check_columns(self, file: str, columns: list[str], template: list[str] | None) -> None:
         default = ColumnsConfig()
-        wanted = list(needed or [])
-        wanted += [name for key, name in vars(self.columns).items() if name != getattr(default, key)]
-        if not readable and not columns:
-            return
-        for name in wanted:
+        named = [name for key, name in vars(self.columns).items() if name != getattr(default, key)]
+        for name in [*(template or []), *named]:
             if name not in columns:
-                raise DatasetError(f"{self._name()} has no column {name!r}; it has: {', '.join(columns)}")
-        if not needed and self.columns.prompt not in columns and self.columns.messages not in columns:
+                raise DatasetError(f"{file} has no column {name!r}; it has: {', '.join(columns)}")
+        if template is None and self.columns.prompt not in columns and self.columns.messages not in columns:
             raise DatasetError(
-                f"{self._name()} has neither a column {self.columns.prompt!r} nor {self.columns.messages!r}; it has: "
+                f"{file} has neither a column {self.columns.prompt!r} nor {self.columns.messages!r}; it has: "
                 f"{', '.join(columns)}. Name one with dataset.columns.prompt= or dataset.columns.messages="
             )
 
@@ -265,13 +362,23 @@ class Dataset:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         return f"sha256:{digest.hexdigest()[:32]}"
 
-    def _name(self) -> str:
-        return str(self.files[0]) if len(self.files) == 1 else f"the dataset of {len(self.files)} files"
+
+def _fits(kind: pa.DataType, what: str) -> bool:
+    """Say whether an Arrow type is one of those that `what` names; a column of nulls fits everywhere."""
+    import pyarrow as pa
+
+    types = pa.types
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    fits = types.is_null(kind) or types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    fits |= "integers" in what and types.is_integer(kind)
+    fits |= "lists" in what and (types.is_list(kind) or types.is_large_list(kind))
+    return fits or ("structs" in what and types.is_struct(kind))
 
 
 def _expand(path: str) -> list[Path]:
     if any(character in path for character in "*?[") and not Path(path).exists():
-        found = sorted(Path(name) for name in glob.glob(path, recursive=True))
+        pattern = str(Path(path).expanduser())
+        found = sorted(file for file in map(Path, glob.glob(pattern, recursive=True)) if file.is_file())
         if not found:
             raise DatasetError(f"dataset.path={path!r} matches no file (from {Path.cwd()})")
         return found
@@ -285,7 +392,7 @@ def _expand(path: str) -> list[Path]:
 
 
 def _reader(file: Path) -> Callable[[Path], Iterator[Record]]:
-    plain = file.with_suffix("") if file.suffix in COMPRESSIONS else file
+    plain = file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
     reader = READERS.get(plain.suffix.lower())
     if reader is None or (reader is read_parquet and plain is not file):
         raise DatasetError(
@@ -299,8 +406,6 @@ def _guarded(file: Path, reader: Callable[[Path], Iterator[Record]]) -> Iterator
     try:
         yield from reader(file)
     except (DatasetError, MissingDependencyError):
-        raise
-    except GeneratorExit:
         raise
     except Exception as error:  # gzip, zstandard and pyarrow each have errors of their own for a damaged file
         raise DatasetError(f"{file} cannot be read to its end: {' '.join(str(error).split())}") from error

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import filelock
-import orjson
 
 from llmpipe.exceptions import LedgerError
 from llmpipe.records import Completion
@@ -41,6 +40,8 @@ class Ledger:
 
     def __init__(self, directory: Path, fingerprint: dict[str, Any]) -> None:
         self.path = directory / FILE
+        self.noted = 0
+        """Completions added since the ledger was opened."""
         self._pending: list[tuple[int, int, bytes]] = []
         self._committed_at = time.monotonic()
         try:
@@ -56,7 +57,7 @@ class Ledger:
             raise LedgerError(f"cannot write to the run directory {directory}: {error.strerror or error}") from error
         try:
             self._open(fingerprint)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ValueError) as error:
             self.close()
             raise LedgerError(
                 f"{self.path} is damaged or not a ledger ({error}); move it away to start again"
@@ -71,7 +72,8 @@ class Ledger:
         self._db.execute("PRAGMA synchronous=FULL")
         found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
-            raise LedgerError(f"{self.path} is damaged ({found}); move it away to start again")
+            what = " ".join(found.split())
+            raise LedgerError(f"{self.path} is damaged ({what}); move it away to start again")
         self._db.execute("CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
         self._db.execute(
             "CREATE TABLE IF NOT EXISTS completions (row INTEGER, sample INTEGER, data BLOB NOT NULL, "
@@ -91,9 +93,10 @@ class Ledger:
     def add(self, completions: Iterable[Completion]) -> None:
         """Note completions; they are committed within half a second of further work, or by `commit`."""
         for completion in completions:
+            self.noted += 1
             data = {name: value for name, value in asdict(completion).items() if value is not None}
             del data["request_id"], data["sample"]
-            self._pending.append((completion.request_id, completion.sample, orjson.dumps(data)))
+            self._pending.append((completion.request_id, completion.sample, json.dumps(data).encode()))
         if len(self._pending) >= COMMIT_EVERY_ROWS or time.monotonic() - self._committed_at >= COMMIT_EVERY_S:
             self.commit()
 
@@ -132,7 +135,7 @@ class Ledger:
         self.commit()
         try:
             for row, sample, data in self._db.execute("SELECT row, sample, data FROM completions ORDER BY row, sample"):
-                values = {name: value for name, value in orjson.loads(data).items() if name in _FIELDS}
+                values = {name: value for name, value in json.loads(data).items() if name in _FIELDS}
                 yield Completion(row, sample, **{"text": None, **values})
         except (sqlite3.Error, ValueError) as error:
             raise LedgerError(f"{self.path} is damaged: {error}") from error
@@ -192,9 +195,9 @@ def saved_overrides(directory: Path) -> list[str]:
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
             found = db.execute("SELECT value FROM meta WHERE key = 'overrides'").fetchone()
-    except sqlite3.Error as error:
+        return [] if found is None else [str(override) for override in json.loads(found[0])]
+    except (sqlite3.Error, ValueError) as error:
         raise LedgerError(f"{path} is damaged or not a ledger ({error})") from error
-    return [] if found is None else [str(override) for override in json.loads(found[0])]
 
 
 class _Transaction:

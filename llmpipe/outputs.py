@@ -9,13 +9,14 @@ To add a format: write a class like `JsonlWriter` and name it in `WRITERS`.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -156,8 +157,8 @@ class JsonlWriter:
             own = dump_json({name: value for name, value in row.values.items() if name not in added})
         else:
             own = row.raw
-        body = own[1:-1].strip()
-        self._file.write(b"{" + body + (b"," if body else b"") + orjson.dumps(added)[1:] + b"\n")
+        comma = b"," if own[1:-1].strip() else b""
+        self._file.write(own[:-1] + comma + dump_json(added)[1:] + b"\n")
 
     def finish(self) -> None:
         """Nothing is held."""
@@ -175,6 +176,13 @@ class ParquetWriter:
         self._pa = pa
         self._layout = layout
         self._own = infer_schema(rows())
+        place = self._own.get_field_index(ID)
+        # Rows without an id get one, as far as the column can hold it.
+        self._fills_ids = not layout.adds_id and (place < 0 or pa.types.is_string(self._own.field(place).type))
+        if self._fills_ids:
+            others = [field for field in self._own if field.name != ID]
+            others.insert(max(0, place), pa.field(ID, pa.string()))
+            self._own = pa.schema(others)
         self._added = pa.schema([pa.field(name, kind) for name, kind in layout.types().items()])
         self._schema = pa.schema([*self._own, *self._added])
         self._writer = pq.ParquetWriter(file, self._schema, compression="zstd")
@@ -188,8 +196,10 @@ class ParquetWriter:
 
     def finish(self) -> None:
         """Write the last group and the footer."""
-        self._flush()
-        self._writer.close()
+        try:
+            self._flush()
+        finally:
+            self._writer.close()
 
     def _flush(self) -> None:
         if not self._held:
@@ -201,22 +211,28 @@ class ParquetWriter:
         self._held.clear()
 
     def _own_columns(self, rows: list[Row]) -> list[Any]:
-        if all(row.batch is not None for row in rows):
-            table = self._pa.concat_tables(_taken(rows), promote_options="permissive")
-            names = table.column_names
-            columns = [
-                table[f.name].cast(f.type) if f.name in names else self._pa.nulls(len(rows), f.type) for f in self._own
-            ]
-        else:
-            columns = [self._convert(field, [row.values.get(field.name) for row in rows]) for field in self._own]
-        if not self._layout.adds_id and self._pa.types.is_string(self._own.field(ID).type):
-            ids = self._pa.array([str(row.id(self._layout.id_column)) for row in rows], self._pa.string())
-            columns[self._own.get_field_index(ID)] = ids
-        return columns
+        groups = groupby(rows, key=lambda row: id(row.batch[0]) if row.batch else None)
+        tables = [self._own_table(list(group)) for _, group in groups]
+        return list(self._pa.concat_tables(tables).columns)
 
-    def _convert(self, field: pa.Field[Any], values: list[Any]) -> Any:
-        if field.metadata == AS_JSON:
-            values = [None if value is None else json.dumps(value) for value in values]
+    def _own_table(self, rows: list[Row]) -> pa.Table:
+        """Return the own columns of rows that come from one Arrow batch, or from none."""
+        places = [row.batch for row in rows if row.batch is not None]
+        arrow = places[0][0].take(self._pa.array([place for _, place in places])) if places else None
+        columns = [self._own_column(field, rows, arrow) for field in self._own]
+        return self._pa.Table.from_arrays(columns, schema=self._own)
+
+    def _own_column(self, field: pa.Field[Any], rows: list[Row], arrow: pa.RecordBatch | None) -> Any:
+        if field.name == ID and self._fills_ids:
+            return self._pa.array([str(row.id(self._layout.id_column)) for row in rows], field.type)
+        as_json = field.metadata == AS_JSON
+        if arrow is not None and field.name in arrow.schema.names and not as_json:
+            column = arrow.column(field.name)
+            if column.type == field.type:
+                return column
+        values = [row.values.get(field.name) for row in rows]
+        if as_json:
+            values = [None if value is None else dump_json(value).decode() for value in values]
         return self._pa.array(values, field.type)
 
 
@@ -226,36 +242,41 @@ WRITERS: dict[OutputFormat, type[Writer]] = {
 }
 
 
-def _taken(rows: list[Row]) -> Iterator[pa.Table]:
-    """Take rows from their Arrow batches, successive rows of one batch together."""
-    import pyarrow as pa
+# --- types of columns -------------------------------------------------------------------------------------------------
 
-    for _, group in groupby(rows, key=lambda row: id(row.batch[0]) if row.batch else 0):
-        places = [row.batch for row in group if row.batch is not None]
-        yield pa.Table.from_batches([places[0][0]]).take([position for _, position in places])
+MAX_TYPED_LEVELS, MAX_TYPED_FIELDS = 16, 256
+"""Values nested deeper, and objects with more different keys, are kept as JSON text."""
+
+Kind = Any
+"""What the JSON values of a column have in common: a key of `_ARROW`, `[kind of the items]`, or `{key: kind}`."""
+
+_ARROW = {"null": "null", "bool": "bool", "exact": "int64", "int": "int64", "float": "float64", "str": "string"}
+_WIDER = {frozenset({"exact", "int"}): "int", frozenset({"exact", "float"}): "float"}
+_SCALARS = {type(None): "null", bool: "bool", float: "float"}
 
 
-def infer_schema(rows: Iterator[Row]) -> pa.Schema:
-    """Return the Arrow schema that holds every row's own columns.
+def infer_schema(rows: Iterable[Row]) -> pa.Schema:
+    """Return the Arrow schema that holds every row's own columns exactly.
 
-    A column of text rows that fits no Arrow type (numbers and text mixed, integers beyond 64 bits, empty objects) is
-    kept as JSON text, and its field says so in its metadata.
+    Parquet rows have their types. A column of text rows that fits no Arrow type (numbers and text mixed, integers
+    beyond 64 bits, empty objects) is kept as JSON text, and its field says so in its metadata.
     """
     import pyarrow as pa
 
-    kinds: dict[str, Any] = {}
+    typed: dict[str, Any] = {}
+    kinds: dict[str, Kind] = {}
     last_batch: Any = None
-    while block := list(islice(rows, PARQUET_GROUP_ROWS)):
-        for row in block:
-            if row.batch is not None and row.batch[0] is not last_batch:
-                last_batch = row.batch[0]
-                for field in last_batch.schema:
-                    kinds[field.name] = _common_type(kinds.get(field.name, pa.null()), field.type)
-        values = [row.values for row in block if row.batch is None]
-        for name in dict.fromkeys(name for one in values for name in one):
-            found = _type_of([one.get(name) for one in values])
-            kinds[name] = _common_type(kinds.get(name, pa.null()), found)
-    return pa.schema([_field(name, kind) for name, kind in kinds.items()])
+    for row in rows:
+        if row.batch is None:
+            for name, value in row.values.items():
+                kinds[name] = _wider(kinds.get(name, "null"), _kind_of(value))
+        elif row.batch[0] is not last_batch:
+            last_batch = row.batch[0]
+            for field in last_batch.schema:
+                typed[field.name] = _unified(typed.get(field.name, pa.null()), field.type)
+    for name, kind in kinds.items():
+        typed[name] = _unified(typed.get(name, pa.null()), _arrow_type(kind))
+    return pa.schema([_field(name, kind) for name, kind in typed.items()])
 
 
 def _field(name: str, kind: Any) -> pa.Field[Any]:
@@ -266,54 +287,85 @@ def _field(name: str, kind: Any) -> pa.Field[Any]:
     return pa.field(name, pa.string() if pa.types.is_null(kind) else kind)
 
 
-def _type_of(values: list[Any]) -> Any:
-    """Return the Arrow type of JSON values, or None where there is none that Parquet can hold."""
+def _kind_of(value: Any, levels: int = MAX_TYPED_LEVELS) -> Kind:
+    """Return the kind of one JSON value; `json` is what no Arrow type holds."""
+    if isinstance(value, str):
+        return "str" if _is_utf8(value) else "json"
+    if type(value) is int:
+        return "exact" if abs(value) <= 2**53 else "int" if -(2**63) <= value < 2**63 else "json"
+    if isinstance(value, (list, dict)) and not levels:
+        return "json"
+    if isinstance(value, list):
+        return [functools.reduce(_wider, (_kind_of(item, levels - 1) for item in value), "null")]
+    if isinstance(value, dict):
+        return {name: _kind_of(inner, levels - 1) for name, inner in value.items()}
+    return _SCALARS.get(type(value), "json")
+
+
+def _wider(one: Kind, other: Kind) -> Kind:
+    """Return the kind that holds both; integers that a float would round do not become floats."""
+    if one == other or other == "null":
+        return one
+    if one == "null":
+        return other
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one | {name: _wider(one.get(name, "null"), kind) for name, kind in other.items()}
+    if isinstance(one, list) and isinstance(other, list):
+        return [_wider(one[0], other[0])]
+    both_plain = isinstance(one, str) and isinstance(other, str)
+    return _WIDER.get(frozenset({one, other}), "json") if both_plain else "json"
+
+
+def _arrow_type(kind: Kind) -> Any:
+    """Return the Arrow type of a kind, or None where there is none that Parquet can hold."""
     import pyarrow as pa
 
-    kinds = {type(value) for value in values} - {type(None)}
-    if len(kinds) > 1 and kinds != {int, float}:
-        return None
-    if kinds == {int, float} and any(abs(value) > 2**53 for value in values if type(value) is int):
-        return None  # a float would round them
-    try:
-        kind = pa.array(values).type
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
-        return None
-    return kind if _is_storable(kind) else None
+    if isinstance(kind, list):
+        items = _arrow_type(kind[0])
+        return items and pa.list_(items)
+    if isinstance(kind, dict):
+        fields = {name: _arrow_type(inner) for name, inner in kind.items() if _is_utf8(name)}
+        storable = len(fields) == len(kind) and 0 < len(fields) <= MAX_TYPED_FIELDS and None not in fields.values()
+        return pa.struct(list(fields.items())) if storable else None
+    return pa.type_for_alias(_ARROW[kind]) if kind in _ARROW else None
 
 
-def _common_type(one: Any, other: Any) -> Any:
+def _unified(one: Any, other: Any) -> Any:
     """Return the Arrow type that holds the values of both, or None where there is none."""
     import pyarrow as pa
 
     if one is None or other is None:
         return None
-    if (
-        pa.types.is_integer(one)
-        and pa.types.is_floating(other)
-        or pa.types.is_floating(one)
-        and pa.types.is_integer(other)
-    ):
-        return None  # the integers' size is not known any more, so a float might round them
+    if one == other or pa.types.is_null(other):
+        return one
+    if pa.types.is_null(one):
+        return other
+    one, other = (kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (one, other))
+    for is_kind in (pa.types.is_integer, pa.types.is_unsigned_integer, pa.types.is_binary):
+        if is_kind(one) != is_kind(other):
+            return None  # Arrow would round or guess
     try:
         schemas = [pa.schema([("", one)]), pa.schema([("", other)])]
         return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
+    except pa.ArrowException:
         return None
 
 
-def _is_storable(kind: Any) -> bool:
-    """Say whether Parquet can hold the type; it has no struct without fields."""
-    import pyarrow as pa
-
-    if pa.types.is_struct(kind):
-        return kind.num_fields > 0 and all(_is_storable(field.type) for field in kind)
-    return not pa.types.is_list(kind) or _is_storable(kind.value_type)
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def dump_json(values: Any) -> bytes:
     """Write values as one line of JSON, exactly: integers of any size, NaN, Infinity; other types as text."""
-    return json.dumps(values, ensure_ascii=False, default=_json_default).encode("utf-8", "surrogatepass")
+    options: dict[str, Any] = {"separators": (",", ":"), "default": _json_default}
+    try:
+        return json.dumps(values, ensure_ascii=False, **options).encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
+        return json.dumps(values, **options).encode("utf-8")
 
 
 def _json_default(value: Any) -> Any:
@@ -344,7 +396,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         _sync_directory(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise LLMError(f"cannot write {path}: {error.strerror or error}") from error
+        # Files are written side by side, so it need not be this one that failed.
+        raise LLMError(f"cannot write to {path.parent}: {error.strerror or error}") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -387,11 +440,13 @@ def write_outputs(
     path, errors = output_file(directory, config), directory / ERRORS_FILE
     with atomic_file(path) as file, atomic_file(errors) as error_file:
         writer = WRITERS[config.format](file, layout, rows)
-        for one in answered:
-            writer.write(one)
-            if one.completion.error is not None:
-                error_file.write(dump_json(_error_record(one, layout)) + b"\n")
-        writer.finish()
+        try:
+            for one in answered:
+                writer.write(one)
+                if one.completion.error is not None:
+                    error_file.write(dump_json(_error_record(one, layout)) + b"\n")
+        finally:
+            writer.finish()
     return {file.name: file_digest(file) for file in (path, errors)}
 
 
@@ -410,10 +465,12 @@ def _error_record(answered: Answered, layout: Layout) -> dict[str, Any]:
     }
 
 
-def write_metrics(directory: Path, metrics: dict[str, Any]) -> None:
-    """Write `metrics.json`."""
-    with atomic_file(directory / METRICS_FILE) as file:
+def write_metrics(directory: Path, metrics: dict[str, Any]) -> dict[str, str]:
+    """Write `metrics.json`; return its digest."""
+    path = directory / METRICS_FILE
+    with atomic_file(path) as file:
         file.write(orjson.dumps(metrics, option=orjson.OPT_INDENT_2) + b"\n")
+    return {METRICS_FILE: file_digest(path)}
 
 
 def file_digest(path: Path) -> str:
@@ -441,14 +498,29 @@ def read_run(directory: str | Path) -> RunFiles:
         import pandas as pd
     except ImportError as error:
         raise MissingDependencyError("pandas", "pandas", "read_run") from error
-    files = [directory / f"outputs.{kind.value}" for kind in OutputFormat]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None or not (directory / METRICS_FILE).is_file():
-        raise LLMError(
-            f"{directory} holds no finished run; there should be {METRICS_FILE} and outputs.jsonl or .parquet"
-        )
-    metrics = orjson.loads((directory / METRICS_FILE).read_bytes())
-    if found.suffix == ".parquet":
-        return RunFiles(pd.read_parquet(found), metrics)
-    with found.open("rb") as lines:
+    metrics = orjson.loads(_finished(directory, METRICS_FILE).read_bytes())
+    path = _finished(directory, metrics["output"])
+    if path.suffix == ".parquet":
+        return RunFiles(_read_parquet(path), metrics)
+    with path.open("rb") as lines:
         return RunFiles(pd.DataFrame([json.loads(line) for line in lines]), metrics)
+
+
+def _finished(directory: Path, name: str) -> Path:
+    path = directory / name
+    if not path.is_file():
+        raise LLMError(f"{directory} holds no finished run: there is no {name} in it")
+    return path
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    """Read answers in Parquet; columns kept as JSON text become their values again."""
+    import pandas as pd
+    import pyarrow.parquet as pq
+
+    rows = pd.read_parquet(path)
+    for field in pq.read_schema(path):
+        if (field.metadata or {}).items() >= AS_JSON.items():
+            values = [json.loads(cell) if isinstance(cell, str) else None for cell in rows[field.name]]
+            rows[field.name] = pd.Series(values, rows.index, dtype=object)
+    return rows

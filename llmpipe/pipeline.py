@@ -68,7 +68,7 @@ def run(
     directory = Path(directory)
     dataset = Dataset(config.dataset)
     check_trusted(_backend_values(config).get("_target_", "???"), config.trusted_modules)
-    scan = dataset.scan(template_columns(config.prompt.template) if config.prompt.template else None)
+    scan = dataset.scan(None if config.prompt.template is None else template_columns(config.prompt.template))
     _layout(config, scan, config.sampling.n).check(scan.columns)
     scorers(config.metrics.scorers)
     with Ledger(directory, fingerprint(config, scan)) as ledger:
@@ -92,14 +92,13 @@ def generate(
         chat = runner.is_chat(config.prompt.format)
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         attempt.began(runner, prompt_format="chat" if chat else "raw")
-        done, expected, tokens = ledger.count(), scan.rows * config.sampling.n, 0
+        before, expected, tokens = ledger.count(), scan.rows * config.sampling.n, 0
         completions = runner.completions(_requests(dataset, prompts, ledger, signals))
         try:
             for completion in completions:
                 ledger.add([completion])
-                done += 1
                 tokens += completion.completion_tokens or 0
-                progress(done, expected, tokens)
+                progress(before + ledger.noted, expected, tokens)
                 if signals.received:
                     break
         finally:
@@ -127,7 +126,7 @@ def _requests(dataset: Dataset, prompts: PromptBuilder, ledger: Ledger, signals:
             finished = done.get(row.index, frozenset())
             try:
                 request = prompts.build(row, finished)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if not finished:
                     ledger.add([failed(row.index, str(error))])
                 continue
@@ -139,16 +138,13 @@ def conclude(config: RunConfig, dataset: Dataset, scan: Scan, ledger: Ledger, di
     """Write outputs and metrics from the ledger, unless they are there and whole."""
     wanted = {"output": describe(config.output), "metrics": describe(config.metrics)}
     files: dict[str, str] = ledger.get("files") or {}
-    if files and ledger.get("written_as") == wanted:
-        missing = [name for name in files if not (directory / name).is_file()]
-        for name, digest in files.items():
-            if name not in missing and file_digest(directory / name) != digest:
-                raise LedgerError(
-                    f"{directory / name} was changed since the run; move it away to have it written again"
-                )
-        if not missing:
-            return dict(ledger.get("summary"))
-    layout = _layout(config, scan, ledger.most_samples())
+    there = [name for name in files if (directory / name).is_file()]
+    for name in there:
+        if file_digest(directory / name) != files[name]:
+            raise LedgerError(f"{directory / name} was changed since the run; move it away to have it written again")
+    if there and len(there) == len(files) and ledger.get("written_as") == wanted:
+        return dict(ledger.get("summary"))
+    layout = _layout(config, scan, max(config.sampling.n, ledger.most_samples()))
     layout.check(scan.columns)
     totals = Totals()
     answered = _scored(join(dataset.rows(), ledger.completions()), config, totals)
@@ -166,7 +162,7 @@ def conclude(config: RunConfig, dataset: Dataset, scan: Scan, ledger: Ledger, di
         "environment": environment(),
         "output": output_file(directory, config.output).name,
     }
-    write_metrics(directory, metrics)
+    files |= write_metrics(directory, metrics)
     ledger.set(files=files, written_as=wanted, summary=metrics)
     return metrics
 

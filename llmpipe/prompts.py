@@ -5,6 +5,7 @@ Text from a dataset is only ever a value; `prompt.template` is the user's, and m
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -87,7 +88,7 @@ class PromptBuilder:
         return ({"role": "system", "content": self._prompt.system}, *messages)
 
     def _sampling_of(self, overrides: Any) -> SamplingConfig:
-        if overrides is None or overrides == "":
+        if overrides is None:
             return self._sampling
         if isinstance(overrides, str):
             overrides = _json(overrides, "sampling")
@@ -95,7 +96,7 @@ class PromptBuilder:
             raise ValueError(f"the row's sampling is {_kind(overrides)}, not an object of options")
         try:  # a Parquet struct has every field in every row, null where the row says nothing
             return self._sampling.replace({name: value for name, value in overrides.items() if value is not None})
-        except LLMConfigError as error:
+        except (LLMConfigError, TypeError, OverflowError) as error:
             raise ValueError(f"the row's sampling: {error}") from error
 
 
@@ -127,7 +128,7 @@ def _parse_message(number: int, message: Any) -> Message:
         content = ""
     if not isinstance(content, str):
         raise ValueError(f"message {number} has {_kind(content)} as content, not text")
-    if _has_surrogate(content):
+    if _has_surrogate(json.dumps(parsed, ensure_ascii=False, default=str)):
         raise ValueError(f"message {number} holds a lone surrogate, which no UTF-8 text can")
     return {**parsed, "content": content}
 
@@ -156,9 +157,12 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
     def value_of(match: re.Match[str]) -> str:
         if match[1] is None:
             return match[0][0]
-        if values.get(match[1]) is None:
+        value = values.get(match[1])
+        if value is None:
             raise ValueError(f"the prompt template names the column {match[1]!r}, which is missing or null")
-        return str(values[match[1]])
+        if isinstance(value, (dict, list, bool)):
+            return json.dumps(value, ensure_ascii=False, default=str)
+        return str(value)
 
     return _FIELD.sub(value_of, template)
 

@@ -48,7 +48,7 @@ class Row:
     def id(self, column: str) -> Any:
         """Return the row's id: the value of its id column, or `row-N` by position."""
         value = self.values.get(column)
-        return value if isinstance(value, (str, int)) and not isinstance(value, bool) else f"row-{self.index}"
+        return value if isinstance(value, (str, int, float)) else f"row-{self.index}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,207 @@
+"""Durable progress: what is committed stays, one process at a time, and nothing damaged or foreign is trusted."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmpipe.exceptions import LedgerError
+from llmpipe.ledger import COMMIT_EVERY_ROWS, FILE, Ledger, differences, saved_overrides
+from llmpipe.records import Completion, failed
+
+ASKED = {"model": "sha256:1", "sampling": {"temperature": 0.0, "stop": []}, "seed": 0}
+
+
+def in_another_process(code: str, directory: Path) -> subprocess.Popen[str]:
+    """Run code that has a ledger open as `ledger`, and answers through stdout."""
+    script = f"import sys\nfrom pathlib import Path\nfrom llmpipe.ledger import Ledger\n{code}"
+    command = [sys.executable, "-c", script, str(directory)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def test_completions_come_back_as_they_were_by_row_and_sample(tmp_path: Path) -> None:
+    full = Completion(1, 1, "é\u2028\0\ud800", "stop", 3, 1, 2, 4, 0.1, 0.25, 1 / 3, None)
+    with Ledger(tmp_path, ASKED) as ledger:
+        ledger.add([failed(2, "why\n"), full, Completion(1, 0, "", "length")])
+        ledger.commit()
+    with Ledger(tmp_path, ASKED) as ledger:
+        assert list(ledger.completions()) == [Completion(1, 0, "", "length"), full, failed(2, "why\n")]
+        assert (ledger.count(), ledger.rows(), ledger.most_samples()) == (3, 2, 2)
+        assert ledger.done(0, 1) == {1: frozenset({0, 1})}
+        assert ledger.done(2, 99) == {2: frozenset({0})}
+
+
+def test_what_is_committed_is_visible_to_other_processes_and_what_is_not_is_lost(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, ASKED)
+    ledger.add([Completion(0)])
+    ledger.commit()
+    ledger._committed_at += 1000  # no time passes: the next one stays uncommitted
+    ledger.add([Completion(1)])
+    with sqlite3.connect(tmp_path / FILE) as other:
+        assert other.execute("SELECT row FROM completions").fetchall() == [(0,)]
+    ledger.close()
+    with Ledger(tmp_path, ASKED) as reopened:
+        assert [one.request_id for one in reopened.completions()] == [0]
+
+
+def test_a_full_group_is_committed_by_itself(tmp_path: Path) -> None:
+    with Ledger(tmp_path, ASKED) as ledger:
+        ledger._committed_at += 1000
+        ledger.add(Completion(i) for i in range(COMMIT_EVERY_ROWS))
+        with sqlite3.connect(tmp_path / FILE) as other:
+            assert other.execute("SELECT count(*) FROM completions").fetchone() == (COMMIT_EVERY_ROWS,)
+
+
+def test_facts_are_kept_and_an_empty_ledger_counts_nothing(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "made" / "here", ASKED) as ledger:
+        assert (ledger.count(), ledger.rows(), ledger.most_samples(), ledger.get("wall_s")) == (0, 0, 0, None)
+        ledger.set(wall_s=1.5, files={"a": "b"})
+        ledger.set(wall_s=2.5)
+    with Ledger(tmp_path / "made" / "here", ASKED) as ledger:
+        assert (ledger.get("wall_s"), ledger.get("files")) == (2.5, {"a": "b"})
+
+
+def test_the_overrides_of_a_run_are_read_while_it_is_open_or_after_it_was_killed(tmp_path: Path) -> None:
+    odd = tmp_path / "a b?c#d%20"
+    with Ledger(odd, ASKED) as ledger:
+        assert saved_overrides(odd) == []
+        ledger.set(overrides=["backend=echo", "seed=1"])
+        assert saved_overrides(odd) == ["backend=echo", "seed=1"]
+    with pytest.raises(LedgerError, match="is no run directory"):
+        saved_overrides(tmp_path)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"model": None}, "model was 'sha256:1', is None"),
+        ({"sampling": {"temperature": 0.7, "stop": []}}, "sampling.temperature was 0.0, is 0.7"),
+        ({"sampling": {"temperature": 0.0, "stop": ["x"]}}, r"sampling.stop was \[\], is \['x'\]"),
+        ({"limit": 5}, "limit was None, is 5"),
+    ],
+)
+def test_another_fingerprint_is_refused_with_the_difference(tmp_path: Path, change: dict[str, Any], shown: str) -> None:
+    with Ledger(tmp_path, ASKED) as ledger:
+        ledger.add([Completion(0)])
+        ledger.commit()
+    with pytest.raises(LedgerError, match=f"another configuration: {shown}. Use another hydra.run.dir"):
+        Ledger(tmp_path, {**ASKED, **change})
+    with Ledger(tmp_path, ASKED) as ledger:  # neither locked nor changed
+        assert ledger.count() == 1
+
+
+def test_the_same_fingerprint_is_accepted_whatever_json_makes_of_it(tmp_path: Path) -> None:
+    asked = {"stop": ("a", "b"), "bias": {1: 0.5}}
+    Ledger(tmp_path, asked).close()
+    Ledger(tmp_path, asked).close()
+
+
+def test_differences_name_nested_keys_of_either_side() -> None:
+    assert list(differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "d": 3}})) == [
+        "a.c was 2, is None",
+        "a.d was None, is 3",
+    ]
+
+
+def test_a_directory_in_use_by_another_process_is_refused_until_that_one_is_killed(tmp_path: Path) -> None:
+    holds = "ledger = Ledger(Path(sys.argv[1]), {})\nprint('open', flush=True)\nsys.stdin.read()"
+    other = in_another_process(holds, tmp_path)
+    assert other.stdout is not None and other.stdout.readline() == "open\n"
+    try:
+        with pytest.raises(LedgerError, match="in use by another process"):
+            Ledger(tmp_path, {})
+    finally:
+        other.kill()
+        other.communicate()
+    Ledger(tmp_path, {}).close()
+
+
+def test_a_second_ledger_in_the_same_process_is_refused(tmp_path: Path) -> None:
+    with Ledger(tmp_path, ASKED), pytest.raises(LedgerError, match="in use"):
+        Ledger(tmp_path, ASKED)
+
+
+def damaged(directory: Path, what: str) -> Path:
+    """Make a ledger of some size and damage it."""
+    with Ledger(directory, ASKED) as ledger:
+        ledger.add(Completion(i, text=f"text {i}" * 20) for i in range(500))
+        ledger.commit()
+    path = directory / FILE
+    data = bytearray(path.read_bytes())
+    if what == "cut":
+        data = data[: len(data) // 2]
+    elif what == "text":
+        data = bytearray(b"this is no database\n" * 100)
+    elif what == "pages":
+        data[8192:24576] = b"\xa5" * 16384
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("what", ["cut", "text", "pages"])
+def test_a_damaged_ledger_is_refused_by_name_and_left_as_it_is(tmp_path: Path, what: str) -> None:
+    path = damaged(tmp_path, what)
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match=r"ledger\.sqlite is damaged.*move it away to start again"):
+        Ledger(tmp_path, ASKED)
+    assert path.read_bytes() == before
+    path.unlink()
+    Ledger(tmp_path, ASKED).close()  # the lock was given back
+
+
+@pytest.mark.parametrize("statement", ["UPDATE completions SET data = X'7B'", "UPDATE completions SET data = X'FF'"])
+def test_a_damaged_completion_is_found_when_it_is_read(tmp_path: Path, statement: str) -> None:
+    path = damaged(tmp_path, "not")
+    with sqlite3.connect(path) as db:
+        db.execute(statement)
+    with Ledger(tmp_path, ASKED) as ledger, pytest.raises(LedgerError, match=r"ledger\.sqlite is damaged"):
+        list(ledger.completions())
+
+
+def test_damaged_facts_are_refused(tmp_path: Path) -> None:
+    path = damaged(tmp_path, "not")
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE meta SET value = '{' WHERE key = 'fingerprint'")
+        db.execute("INSERT INTO meta VALUES ('overrides', '{')")
+    with pytest.raises(LedgerError, match="damaged"):
+        Ledger(tmp_path, ASKED)
+    with pytest.raises(LedgerError, match="damaged"):
+        saved_overrides(tmp_path)
+
+
+def test_a_ledger_of_another_version_is_refused(tmp_path: Path) -> None:
+    with Ledger(tmp_path, ASKED) as ledger:
+        ledger.set(version=0)
+    with pytest.raises(LedgerError, match="another version of llmpipe"):
+        Ledger(tmp_path, ASKED)
+
+
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LedgerError, match="cannot write to the run directory"):
+        Ledger(tmp_path / "file" / "run", ASKED)
+
+
+def test_a_full_disk_is_reported_and_what_was_committed_is_safe(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, ASKED)
+    ledger.add([Completion(0)])
+    ledger.commit()
+    pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
+    ledger._db.execute(f"PRAGMA max_page_count = {pages}")  # as if the disk ended here
+    with pytest.raises(LedgerError, match="cannot write to .*what was committed before is safe"):
+        ledger.add(Completion(i, text="x" * 1000) for i in range(1, COMMIT_EVERY_ROWS + 1))
+    ledger.close()
+    with Ledger(tmp_path, ASKED) as reopened:
+        assert reopened.done(0, 10**6) == {0: frozenset({0})}

@@ -1,0 +1,471 @@
+"""Whole runs on the echo backend: every row comes out once, whatever it holds and whenever a run is killed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import llmpipe
+from llmpipe import Chunk, DatasetError, EchoRunner, LedgerError, LLMConfigError, LLMError, LLMInferenceError, Request
+from llmpipe.pipeline import RunInterrupted
+
+Compose = Callable[..., llmpipe.RunConfig]
+TIMINGS = ("queue_s", "first_token_s", "latency_s")
+
+
+def rows_of(directory: Path, timings: bool = False) -> list[dict[str, Any]]:
+    """Return the output rows, by default without what differs from run to run."""
+    lines = (directory / "outputs.jsonl").read_bytes().split(b"\n")[:-1]
+    rows = [json.loads(line) for line in lines]
+    return rows if timings else [{name: v for name, v in row.items() if name not in TIMINGS} for row in rows]
+
+
+def errors_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "errors.jsonl").read_bytes().splitlines()]
+
+
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    names = ("outputs.jsonl", "outputs.parquet", "errors.jsonl", "metrics.json")
+    return {name: (directory / name).read_bytes() for name in names if (directory / name).exists()}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[int, ...]]]:
+    """The requests that reach the runner, as row and samples."""
+    requests: list[tuple[int, tuple[int, ...]]] = []
+    stream = EchoRunner.stream
+
+    def noting(self: EchoRunner, given: Iterable[Request]) -> Iterator[Chunk]:
+        def noted() -> Iterator[Request]:
+            for request in given:
+                requests.append((request.id, request.samples))
+                yield request
+
+        yield from stream(self, noted())
+
+    monkeypatch.setattr(EchoRunner, "stream", noting)
+    return requests
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
+    """Make the runner as a whole fail after some answers."""
+    stream = EchoRunner.stream
+
+    def failing(self: EchoRunner, requests: Iterable[Request]) -> Iterator[Chunk]:
+        for number, chunk in enumerate(stream(self, requests)):
+            if number == chunks:
+                raise LLMInferenceError("the device is gone")
+            yield chunk
+
+    monkeypatch.setattr(EchoRunner, "stream", failing)
+
+
+# --- every row comes out ----------------------------------------------------------------------------------------------
+
+GOOD = {"id": "good", "prompt": "one two", "note": [1, {"x": None}]}
+BAD_ROWS = [
+    (b"{bad", "not valid JSON"),
+    (b"[]", "not an object"),
+    (b"\xff", "utf-8"),
+    ({"prompt": None}, "missing or null"),
+    ({"prompt": ""}, "empty"),
+    ({"prompt": 5}, "not text"),
+    ({"messages": []}, "empty list"),
+    ({"messages": [{"role": "alien", "content": "x"}]}, "role 'alien'"),
+    ({"messages": [{"role": "user", "content": 1}]}, "not text"),
+    ({"prompt": "x", "sampling": {"temperature": -1}}, "[0, 100]"),
+    ({"prompt": "x", "sampling": {"stop": 5}}, "sampling"),
+    ({"prompt": "x", "sampling": {"top_q": 1}}, "unknown sampling option 'top_q'"),
+    ({"prompt": "\ud800"}, "lone surrogate"),
+]
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_bad_rows_are_error_rows_in_their_place_and_their_neighbours_are_answered(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, format: str
+) -> None:
+    rows = [row for i, (bad, _) in enumerate(BAD_ROWS) for row in ({**GOOD, "id": f"g{i}"}, bad)]
+    metrics = llmpipe.run(echo_config(write_jsonl(*rows), f"output={format}"), tmp_path / "run")
+    count = len(BAD_ROWS)
+    assert (metrics["rows"], metrics["rows_ok"], metrics["rows_error"]) == (2 * count, count, count)
+    found = llmpipe.read_run(tmp_path / "run").rows
+    assert found["id"].tolist() == [name for i in range(count) for name in (f"g{i}", f"row-{2 * i + 1}")]
+    assert found["completion"].tolist()[::2] == ["one two"] * count
+    assert found["completion"].isna().tolist()[1::2] == [True] * count
+    assert set(found["finish_reason"].tolist()[1::2]) == {"error"}
+    for error, (_, reason) in zip(found["error"].tolist()[1::2], BAD_ROWS, strict=True):
+        assert reason in error
+    errors = errors_of(tmp_path / "run")
+    assert [(error["id"], error["line"]) for error in errors] == [(f"row-{2 * i + 1}", 2 * i + 2) for i in range(count)]
+    assert [error["reason"] for error in errors] == found["error"].tolist()[1::2]
+    assert errors[0]["raw"] == "{bad"
+
+
+@pytest.mark.parametrize("source", ["jsonl", "jsonl.gz", "csv", "parquet"])
+@pytest.mark.parametrize("target", ["jsonl", "parquet"])
+def test_every_input_format_gives_the_same_answers_in_every_output_format(
+    tmp_path: Path, echo_config: Compose, source: str, target: str
+) -> None:
+    frame = pd.DataFrame({"id": ["a", "b", "c"], "prompt": ["x y", None, "z"], "tag": ["1", "2", "é"]})
+    path = tmp_path / f"rows.{source}"
+    if source == "csv":
+        frame.to_csv(path, index=False)
+    elif source == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_json(path, orient="records", lines=True)
+    llmpipe.run(echo_config(path, f"output={target}"), tmp_path / "run")
+    rows, metrics = llmpipe.read_run(tmp_path / "run")
+    assert rows[["id", "tag"]].values.tolist() == [["a", "1"], ["b", "2"], ["c", "é"]]
+    assert rows["completion"].fillna("none").tolist() == ["x y", "none", "z"]
+    assert rows["prompt_tokens"].fillna(-1).tolist() == [2, -1, 1]
+    assert (metrics["rows_ok"], metrics["rows_error"]) == (2, 1)
+    if target == "parquet":
+        types = {field.name: str(field.type) for field in pq.read_schema(tmp_path / "run" / "outputs.parquet")}
+        assert (types["prompt_tokens"], types["latency_s"], types["error"]) == ("int64", "double", "string")
+
+
+def test_chats_in_parquet_are_answered(tmp_path: Path, echo_config: Compose) -> None:
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
+    pq.write_table(pa.table({"messages": [chat, [], None]}), tmp_path / "a.parquet")
+    llmpipe.run(echo_config(tmp_path / "a.parquet", "output=parquet"), tmp_path / "run")
+    table = pq.read_table(tmp_path / "run" / "outputs.parquet")
+    assert table["completion"].to_pylist() == ["hi", None, None]
+    assert table["messages"].to_pylist() == [chat, [], None]
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_an_empty_dataset_gives_an_empty_output_and_zero_counts(
+    tmp_path: Path, echo_config: Compose, suffix: str, format: str
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(b"prompt\n" if suffix == "csv" else b"")
+    if suffix == "parquet":
+        pq.write_table(pa.table({"id": pa.array([], pa.int64()), "prompt": pa.array([], pa.string())}), path)
+    metrics = llmpipe.run(echo_config(path, f"output={format}"), tmp_path / "run")
+    assert (metrics["rows"], metrics["rows_ok"], metrics["rows_error"]) == (0, 0, 0)
+    assert len(llmpipe.read_run(tmp_path / "run").rows) == 0
+    assert (tmp_path / "run" / "errors.jsonl").read_bytes() == b""
+
+
+def test_the_command_ends_with_0_1_or_3(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
+    empty = write_jsonl(name="empty.jsonl")
+    some = write_jsonl({"prompt": "a"}, b"{bad", name="some.jsonl")
+    refused = write_jsonl({"text": "a"}, name="refused.jsonl")
+    ends = [start(path, tmp_path / path.stem) for path in (empty, some, refused)]
+    said = [one.communicate(timeout=60)[1] for one in ends]
+    assert [one.returncode for one in ends] == [0, 3, 1], said
+    assert "refused.jsonl has neither a column 'prompt' nor 'messages'; it has: text" in said[2]
+    assert not (tmp_path / "refused" / "outputs.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "overrides", "error"),
+    [
+        ([{"text": "a"}], [], DatasetError),
+        ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], [], DatasetError),
+        ([{"prompt": "a", "completion": "b"}], [], DatasetError),
+        ([{"prompt": "a"}], ["prompt.template='{topic}'"], DatasetError),
+        ([{"prompt": "a"}], ["prompt.template='{'"], LLMConfigError),
+        ([{"prompt": "a"}], ["metrics.scorers=[bleu]"], LLMConfigError),
+    ],
+)
+def test_what_would_fail_every_row_is_refused_before_a_model_loads(
+    tmp_path: Path,
+    write_jsonl: Callable[..., Path],
+    echo_config: Compose,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[Any],
+    overrides: list[str],
+    error: type[LLMError],
+) -> None:
+    monkeypatch.setattr(EchoRunner, "_initialize_model", lambda self: pytest.fail("a model was loaded"))
+    with pytest.raises(error):
+        llmpipe.run(echo_config(write_jsonl(*rows), *overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prefix_goes_before_every_added_column(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
+) -> None:
+    path = write_jsonl({"prompt": "a", "completion": "mine", "error": 0, "id": "x", "reference": "a"})
+    llmpipe.run(echo_config(path, "output.prefix=llm_"), tmp_path / "run")
+    (row,) = rows_of(tmp_path / "run")
+    assert (row["completion"], row["error"], row["id"]) == ("mine", 0, "x")
+    assert (row["llm_completion"], row["llm_error"], row["llm_score_exact_match"]) == ("a", None, 1.0)
+
+
+def test_a_conflict_that_only_shows_at_the_end_costs_no_answers(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, asked: list[Any]
+) -> None:
+    path = write_jsonl({"prompt": "a", "sample": "mine", "sampling": {"n": 2}})
+    with pytest.raises(DatasetError, match="'sample' that llmpipe would add: set output.prefix="):
+        llmpipe.run(echo_config(path), tmp_path / "run")
+    llmpipe.run(echo_config(path, "output.prefix=llm_"), tmp_path / "run")
+    assert [(row["sample"], row["llm_sample"]) for row in rows_of(tmp_path / "run")] == [("mine", 0), ("mine", 1)]
+    assert asked == [(0, (0, 1))]
+
+
+def test_columns_template_limit_and_system_message_are_those_of_the_config(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
+) -> None:
+    path = write_jsonl(*({"key": f"k{i}", "q": f"q{i}", "gold": f"Q: q{i}"} for i in range(3)))
+    columns = ["dataset.columns.id=key", "dataset.columns.reference=gold", "dataset.limit=2"]
+    metrics = llmpipe.run(echo_config(path, *columns, "prompt.template='Q: {q}'"), tmp_path / "run")
+    assert [(row["id"], row["completion"]) for row in rows_of(tmp_path / "run")] == [("k0", "Q: q0"), ("k1", "Q: q1")]
+    assert (metrics["rows"], metrics["scores"]) == (2, {"exact_match": 1.0})
+
+
+def test_several_samples_per_row_are_rows_of_their_own(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
+) -> None:
+    path = write_jsonl({"prompt": "a"}, b"{bad", {"prompt": "b", "sampling": {"n": 1}})
+    metrics = llmpipe.run(echo_config(path, "sampling.n=2"), tmp_path / "run")
+    found = [(row["id"], row["sample"], row["completion"]) for row in rows_of(tmp_path / "run")]
+    assert found == [("row-0", 0, "a"), ("row-0", 1, "a"), ("row-1", 0, None), ("row-2", 0, "b")]
+    assert (metrics["rows"], metrics["rows_ok"], metrics["rows_error"], metrics["completions"]) == (3, 2, 1, 3)
+
+
+def test_the_sample_column_is_there_even_if_every_row_fails(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
+) -> None:
+    llmpipe.run(echo_config(write_jsonl(b"{bad"), "sampling.n=2"), tmp_path / "run")
+    assert rows_of(tmp_path / "run")[0]["sample"] == 0
+
+
+def test_metrics_say_what_was_run_on_what(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
+) -> None:
+    path = write_jsonl({"prompt": "a b", "reference": "a b"}, {"prompt": "c", "reference": 5}, {"prompt": "d"})
+    given = llmpipe.run(echo_config(path, "seed=3"), tmp_path / "run")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_bytes())
+    assert metrics == given == llmpipe.read_run(tmp_path / "run").metrics
+    assert (metrics["prompt_tokens"], metrics["completion_tokens"]) == (4, 4)
+    assert metrics["scores"] == {"exact_match": 0.5} and metrics["scored_rows"] == {"exact_match": 2}
+    assert set(metrics["latency_s"]) == {"p50", "p90", "p99", "mean", "max"}
+    assert metrics["wall_s"] > 0 and metrics["load_s"] >= 0 and metrics["peak_rss_mb"] > 10
+    assert (metrics["seed"], metrics["prompt_format"], metrics["output"]) == (3, "raw", "outputs.jsonl")
+    assert metrics["dataset_digest"].startswith("sha256:")
+
+
+def test_a_config_of_the_library_runs_in_a_directory_given_as_text(
+    tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    config = llmpipe.compose(["backend=echo", f"dataset.path={write_jsonl({'prompt': 'a'})}", "sampling.max_tokens=5"])
+    assert isinstance(config, llmpipe.RunConfig)
+    assert config.sampling.max_tokens == 5
+    told: list[tuple[int, int, int]] = []
+    llmpipe.run(config, str(tmp_path / "run"), progress=lambda *counts: told.append(counts))
+    assert told == [(1, 1, 1)]
+    with pytest.raises(LLMConfigError, match="max_tokens=0"):
+        llmpipe.compose(["sampling.max_tokens=0"])
+
+
+# --- interrupted and continued ----------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_not_run_again_and_its_files_stay_byte_identical(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, asked: list[Any]
+) -> None:
+    config = echo_config(write_jsonl({"prompt": "a"}, b"{bad"))
+    first = llmpipe.run(config, tmp_path / "run")
+    before = bytes_of(tmp_path / "run")
+    assert llmpipe.run(config, tmp_path / "run") == first
+    assert bytes_of(tmp_path / "run") == before
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("name", ["outputs.jsonl", "errors.jsonl", "metrics.json"])
+def test_a_changed_file_of_a_finished_run_is_refused_and_a_missing_one_written_again(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, asked: list[Any], name: str
+) -> None:
+    path = write_jsonl({"prompt": "a"}, b"{bad")
+    llmpipe.run(echo_config(path), tmp_path / "run")
+    file = tmp_path / "run" / name
+    before = file.read_bytes()
+    file.write_bytes(before + b" ")
+    for overrides in ([], ["output.prefix=other_"]):
+        with pytest.raises(LedgerError, match=f"{name} was changed since the run; move it away"):
+            llmpipe.run(echo_config(path, *overrides), tmp_path / "run")
+        assert file.read_bytes() == before + b" "
+    file.unlink()
+    llmpipe.run(echo_config(path), tmp_path / "run")
+    assert file.read_bytes() == before
+    assert len(asked) == 1
+
+
+def test_a_finished_run_is_written_in_another_format_without_running_again(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, asked: list[Any]
+) -> None:
+    path = write_jsonl({"prompt": "a"})
+    llmpipe.run(echo_config(path), tmp_path / "run")
+    llmpipe.run(echo_config(path, "output=parquet", "output.prefix=p_"), tmp_path / "run")
+    assert llmpipe.read_run(tmp_path / "run").rows["p_completion"].tolist() == ["a"]
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("sampling.temperature=0.7", "sampling.temperature was 0.0, is 0.7"),
+        ("seed=1", "seed was 0, is 1"),
+        ("prompt.system=hi", "prompt.system was None, is 'hi'"),
+        ("dataset.limit=1", "dataset.limit was None, is 1"),
+    ],
+)
+def test_another_question_in_the_same_directory_is_refused_with_the_difference(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, override: str, shown: str
+) -> None:
+    path = write_jsonl({"prompt": "a"})
+    llmpipe.run(echo_config(path), tmp_path / "run")
+    with pytest.raises(LedgerError, match=shown):
+        llmpipe.run(echo_config(path, override), tmp_path / "run")
+
+
+def test_a_changed_dataset_is_refused(tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose) -> None:
+    llmpipe.run(echo_config(write_jsonl({"prompt": "a"})), tmp_path / "run")
+    with pytest.raises(LedgerError, match="dataset.digest was"):
+        llmpipe.run(echo_config(write_jsonl({"prompt": "b"})), tmp_path / "run")
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 3, 4, 5])
+def test_a_run_that_failed_continues_with_the_samples_it_lacks(
+    tmp_path: Path,
+    write_jsonl: Callable[..., Path],
+    echo_config: Compose,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: list[tuple[int, tuple[int, ...]]],
+    chunks: int,
+) -> None:
+    config = echo_config(write_jsonl({"prompt": "a"}, b"{bad", {"prompt": "b"}, {"prompt": "c"}), "sampling.n=2")
+    with monkeypatch.context() as patch:
+        stop_after(patch, chunks)
+        with pytest.raises(LLMInferenceError, match="the device is gone"):
+            llmpipe.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "outputs.jsonl").exists()
+    asked.clear()
+    metrics = llmpipe.run(config, tmp_path / "run")
+    wanted = [(row, sample) for row in (0, 2, 3) for sample in (0, 1)][chunks:]
+    assert [(row, sample) for row, samples in asked for sample in samples] == wanted
+    llmpipe.run(config, tmp_path / "whole")
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
+    assert (metrics["rows_ok"], metrics["rows_error"]) == (3, 1)
+
+
+def test_a_run_in_use_by_another_process_is_refused(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
+) -> None:
+    config = echo_config(write_jsonl({"prompt": "a"}, {"prompt": "b"}))
+
+    def again(*counts: int) -> None:
+        with pytest.raises(LedgerError, match="in use by another process"):
+            llmpipe.run(config, tmp_path / "run")
+
+    llmpipe.run(config, tmp_path / "run", progress=again)
+    assert len(rows_of(tmp_path / "run")) == 2
+
+
+def test_a_signal_stops_the_run_and_the_library_can_continue_it(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, asked: list[Any]
+) -> None:
+    config = echo_config(write_jsonl(*({"prompt": str(i)} for i in range(5))))
+
+    def stop(done: int, *_: int) -> None:
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RunInterrupted, match="interrupted by SIGTERM; continue with: llmpipe resume="):
+        llmpipe.run(config, tmp_path / "run", progress=stop)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [row for row, _ in asked] == [0, 1]
+    llmpipe.run(config, tmp_path / "run")
+    assert [row for row, _ in asked] == [0, 1, 2, 3, 4]
+    assert [row["completion"] for row in rows_of(tmp_path / "run")] == list("01234")
+
+
+# --- real processes ---------------------------------------------------------------------------------------------------
+
+
+def start(dataset: Path, directory: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "llmpipe", "backend=echo", f"dataset.path={dataset}", *overrides]
+    return start_command([*command, f"hydra.run.dir={directory}"])
+
+
+def start_command(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def resume(directory: Path) -> tuple[int, str]:
+    process = start_command([sys.executable, "-m", "llmpipe", f"resume={directory}"])
+    said = "".join(process.communicate(timeout=120))
+    return process.returncode, said
+
+
+def committed(directory: Path) -> int:
+    """Return how many completions a running process has made durable."""
+    try:
+        with sqlite3.connect(f"file:{directory / 'ledger.sqlite'}?mode=ro", uri=True) as ledger:
+            return int(ledger.execute("SELECT count(*) FROM completions").fetchone()[0])
+    except sqlite3.OperationalError:  # not there yet
+        return 0
+
+
+def signal_midway(process: subprocess.Popen[str], directory: Path, signum: int) -> int:
+    """Send a signal once some rows are committed; return how many were by the end of the process."""
+    deadline = time.monotonic() + 60
+    while not committed(directory):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signum)
+    process.communicate(timeout=60)
+    return committed(directory)
+
+
+@pytest.fixture(scope="module")
+def many_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("many") / "rows.jsonl.gz"
+    lines = (b'{"id": "r%d", "prompt": "row %d"}\n' % (i, i) if i % 100 else b"{bad\n" for i in range(12_000))
+    path.write_bytes(gzip.compress(b"".join(lines), 1))
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(many_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    directory = tmp_path_factory.mktemp("whole")
+    metrics = llmpipe.run(llmpipe.compose(["backend=echo", f"dataset.path={many_rows}"]), directory)
+    assert (metrics["rows"], metrics["rows_error"]) == (12_000, 120)
+    return rows_of(directory)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_ended_by_a_signal_resumes_to_what_an_uninterrupted_one_gives(
+    tmp_path: Path, many_rows: Path, uninterrupted: list[dict[str, Any]], signum: signal.Signals
+) -> None:
+    process = start(many_rows, tmp_path / "run")
+    count = signal_midway(process, tmp_path / "run", signum)
+    assert 0 < count < 12_000
+    assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum)
+    assert not (tmp_path / "run" / "outputs.jsonl").exists()
+    code, said = resume(tmp_path / "run")
+    assert code == 3, said
+    assert rows_of(tmp_path / "run") == uninterrupted
+    if signum == signal.SIGKILL:  # once is enough: now that it is finished, nothing is done any more
+        before = bytes_of(tmp_path / "run")
+        assert resume(tmp_path / "run")[0] == 3
+        assert bytes_of(tmp_path / "run") == before
