@@ -7,13 +7,15 @@ yields chunks as they are made, or, where one prompt at a time is all it can do,
 from __future__ import annotations
 
 import gc
+import inspect
+import logging
 import threading
 import time
-import uuid
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import psutil
@@ -26,12 +28,18 @@ from llmpipe.config import (
     PromptFormat,
     SamplingConfig,
     build,
+    reject_unknown,
 )
 from llmpipe.exceptions import LLMConfigError, LLMError, LLMInferenceError, LLMInitializationError
-from llmpipe.records import Chunk, Completion, Message, Request, complete
+from llmpipe.records import Chunk, Completion, Message, Request, complete, derive_seed
 from llmpipe.runners.chat import ChatTemplateError
+from llmpipe.runners.decoding import StopStrings
+from llmpipe.runners.openai_format import chat_chunks, chat_completion
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_DEFAULT_SAMPLING = SamplingConfig()
 Prompt = str | Sequence[Message]
 """A plain prompt, or the messages of a chat."""
 
@@ -41,7 +49,7 @@ class BaseLLMRunner(ABC):
 
     Loading happens in the constructor; `close`, or leaving a `with` block, gives the memory back. One stream runs at
     a time: a second thread waits its turn, and a second stream in the same thread is refused, because it could only
-    wait for itself.
+    wait for itself. Closing the runner ends a stream that the same thread left open.
 
     Args:
         config: A backend config, a flat `ModelConfig`, or a dictionary of the backend's options.
@@ -67,6 +75,8 @@ class BaseLLMRunner(ABC):
         if isinstance(config, ModelConfig):
             device = device or config.device
             sampling = sampling or config.sampling
+            own = [f.name for f in fields(self.config_type)]
+            reject_unknown(config.options, own, "option", extra=[f.name for f in fields(ModelConfig)])
             config = {"model": config.model_path, **config.options}
         if isinstance(config, Mapping):
             config = cast(BackendConfig, build(self.config_type, config, "backend option"))
@@ -77,6 +87,7 @@ class BaseLLMRunner(ABC):
         self.is_loaded = False
         self._lock = threading.Lock()
         self._holder: int | None = None
+        self._open_stream: weakref.ref[Generator[Any]] | None = None
         self._load()
 
     # --- what a backend implements --------------------------------------------------------------------------------
@@ -97,32 +108,49 @@ class BaseLLMRunner(ABC):
 
         The last chunk of each sample carries its `finish_reason`. A request that cannot be run ends with an error
         chunk; only a fault of the whole runner raises. This default answers one sample at a time through
-        `_run_streaming`; a backend that batches overrides it.
+        `_run_streaming`; a backend that batches, or takes more sampling options, overrides it.
 
         Raises:
             LLMInferenceError: the runner as a whole failed.
         """
         for request in requests:
             try:
-                prompt = self.render(request.messages) if request.messages is not None else request.prompt
-            except (ChatTemplateError, LLMConfigError) as error:
+                self._check_simple(request.sampling)
+                prompt = self.prompt_text(request)
+            except ValueError as error:
                 yield from error_chunks(request, str(error))
                 continue
             for sample in request.samples:
-                sampling, count, started_at = request.sampling, 0, time.perf_counter()
                 try:
-                    for text in self._run_streaming(prompt, sampling.max_tokens, sampling.temperature):
-                        count += 1
-                        yield Chunk(request.id, sample, text, started_at=started_at)
-                except LLMError as error:
-                    yield Chunk(request.id, sample, finish_reason="error", error=str(error))
-                else:
-                    reason = "length" if count >= sampling.max_tokens else "stop"
-                    yield Chunk(request.id, sample, finish_reason=reason, completion_tokens=count)
+                    yield from self._stream_simply(request, sample, prompt)
+                except Exception as error:  # whatever befalls one prompt, the next one may fare better
+                    log.debug("request %d failed", request.id, exc_info=True)
+                    yield Chunk(request.id, sample, finish_reason="error", error=_one_line(error))
 
     def _run_streaming(self, prompt: str, max_tokens: int, temperature: float) -> Iterator[str]:
         """Generate for one prompt and yield its tokens' text; for backends that do not override `stream`."""
-        raise TypeError(f"{type(self).__name__} must implement stream or _run_streaming")
+        raise NotImplementedError(f"{type(self).__name__} must implement stream or _run_streaming")
+
+    def _check_simple(self, sampling: SamplingConfig) -> None:
+        """Refuse what `_run_streaming` would not be told of."""
+        taken = ("temperature", "max_tokens", "stop", "n")
+        for f in fields(SamplingConfig):
+            default, value = getattr(_DEFAULT_SAMPLING, f.name), getattr(sampling, f.name)
+            if f.name not in taken and value != default:
+                raise LLMConfigError(
+                    f"{type(self).__name__} cannot honour sampling.{f.name}={value!r}: it takes {', '.join(taken)}"
+                )
+
+    def _stream_simply(self, request: Request, sample: int, prompt: str) -> Iterator[Chunk]:
+        sampling, count, started_at = request.sampling, 0, time.perf_counter()
+        stops = StopStrings(sampling.stop)
+        for text in self._run_streaming(prompt, sampling.max_tokens, sampling.temperature):
+            count += 1
+            yield Chunk(request.id, sample, stops.push(text), started_at=started_at)
+            if stops.stopped:
+                break
+        reason = "length" if count >= sampling.max_tokens and not stops.stopped else "stop"
+        yield Chunk(request.id, sample, stops.flush(), reason, completion_tokens=count, started_at=started_at)
 
     @property
     def chat_template(self) -> str | None:
@@ -137,6 +165,18 @@ class BaseLLMRunner(ABC):
         """
         return "\n".join(str(message.get("content", "")) for message in messages)
 
+    def prompt_text(self, request: Request) -> str:
+        """Return the text that goes to the model: the rendered chat, or the prompt as it is.
+
+        Raises:
+            ValueError: the chat is empty, or the template refuses it.
+        """
+        if request.messages is None:
+            return request.prompt
+        if not request.messages:
+            raise ChatTemplateError("the chat is empty: it has no messages")
+        return self.render(request.messages)
+
     def info(self) -> dict[str, Any]:
         """Say what was loaded and where, and what was chosen automatically; goes into a run's metrics."""
         return {"model": self.config.model, "device": str(self.device)}
@@ -150,17 +190,26 @@ class BaseLLMRunner(ABC):
     def request(self, prompt: Prompt, id: int = 0, prompt_format: str = "auto", **sampling: Any) -> Request:
         """Make the request for one prompt with this runner's sampling options, changed by `sampling`.
 
+        Without `seed=` its seed is derived from `id`, so equal calls give equal answers.
+
         Raises:
-            LLMConfigError: an option is unknown, or `chat` is asked of a model without a chat template.
+            LLMConfigError: an option is unknown, the prompt is neither text nor messages, or `chat` is asked of a model
+                without a chat template.
+            LLMInferenceError: the runner is closed.
         """
+        self._check_loaded()
         options = self.sampling.replace(sampling)
-        seed = options.seed if options.seed is not None else 0
+        seed = options.seed if options.seed is not None else derive_seed(0, id)
         samples = tuple(range(options.n))
         if isinstance(prompt, str):
             if not self.is_chat(prompt_format):
                 return Request(id, options, prompt=prompt, seed=seed, samples=samples)
-            prompt = [{"role": "user", "content": prompt}]
-        return Request(id, options, messages=tuple(dict(m) for m in prompt), seed=seed, samples=samples)
+            messages: Any = [{"role": "user", "content": prompt}]
+        else:
+            messages = prompt
+        if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+            raise LLMConfigError(f"prompt={prompt!r} is not allowed; it must be text or a list of messages")
+        return Request(id, options, messages=tuple(dict(m) for m in messages), seed=seed, samples=samples)
 
     def is_chat(self, prompt_format: PromptFormat | str) -> bool:
         """Say whether a plain prompt becomes a chat under `auto`, `chat` or `raw`.
@@ -199,7 +248,8 @@ class BaseLLMRunner(ABC):
         Args:
             prompt: Text, or the messages of a chat.
             prompt_format: `auto`, `chat` or `raw`: what a plain text becomes.
-            **sampling: Options of `SamplingConfig`, such as `temperature=0` or `max_tokens=20`.
+            **sampling: Options of `SamplingConfig`, such as `temperature=0`, `max_tokens=20`, or `seed=1` for another
+                sample than that of the call before.
 
         Raises:
             LLMConfigError: an option is unknown or out of range.
@@ -231,52 +281,20 @@ class BaseLLMRunner(ABC):
             LLMConfigError: an option is unknown or out of range.
             LLMInferenceError: the chat cannot be run.
         """
+        sampling = {name: value for name, value in sampling.items() if value is not None}  # as OpenAI reads null
         if "max_completion_tokens" in sampling:
             sampling["max_tokens"] = sampling.pop("max_completion_tokens")
         if isinstance(messages, str) or not messages:
             raise LLMConfigError(f"messages={messages!r} is not allowed; it must be a non-empty list of messages")
-        request = self.request(messages, **{k: v for k, v in sampling.items() if v is not None})
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.config.model}
+        request = self.request(messages, **sampling)
         if stream:
-            return self._chat_chunks(request, head, bool((stream_options or {}).get("include_usage")))
+            include_usage = bool((stream_options or {}).get("include_usage"))
+            return chat_chunks(self.config.model, self._raising(request), include_usage)
         done = sorted(self.completions([request]), key=lambda completion: completion.sample)
         for completion in done:
             if completion.error:
                 raise LLMInferenceError(completion.error)
-        choices = [
-            {
-                "index": c.sample,
-                "message": {"role": "assistant", "content": c.text},
-                "logprobs": None,
-                "finish_reason": c.finish_reason,
-            }
-            for c in done
-        ]
-        usage = _usage(done[0].prompt_tokens, sum(c.completion_tokens or 0 for c in done))
-        return {**head, "object": "chat.completion", "choices": choices, "usage": usage}
-
-    def _chat_chunks(self, request: Request, head: dict[str, Any], include_usage: bool) -> Iterator[dict[str, Any]]:
-        head = {**head, "object": "chat.completion.chunk"}
-        prompt_tokens, completion_tokens = 0, 0
-        begun: set[int] = set()
-        for chunk in self._raising(request):
-            prompt_tokens = chunk.prompt_tokens or prompt_tokens
-            completion_tokens += chunk.completion_tokens or 0
-            delta: dict[str, str] = {}
-            if chunk.sample not in begun:
-                begun.add(chunk.sample)
-                delta["role"] = "assistant"
-            if chunk.text or "role" in delta:
-                delta["content"] = chunk.text
-            if not delta and chunk.finish_reason is None:
-                continue
-            # OpenAI's streams name the reason in a chunk of its own, after the last text.
-            if delta:
-                yield {**head, "choices": [_choice(chunk.sample, delta, None)]}
-            if chunk.finish_reason is not None:
-                yield {**head, "choices": [_choice(chunk.sample, {}, chunk.finish_reason)]}
-        if include_usage:
-            yield {**head, "choices": [], "usage": _usage(prompt_tokens, completion_tokens)}
+        return chat_completion(self.config.model, done)
 
     def _raising(self, request: Request) -> Iterator[Chunk]:
         """Stream one request; an error chunk raises."""
@@ -291,22 +309,28 @@ class BaseLLMRunner(ABC):
         """Give the memory back and load again, with another model or device where one is named.
 
         Raises:
-            LLMInitializationError: as when loading; the runner is then closed.
+            LLMInitializationError: as when loading; the runner is then closed, and names what it had before, so that
+                another `reload()` brings that back.
         """
-        self.close()
-        if model is not None:
-            self.config = replace(self.config, model=str(model))
-        if device is not None:
-            self.device = DeviceConfig.parse(device)
-        self._load()
+        before = self.config, self.device
+        after_device = self.device if device is None else DeviceConfig.parse(device)
+        self._end_own_stream()
+        with self._turn():
+            self._unload()
+            self.device = after_device
+            if model is not None:
+                self.config = replace(self.config, model=str(model))
+            try:
+                self._load()
+            except LLMError:
+                self.config, self.device = before
+                raise
 
     def close(self) -> None:
         """Give the model's memory back. A closed runner can be reloaded; closing twice is fine."""
+        self._end_own_stream()
         with self._turn():
-            if self.is_loaded:
-                self.is_loaded = False
-                self._release_model()
-                gc.collect()
+            self._unload()
 
     def memory_usage(self) -> dict[str, float | None]:
         """Return resident memory of this process and, where the model is on a device, memory there, in MB (10^6 B)."""
@@ -322,6 +346,12 @@ class BaseLLMRunner(ABC):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _unload(self) -> None:
+        if self.is_loaded:
+            self.is_loaded = False
+            self._release_model()
+            gc.collect()
 
     def _load(self) -> None:
         started = time.perf_counter()
@@ -349,16 +379,37 @@ class BaseLLMRunner(ABC):
             finally:
                 self._holder = None
 
-    def _exclusively(self, items: Iterator[T]) -> Iterator[T]:
-        with self._turn():
-            if not self.is_loaded:
-                raise LLMInferenceError("this runner is closed: call reload() first")
-            try:
-                yield from items
-            finally:
-                close = getattr(items, "close", None)
-                if close is not None:
-                    close()
+    def _check_loaded(self) -> None:
+        if not self.is_loaded:
+            raise LLMInferenceError("this runner is closed: call reload() first")
+
+    def _exclusively(self, items: Iterator[T]) -> Generator[T]:
+        """Yield `items` while holding the runner; closing what is returned closes `items`."""
+        own: list[weakref.ref[Generator[T]]] = []  # weak, so that a stream that is dropped half-read is closed
+
+        def held() -> Generator[T]:
+            with self._turn():
+                self._check_loaded()
+                self._open_stream = own[0]
+                try:
+                    yield from items
+                finally:
+                    self._open_stream = None
+                    close = getattr(items, "close", None)
+                    if close is not None:
+                        close()
+
+        stream = held()
+        own.append(weakref.ref(stream))
+        return stream
+
+    def _end_own_stream(self) -> None:
+        """Close the stream that this thread has open, if any: `with` blocks are left in the middle of one."""
+        stream = self._open_stream() if self._open_stream is not None else None
+        if stream is None or self._holder != threading.get_ident():
+            return
+        if inspect.getgeneratorstate(stream) != inspect.GEN_RUNNING:  # else we are inside it, and `_turn` refuses
+            stream.close()
 
 
 def error_chunks(request: Request, reason: str) -> Iterator[Chunk]:
@@ -367,21 +418,19 @@ def error_chunks(request: Request, reason: str) -> Iterator[Chunk]:
         yield Chunk(request.id, sample, finish_reason="error", error=reason)
 
 
-def _choice(index: int, delta: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-
-
-def _usage(prompt_tokens: int | None, completion_tokens: int) -> dict[str, int]:
-    prompt = prompt_tokens or 0
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt + completion_tokens,
-    }
-
-
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_bias(sampling: SamplingConfig, n_vocab: int) -> None:
+    """Refuse a logit bias on a token that the model does not have.
+
+    Raises:
+        ValueError: names the token and the range there is.
+    """
+    for token in sampling.logit_bias:
+        if not 0 <= token < n_vocab:
+            raise ValueError(f"logit_bias names token {token}; the model has tokens 0 to {n_vocab - 1}")
 
 
 def fit_prompt(tokens: list[int], context: int, truncate: bool) -> tuple[list[int], int]:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmpipe.exceptions import LLMConfigError
@@ -22,6 +24,17 @@ from llmpipe.records import Message
 
 class ChatTemplateError(ValueError):
     """The template refuses these messages; the row becomes an error row."""
+
+
+class GenerationTag(Extension):
+    """`{% generation %}`, with which templates mark the assistant's words for training; it changes no text."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[Node]:
+        """Return what stands between the tag and its end."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class ChatTemplate:
@@ -38,7 +51,9 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: dict[str, str] | None = None) -> None:
         self.source = source
         self._special_tokens = special_tokens or {}
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
+        )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
@@ -63,14 +78,7 @@ class ChatTemplate:
                 documents=None,
                 **self._special_tokens,
             )
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            KeyError,
-            ValueError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except Exception as error:  # a template is a program of the model's: it may fail in any way
             raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
 
 

@@ -6,11 +6,11 @@ For trying out a dataset and a configuration in a second, and for tests of every
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from llmpipe.config import EchoConfig
-from llmpipe.records import Chunk, Request
-from llmpipe.runners.base import BaseLLMRunner
+from llmpipe.records import Chunk, Message, Request
+from llmpipe.runners.base import BaseLLMRunner, error_chunks
 from llmpipe.runners.decoding import StopStrings
 
 
@@ -22,11 +22,18 @@ class EchoRunner(BaseLLMRunner):
     def _initialize_model(self) -> None:
         """Nothing to load."""
 
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the last message."""
+        return str(messages[-1].get("content", ""))
+
     def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
         """Answer each request with its prompt's words, up to max_tokens and the stop strings."""
         for request in requests:
-            text = request.prompt if request.messages is None else str(request.messages[-1]["content"])
-            words = text.split(" ")
+            try:
+                words = self.prompt_text(request).split(" ")
+            except ValueError as error:
+                yield from error_chunks(request, str(error))
+                continue
             limit = request.sampling.max_tokens
             for sample in request.samples:
                 stops = StopStrings(request.sampling.stop)

@@ -34,12 +34,11 @@ def local_path(model: str) -> Path | None:
         return path
     owner, _, name = model.partition(":")[0].partition("/")
     looks_like_a_path = model.startswith((".", "/", "~", "\\")) or not owner or not name or "/" in name
-    if looks_like_a_path or path.suffix in (".gguf", ".safetensors"):
-        if looks_like_a_path or len(path.parts) != 3:
-            raise LLMInitializationError(
-                f"backend.model={model!r} does not exist (from {os.getcwd()}); "
-                f"it must be a file, a directory, a hub id such as owner/name, or bundled"
-            )
+    if looks_like_a_path or name.endswith((".gguf", ".safetensors")):
+        raise LLMInitializationError(
+            f"backend.model={model!r} does not exist (from {os.getcwd()}); "
+            f"it must be a file, a directory, a hub id such as owner/name, or bundled"
+        )
     return None
 
 
@@ -85,7 +84,8 @@ def _download_gguf(model: str) -> Path:
         files = [name for name in HfApi().list_repo_files(repo) if name.endswith(".gguf")]
         wanted = [name for name in files if not pattern or fnmatch.fnmatch(name.lower(), f"*{pattern.lower()}*")]
         name = _only_gguf(wanted, f"hub repository {repo}", f"backend.model={repo}:")
-        parts = [n for n in files if n.partition("-00001-of-")[0] in n] if "-00001-of-" in name else [name]
+        first, split, _ = name.partition("-00001-of-")
+        parts = [part for part in files if part.startswith(f"{first}-0")] if split else [name]
         paths = {part: Path(hf_hub_download(repo, part)) for part in parts}
     except LLMInitializationError:
         raise

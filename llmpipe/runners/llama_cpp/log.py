@@ -9,8 +9,10 @@ from collections import deque
 import llama_cpp
 
 log = logging.getLogger("llmpipe.llama_cpp")
-_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.DEBUG}
-_ERROR = 3
+# The levels of ggml.h (those in llama-cpp-python's own comments are out of date). An error goes into the exception that
+# it leads to, so the log shows it to those only who ask for details; so do the pages that it says about a model.
+_ERROR = 4
+_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, _ERROR: logging.DEBUG}
 _errors: deque[str] = deque(maxlen=20)
 _line = ""
 _level = 1

@@ -27,10 +27,12 @@ class Model:
         LLMInitializationError: the file is no model that can generate text, or does not fit in memory.
     """
 
-    def __init__(self, path: Path, config: LlamaCppConfig, offload: bool) -> None:
+    def __init__(self, path: Path, config: LlamaCppConfig, offload: bool, gpu: int | None = None) -> None:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = (-1 if config.n_gpu_layers is None else config.n_gpu_layers) if offload else 0
         params.main_gpu = config.main_gpu
+        if offload and gpu is not None:  # device=cuda:1 means there and nowhere else
+            params.split_mode, params.main_gpu = llama_cpp.LLAMA_SPLIT_MODE_NONE, gpu
         params.load_mode = LOAD_MODES[config.mmap, config.mlock]
         if config.tensor_split:
             # Kept on self: llama.cpp reads the array after the parameters were filled.

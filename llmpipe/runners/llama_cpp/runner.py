@@ -12,7 +12,7 @@ import psutil
 from llmpipe.config import LlamaCppConfig
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
 from llmpipe.records import Chunk, Message, Request
-from llmpipe.runners.base import BaseLLMRunner, fit_prompt
+from llmpipe.runners.base import BaseLLMRunner, check_bias, fit_prompt
 from llmpipe.runners.chat import ChatTemplateError
 from llmpipe.runners.weights import find_gguf
 
@@ -24,6 +24,11 @@ try:
     from llmpipe.runners.llama_cpp.model import Model, can_offload
 except ImportError as error:
     raise MissingDependencyError("llama-cpp-python", "llama-cpp", "backend=llama_cpp") from error
+except (OSError, RuntimeError) as error:  # what llama-cpp-python raises when its shared library does not load
+    raise LLMInitializationError(
+        f"llama-cpp-python is installed, but its library does not load ({error}): "
+        f"pip install --force-reinstall --no-cache-dir llama-cpp-python"
+    ) from error
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +49,7 @@ class LlamaCppRunner(BaseLLMRunner):
         llama_cpp.llama_backend_init()
         self._offload = can_offload(self.device)
         path = find_gguf(self.config.model)
-        self._model = Model(path, self.config, self._offload)
+        self._model = Model(path, self.config, self._offload, self.device.index)
         context = self.config.context or min(self._model.train_context, DEFAULT_CONTEXT)
         self._slots = DEFAULT_SLOTS if self.config.slots == "auto" else int(self.config.slots)
         limit = llama_cpp.llama_max_parallel_sequences()
@@ -71,6 +76,7 @@ class LlamaCppRunner(BaseLLMRunner):
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
         """Answer `requests` in `backend.slots` slots; see `BaseLLMRunner.stream`."""
+        self._check_loaded()
         assert self._engine is not None
         return self._engine.stream(requests, self.encode)
 
@@ -81,9 +87,9 @@ class LlamaCppRunner(BaseLLMRunner):
             ValueError: the prompt is empty, exceeds the context, is no text, or the template refuses it.
         """
         assert self._model is not None and self._engine is not None
-        is_chat = request.messages is not None
-        text = self.render(request.messages or ()) if is_chat else request.prompt
-        return fit_prompt(self._model.tokenize(text, special=not is_chat), self._engine.context, request.truncate)
+        check_bias(request.sampling, self._model.n_vocab)
+        tokens = self._model.tokenize(self.prompt_text(request), special=request.messages is None)
+        return fit_prompt(tokens, self._engine.context, request.truncate)
 
     @property
     def chat_template(self) -> str | None:
@@ -98,6 +104,7 @@ class LlamaCppRunner(BaseLLMRunner):
 
     def info(self) -> dict[str, Any]:
         """Say what was loaded and what was chosen."""
+        self._check_loaded()
         assert self._model is not None and self._engine is not None
         return {
             "model": self.config.model,

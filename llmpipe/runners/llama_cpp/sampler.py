@@ -16,7 +16,7 @@ MIN_KEEP = 1
 def is_plain_greedy(sampling: SamplingConfig) -> bool:
     """Say whether the next token is simply the one with the largest logit, so that no chain is needed."""
     return (
-        sampling.temperature == 0
+        sampling.is_greedy
         and not sampling.logit_bias
         and sampling.repetition_penalty == 1
         and sampling.presence_penalty == 0
@@ -52,7 +52,7 @@ class Sampler:
                     n, room, 1.0, sampling.frequency_penalty, sampling.presence_penalty
                 )
             )
-        if sampling.temperature == 0:
+        if sampling.is_greedy:
             self._add(llama_cpp.llama_sampler_init_greedy())
             return
         if sampling.temperature != 1:

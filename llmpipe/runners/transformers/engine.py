@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from llmpipe.exceptions import LLMInferenceError
 from llmpipe.records import Chunk, Request
 from llmpipe.runners.base import error_chunks
 from llmpipe.runners.decoding import StopStrings
@@ -127,10 +128,19 @@ class PaddedEngine:
             "use_cache": True,
         }
         if self._takes_positions:
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            # Clamped for padding below, and above for rows that have finished at the context's end.
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(0, self._context - 1)[:, -ids.shape[1] :]
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = 1
-        logits: torch.Tensor = self._model(**inputs).logits
+        try:
+            logits: torch.Tensor = self._model(**inputs).logits
+        except torch.OutOfMemoryError as error:
+            raise LLMInferenceError(
+                f"out of memory on {self._model.device} with {len(ids)} rows of {mask.shape[1]} tokens: "
+                f"use a smaller backend.slots or backend.context"
+            ) from error
+        except RuntimeError as error:
+            raise LLMInferenceError(f"the model fails: {' '.join(str(error).split())}") from error
         return logits[:, -1].float()
 
     def _take(self, rows: list[Row], logits: torch.Tensor) -> Iterator[Chunk]:
@@ -138,7 +148,12 @@ class PaddedEngine:
         best = logits.argmax(-1).tolist()
         for i, row in enumerate(rows):
             if not row.finished:
-                token = best[i] if row.sampler.is_plain_greedy else row.sampler.sample(logits[i])
+                try:
+                    token = best[i] if row.sampler.is_plain_greedy else row.sampler.sample(logits[i])
+                except ValueError as error:
+                    row.finished = True
+                    yield Chunk(row.request.id, row.sample, finish_reason="error", error=str(error))
+                    continue
                 chunk = self._add(row, token)
                 if chunk is not None:
                     yield chunk

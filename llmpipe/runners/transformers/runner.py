@@ -9,12 +9,11 @@ from typing import Any
 from llmpipe.config import DeviceConfig, Dtype, TransformersConfig
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
 from llmpipe.records import Chunk, Message, Request
-from llmpipe.runners.base import BaseLLMRunner, fit_prompt
+from llmpipe.runners.base import BaseLLMRunner, check_bias, fit_prompt
 from llmpipe.runners.chat import ChatTemplateError, read_template
 from llmpipe.runners.weights import find_checkpoint
 
 try:
-    import jinja2
     import torch
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -94,11 +93,13 @@ class TransformersRunner(BaseLLMRunner):
         return "auto"
 
     def _end_tokens(self) -> set[int]:
-        """Return the ids that end a generation: the generation config's list, or the tokenizer's one."""
+        """Return the ids that end a generation: those of the generation config, and the tokenizer's one.
+
+        Fine-tuned chat models often name their end of turn in only one of the two.
+        """
         ends = self._model.generation_config.eos_token_id
-        if ends is None:
-            ends = self._tokenizer.eos_token_id
-        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
+        return {end for end in (*ends, self._tokenizer.eos_token_id) if end is not None}
 
     def _release_model(self) -> None:
         self._engine = self._model = self._tokenizer = None
@@ -107,6 +108,7 @@ class TransformersRunner(BaseLLMRunner):
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
         """Answer `requests` in batches of `backend.slots` rows; see `BaseLLMRunner.stream`."""
+        self._check_loaded()
         assert self._engine is not None
         return self._engine.stream(requests, self.encode)
 
@@ -116,10 +118,10 @@ class TransformersRunner(BaseLLMRunner):
         Raises:
             ValueError: the prompt is empty, exceeds the context, is no text, or the template refuses it.
         """
-        is_chat = request.messages is not None
-        text = self.render(request.messages or ()) if is_chat else request.prompt
+        check_bias(request.sampling, self._model.config.get_text_config().vocab_size)
+        text = self.prompt_text(request)
         text.encode("utf-8")  # a lone surrogate is an error here, and not a panic in the tokenizer
-        ids = self._tokenizer(text, add_special_tokens=not is_chat, verbose=False)["input_ids"]
+        ids = self._tokenizer(text, add_special_tokens=request.messages is None, verbose=False)["input_ids"]
         return fit_prompt(list(ids), self._context, request.truncate)
 
     @property
@@ -136,19 +138,13 @@ class TransformersRunner(BaseLLMRunner):
             raise ChatTemplateError("the model has no chat template: use prompt=raw or backend.chat_template=FILE")
         try:
             text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            KeyError,
-            ValueError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except Exception as error:  # a template is a program of the model's: it may fail in any way
             raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
         return str(text)
 
     def info(self) -> dict[str, Any]:
         """Say what was loaded and what was chosen."""
+        self._check_loaded()
         return {
             "model": self.config.model,
             "model_type": type(self._model).__name__,

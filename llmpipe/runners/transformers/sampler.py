@@ -38,7 +38,7 @@ class Sampler:
             RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty) if sampling.repetition_penalty != 1 else None
         )
         self._warpers = LogitsProcessorList()
-        if sampling.temperature not in (0, 1):
+        if sampling.temperature != 1 and not sampling.is_greedy:
             self._warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_k:
             self._warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -54,13 +54,16 @@ class Sampler:
         """Whether the next token is simply the one with the largest logit."""
         s = self._sampling
         penalties = self._repetition or s.presence_penalty or s.frequency_penalty
-        return s.temperature == 0 and not penalties and not s.logit_bias
+        return s.is_greedy and not penalties and not s.logit_bias
 
     def sample(self, logits: torch.Tensor) -> int:
         """Draw a token.
 
         Args:
             logits: Shape (vocabulary,), float32, on any device; not changed.
+
+        Raises:
+            ValueError: the logits are not numbers, as those of a model whose arithmetic has overflowed.
         """
         s = self._sampling
         scores = logits.detach().cpu().clone().unsqueeze(0)
@@ -73,11 +76,10 @@ class Sampler:
             ids = torch.tensor(list(self._counts))
             counts = torch.tensor(list(self._counts.values()), dtype=scores.dtype)
             scores[0, ids] -= s.presence_penalty + s.frequency_penalty * counts
-        if s.temperature == 0:
-            token = int(scores.argmax())
-        else:
-            scores = self._warpers(None, scores)
-            token = int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._generator))
+        weights = scores[0] if s.is_greedy else self._warpers(None, scores)[0].softmax(-1)
+        if weights.isnan().any():
+            raise ValueError("the logits are not finite numbers: try backend.dtype=float32, or milder penalties")
+        token = int(weights.argmax() if s.is_greedy else torch.multinomial(weights, 1, generator=self._generator))
         self._tokens.append(token)
         self._counts[token] += 1
         return token

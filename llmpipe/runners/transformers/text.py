@@ -7,31 +7,49 @@ from typing import Any
 
 CONTEXT = 6
 """Prompt tokens decoded along with the first new ones, so that leading spaces come out right."""
+UNFINISHED = 3
+"""Most tokens that an unfinished character can have: it lacks at least one of its four bytes."""
 
 
 class TokenText:
     """Decodes one token at a time; gives out only what later tokens can no longer change.
 
     A tokenizer's `decode` may look at neighbouring tokens (spaces, multi-byte characters), so each new token is decoded
-    together with the ones before it, and what was already there is taken off.
+    together with the ones before it, and what was already there is taken off. Bytes that can belong to no character
+    become U+FFFD; an unfinished character at the end is dropped.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt[-CONTEXT:])
-        self._start = 0
-        self._given = len(self._ids)
+        while "\ufffd" in self._decode():  # begins inside a character, which could spoil all bytes after it
+            del self._ids[0]
+        self._settled = len(self._ids)
+        """How many of the ids have become text that stays."""
+        self._given = len(self._decode())
+        """How many characters of the ids' text are the prompt's or were given out."""
 
     def push(self, token: int) -> str:
         """Return the characters that `token` completes."""
         self._ids.append(token)
-        before = self._decode(self._ids[self._start : self._given])
-        text = self._decode(self._ids[self._start :])
-        if len(text) <= len(before) or text.endswith("\ufffd"):
-            return ""  # a special token, or an unfinished character
-        self._start, self._given = self._given, len(self._ids)
-        return text[len(before) :]
+        text = self._decode()
+        whole = self._whole(text)
+        new = whole[self._given :]
+        self._given = max(self._given, len(whole))
+        if new and whole == text:
+            # Forget what was settled before, keep what has just been: the next token may still lean on it.
+            self._ids = self._ids[self._settled :]
+            self._settled = len(self._ids)
+            self._given = len(self._decode())
+        return new
 
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _whole(self, text: str) -> str:
+        """Return `text` without the unfinished character at its end, which decodes to one U+FFFD or more."""
+        if not text.endswith("\ufffd"):
+            return text
+        is_garbage = len(self._ids) - self._settled > UNFINISHED
+        return text[:-1] if is_garbage else text.rstrip("\ufffd")
+
+    def _decode(self) -> str:
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)

@@ -1,0 +1,253 @@
+"""What is particular to the transformers backend: text of any tokenizer, padding, checkpoints, end tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from llmpipe import BaseLLMRunner, LLMInferenceError, LLMInitializationError, LLMRunnerFactory, SamplingConfig
+from llmpipe.runners.decoding import Utf8Stream
+from llmpipe.runners.transformers.engine import PaddedEngine
+from llmpipe.runners.transformers.sampler import Sampler
+from llmpipe.runners.transformers.text import TokenText
+from llmpipe.runners.weights import BUNDLED_DIR
+
+STORY = "Tell me a story about a fox and a violin."
+PIECES = st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), max_size=12)
+
+
+def byte_level() -> tuple[Any, list[int]]:
+    """Return the bundled tokenizer, and for each byte the token that is this byte alone."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_DIR)
+    letters = bytes_to_unicode()
+    return tokenizer, [tokenizer.convert_tokens_to_ids(letters[byte]) for byte in range(256)]
+
+
+def byte_fallback() -> tuple[Any, list[int]]:
+    """Return a tokenizer in the way of SentencePiece, whose unknown characters become tokens like <0xE6>."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁Hello", "▁world", "▁", "!"]
+    model = models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"), list(range(1, 257))
+
+
+TOKENIZERS = {"byte-level": byte_level(), "byte fallback": byte_fallback()}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(before=PIECES, text=PIECES)
+def test_any_text_comes_out_byte_token_by_byte_token_with_whole_characters(kind: str, before: str, text: str) -> None:
+    tokenizer, byte_tokens = TOKENIZERS[kind]
+    stream = TokenText(tokenizer, [byte_tokens[byte] for byte in before.encode()])
+    pieces = [stream.push(byte_tokens[byte]) for byte in text.encode()]
+    assert "".join(pieces) == text
+    assert len([piece for piece in pieces if piece]) == len(text)  # each character as soon as it is complete
+
+
+@given(before=st.binary(max_size=4), data=st.binary(max_size=16))
+def test_bytes_of_no_character_are_replaced_as_llama_cpp_replaces_them(before: bytes, data: bytes) -> None:
+    tokenizer, byte_tokens = TOKENIZERS["byte-level"]
+    expected, bytewise = Utf8Stream(), TokenText(tokenizer, [byte_tokens[byte] for byte in b"ab"])
+    text = "".join(expected.push(bytes([byte])) for byte in data)
+    assert "".join(bytewise.push(byte_tokens[byte]) for byte in data).rstrip("\ufffd") == text.rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("garbage", [1, 2, 3, 4, 7])
+def test_text_after_garbage_comes_out_again_with_byte_fallback(garbage: int) -> None:
+    tokenizer, byte_tokens = TOKENIZERS["byte fallback"]
+    hello = tokenizer.convert_tokens_to_ids("▁Hello")
+    stream = TokenText(tokenizer, [hello])
+    tokens = [byte_tokens[0xFF]] * garbage + [hello] + [byte_tokens[byte] for byte in "日".encode()]
+    assert "".join(stream.push(token) for token in tokens) == "\ufffd" * garbage + " Hello日"
+
+
+def test_leading_spaces_are_those_of_the_whole_text() -> None:
+    tokenizer, _ = TOKENIZERS["byte fallback"]
+    hello, world, space, mark = tokenizer.convert_tokens_to_ids(["▁Hello", "▁world", "▁", "!"])
+    stream = TokenText(tokenizer, [hello])
+    assert [stream.push(token) for token in (world, mark, space, space, hello)] == [" world", "!", " ", " ", " Hello"]
+    assert [TokenText(tokenizer, []).push(hello)] == ["Hello"]
+
+
+def test_text_before_an_unfinished_character_is_not_held_back_with_it() -> None:
+    """A token may end one character and begin the next; nothing of the first is lost when the answer ends there."""
+
+    class Tokenizer:
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return b"".join([b"ab\xe6", b"\x97", b"\xa5!"][i] for i in ids).decode("utf-8", "replace")
+
+    stream = TokenText(Tokenizer(), [])
+    assert [stream.push(i) for i in (0, 1, 2)] == ["ab", "", "日!"]
+
+
+def test_special_tokens_have_no_text_and_disturb_none(transformers_runner: BaseLLMRunner) -> None:
+    tokenizer, byte_tokens = TOKENIZERS["byte-level"]
+    a = byte_tokens[ord("a")]
+    stream = TokenText(tokenizer, [a])
+    assert [stream.push(token) for token in (a, tokenizer.eos_token_id, a, tokenizer.eos_token_id, a)] == [
+        "a", "", "a", "", "a",
+    ]  # fmt: skip
+
+
+# --- padding ----------------------------------------------------------------------------------------------------------
+
+
+class Tape:
+    """Stands for a tokenizer: the text of a token is its number."""
+
+    eos_token_id = None
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(f"{i} " for i in ids)
+
+
+def test_rows_at_the_contexts_end_do_not_disturb_a_model_with_learned_positions() -> None:
+    """GPT-2 has no position after its last; a finished row that waits for its batch must not ask for one."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)).eval()
+    sampling = SamplingConfig(temperature=0, max_tokens=100)
+    from llmpipe import Request
+
+    requests = [Request(i, sampling, prompt=str(size)) for i, size in enumerate((15, 12, 14, 2, 1, 3))]
+
+    def run(slots: int) -> dict[int, str]:
+        engine = PaddedEngine(model, Tape(), set(), slots, 16)
+        texts = dict.fromkeys(range(6), "")
+        for chunk in engine.stream(requests, lambda request: (list(range(1, 1 + int(request.prompt))), 0)):
+            texts[chunk.request_id] += chunk.text
+        return texts
+
+    assert [len(text.split()) for text in run(6).values()] == [2, 5, 3, 15, 16, 14]
+    assert run(6) == run(1)
+
+
+def test_a_model_that_fails_raises_one_readable_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLMRunnerFactory.create_runner({"backend": "transformers", "device": "cpu"}) as runner:
+        for error, says in (
+            (torch.OutOfMemoryError("no\nroom"), "out of memory on cpu with 1 rows .* smaller backend.slots"),
+            (RuntimeError("shapes\ndo not fit"), "the model fails: shapes do not fit"),
+        ):
+
+            def fail(*_: Any, error: Exception = error, **__: Any) -> None:
+                raise error
+
+            monkeypatch.setattr(runner._model, "forward", fail)  # type: ignore[attr-defined]
+            with pytest.raises(LLMInferenceError, match=says):
+                runner.generate_text(STORY)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_an_error_of_the_row(temperature: float) -> None:
+    sampler = Sampler(SamplingConfig(temperature=temperature, presence_penalty=1), 0, [])
+    with pytest.raises(ValueError, match="backend.dtype=float32"):
+        sampler.sample(torch.full((5,), float("nan")))
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Iterator[Path]:
+    shutil.copytree(BUNDLED_DIR, tmp_path / "copy", ignore=shutil.ignore_patterns("*.gguf"))
+    yield tmp_path / "copy"
+
+
+def load(checkpoint: Path, **options: Any) -> BaseLLMRunner:
+    config = {"backend": "transformers", "device": "cpu", "temperature": 0.0, "model_path": str(checkpoint), **options}
+    return LLMRunnerFactory.create_runner(config)
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_pickled_weights_are_loaded_only_where_it_is_allowed(checkpoint: Path) -> None:
+    from safetensors.torch import load_file
+
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(LLMInitializationError, match="safetensors") as caught:
+        load(checkpoint)
+    assert "\n" not in str(caught.value)
+    with load(checkpoint, allow_pickle=True) as runner:
+        assert runner.generate_text(STORY, max_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_damaged_file_is_an_error_in_one_line_that_names_the_model(name: str, checkpoint: Path) -> None:
+    (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:200])
+    with pytest.raises(LLMInitializationError, match="TransformersRunner cannot load '.*copy'") as caught:
+        load(checkpoint)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_encoder_decoder_model_is_refused_by_name(checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": "t5", "is_encoder_decoder": True}))
+    with pytest.raises(LLMInitializationError, match=r"encoder-decoder model \(T5Config\)"):
+        load(checkpoint)
+
+
+def test_end_tokens_of_generation_config_and_tokenizer_both_end_an_answer(
+    checkpoint: Path, transformers_runner: BaseLLMRunner
+) -> None:
+    expected = transformers_runner.generate_text("Add 1 and 2.", max_tokens=50)
+    edit(checkpoint / "generation_config.json", eos_token_id=0)
+    with load(checkpoint) as runner:
+        assert runner.generate_text("Add 1 and 2.", max_tokens=50) == expected
+
+
+def test_the_context_is_what_the_model_was_trained_for_at_most_4096(checkpoint: Path) -> None:
+    for trained, context in ((128, 128), (100_000, 4096)):
+        edit(checkpoint / "config.json", max_position_embeddings=trained)
+        with load(checkpoint) as runner:
+            assert runner.info()["context"] == context
+
+
+def test_another_chat_template_may_be_given(checkpoint: Path) -> None:
+    with load(checkpoint, chat_template="Q: {{ messages[0].content }}\nA:") as runner:
+        assert runner.prompt_text(runner.request("Why?")) == "Q: Why?\nA:"
+
+
+def test_a_model_without_a_chat_template_takes_plain_prompts_and_refuses_chats(checkpoint: Path) -> None:
+    (checkpoint / "chat_template.jinja").unlink()
+    with load(checkpoint) as runner:
+        assert runner.request(STORY).messages is None
+        with pytest.raises(LLMInferenceError, match="no chat template: use prompt=raw or backend.chat_template=FILE"):
+            runner.create_chat_completion([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_the_number_format_is_what_was_asked_for(dtype: str) -> None:
+    with LLMRunnerFactory.create_runner({"backend": "transformers", "device": "cpu", "dtype": dtype}) as runner:
+        assert runner.info()["dtype"] == dtype.replace("auto", "float32")
+        assert runner.run([STORY], max_tokens=3)[0].error is None
+
+
+def test_reproducible_runs_each_row_by_itself() -> None:
+    config = {"backend": "transformers", "device": "cpu", "reproducible": True, "slots": 8}
+    with LLMRunnerFactory.create_runner(config) as runner:
+        assert runner.info()["slots"] == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_answers(transformers_runner: BaseLLMRunner) -> None:
+    prompts = [STORY, "Add 1 and 2."]
+    expected = [c.text for c in transformers_runner.run(prompts, max_tokens=10)]
+    config = {"backend": "transformers", "device": "cpu", "compile": True, "temperature": 0.0}
+    with LLMRunnerFactory.create_runner(config) as runner:
+        assert [c.text for c in runner.run(prompts, max_tokens=10)] == expected
