@@ -96,46 +96,54 @@ class LookAhead:
         self.waiting.sort(key=lambda sample: sample.rank)  # taken from the end
 
 
-def shared_prefixes(prompts: Sequence[Tokens]) -> list[tuple[list[int], int]]:
+Group = tuple[list[int], int]
+"""Indices of prompts, and the length of the prefix they share."""
+
+
+def shared_prefixes(prompts: Sequence[Tokens]) -> list[Group]:
     """Group prompts so that computing each group's common prefix once saves the most tokens.
 
     Prompts that share a prefix stand beside each other once sorted. A run of neighbours either shares its shortest
-    common prefix as a whole, or is split where that is shortest and each part shares more; whichever saves more.
+    common prefix as a whole, or is split where that is shortest, and each part shares more; whichever saves more.
 
     Returns:
-        For each group, the indices of its prompts and the length of its prefix; at least two prompts and
-        `MIN_SHARED_TOKENS` tokens, and never all of a prompt, whose last token has to be computed for its logits.
+        Groups of at least two prompts that share at least `MIN_SHARED_TOKENS`, and never all of a prompt, whose last
+        token has to be computed for its logits.
     """
     order = sorted(range(len(prompts)), key=lambda i: prompts[i])
     common = [_common(prompts[a], prompts[b]) for a, b in pairwise(order)]
-    groups: list[tuple[list[int], int]] = []
+    groups: list[Group] = []
     start = 0
     for end in range(len(order)):
         if end == len(common) or common[end] < MIN_SHARED_TOKENS:
-            if end > start:
-                groups += [
-                    (order[first : last + 1], length) for first, last, length in _best_groups(common, start, end)[1]
-                ]
+            groups += _best_groups(common, start, end)
             start = end + 1
-    return groups
+    return [([order[i] for i in members], length) for members, length in groups]
 
 
-def _best_groups(common: Sequence[int], first: int, last: int) -> tuple[int, list[tuple[int, int, int]]]:
-    """Return the tokens saved and the groups (first, last, prefix) of the sorted prompts in [first, last]."""
+def _best_groups(common: Sequence[int], first: int, last: int) -> list[Group]:
+    """Return the groups of the sorted prompts in [first, last], of which neighbours i, i + 1 share `common[i]`."""
     if first == last:
-        return 0, []
+        return []
     shortest = min(common[first:last])
-    whole = shortest * (last - first)
+    whole = [(list(range(first, last + 1)), shortest)]
     if shortest == max(common[first:last]):
-        return whole, [(first, last, shortest)]
-    saved, groups, start = 0, [], first
+        return whole
+    parts: list[Group] = []
+    start = first
     for i in range(first, last + 1):
         if i == last or common[i] == shortest:
-            part_saved, part = _best_groups(common, start, i)
-            saved += part_saved
-            groups += part
+            parts += _best_groups(common, start, i)
             start = i + 1
-    return (saved, groups) if saved > whole else (whole, [(first, last, shortest)])
+    grouped = {i for members, _ in parts for i in members}
+    rest = [i for i in range(first, last + 1) if i not in grouped]
+    if len(rest) > 1:
+        parts.append((rest, shortest))
+    return max(whole, parts, key=_saved)
+
+
+def _saved(groups: Sequence[Group]) -> int:
+    return sum(length * (len(members) - 1) for members, length in groups)
 
 
 def _common(one: Tokens, other: Tokens) -> int:
