@@ -31,6 +31,7 @@ class Shape:
 
 SHAPES = {
     "S": Shape(6, 256, 8, 4, 768, 4096, gguf.GGMLQuantizationType.F16),
+    "S-Q8_0": Shape(6, 256, 8, 4, 768, 4096, gguf.GGMLQuantizationType.Q8_0),
     "M": Shape(30, 576, 9, 3, 1536, 49152, gguf.GGMLQuantizationType.Q8_0),
 }
 """S has 7 million parameters in F16, M 135 million in Q8_0."""

@@ -27,8 +27,10 @@ def test_no_more_slots_than_rows() -> None:
     assert plan(LlamaCppConfig(), MODEL, samples(3, 300), 4096, PLENTY).slots == 3
 
 
-def test_slots_are_as_long_as_the_longest_row_looked_at() -> None:
-    assert plan(LlamaCppConfig(), MODEL, samples(5, 300) + samples(1, 700), 4096, PLENTY).context == 768
+def test_slots_are_somewhat_longer_than_the_longest_row_looked_at() -> None:
+    rows = samples(5, 300) + samples(1, 600)
+    assert plan(LlamaCppConfig(), MODEL, rows, 4096, PLENTY).context == 1024
+    assert plan(LlamaCppConfig(), MODEL, rows, 700, PLENTY).context == 768
 
 
 def test_slots_shrink_to_the_memory_that_is_free() -> None:

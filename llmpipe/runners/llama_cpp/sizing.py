@@ -23,6 +23,8 @@ MIN_LOOK_AHEAD = 64
 PREFIX_SLOTS = 4
 CONTEXT_STEP = 256
 """llama.cpp rounds cache sizes up to this."""
+HEADROOM = 1.5
+"""How much longer than the longest row looked at a slot is, so that a later row seldom needs a larger one."""
 MEMORY_SHARE = 0.6
 """Share of the free memory that the cache may take."""
 
@@ -106,8 +108,9 @@ def plan(
     free = psutil.virtual_memory().available if free_bytes is None else free_bytes
     budget = int(free * MEMORY_SHARE / max(model.cache_bytes_per_token, 1))
 
-    context = min(_round_up(max(sample.need for sample in waiting)), _round_up(limit))
-    reasons.append(f"{context} tokens per slot: the longest of {len(waiting)} rows looked at may fill so many")
+    longest = max(sample.need for sample in waiting)
+    context = min(_round_up(int(longest * HEADROOM)), _round_up(limit))
+    reasons.append(f"{context} tokens per slot: the longest of {len(waiting)} rows looked at may fill {longest}")
     slots = wanted_slots(config, model)
     if config.slots != "auto":
         reasons.append(f"{slots} slots: set by hand")
@@ -122,6 +125,7 @@ def plan(
     if groups:
         reasons.append(f"{prefixes} slots for shared prefixes: {len(groups)} found")
     if config.slots == "auto" and (slots + prefixes) * context > budget:
+        context = min(_round_up(longest), _round_up(limit))
         prefixes = min(prefixes, 1)
         slots = max(1, budget // context - prefixes)
         reasons.append(f"{slots} slots and {prefixes} for prefixes instead: {free / 1e6:,.0f} MB of memory are free")
