@@ -13,6 +13,7 @@ import ast
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING as REQUIRED
 from dataclasses import asdict, dataclass, field, fields
@@ -90,6 +91,16 @@ class Switch(str, Enum):
     off = "off"
 
 
+class RopeScaling(str, Enum):
+    """How positions beyond those a model was trained for are squeezed into its range."""
+
+    model = "model"
+    """As the file says."""
+    none = "none"
+    linear = "linear"
+    yarn = "yarn"
+
+
 class Dtype(str, Enum):
     """Number format of weights and activations."""
 
@@ -118,6 +129,13 @@ def _number(name: str, value: object, low: float, high: float, allowed: str, *, 
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     inside = is_number and (low < value if open_low else low <= value) and value <= high  # type: ignore[operator]
     _check(bool(inside), name, value, allowed)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _count(name: str, value: object, low: int, allowed: str) -> None:
@@ -223,7 +241,7 @@ class BackendConfig:
     threads: int | None = speed(None)
     """CPU threads; by default the physical cores."""
     context: int | None = None
-    """Tokens of prompt and completion a row may have; by default what the model was trained for, at most 4096."""
+    """Tokens of prompt and completion a row may have; by default what the model was trained for and memory allows."""
     reproducible: bool = False
     """Give up speed so that a row's answer does not depend on the rows beside it."""
     chat_template: str | None = None
@@ -273,6 +291,16 @@ class LlamaCppConfig(BackendConfig):
     """Map the file into memory instead of reading it."""
     mlock: bool = speed(False)
     """Keep the model from being swapped out."""
+    lora: list[str] = field(default_factory=list)
+    """LoRA adapters in GGUF, each FILE or FILE=SCALE."""
+    rope_scaling: RopeScaling = RopeScaling.model
+    """model, none, linear or yarn: how contexts longer than trained for are reached."""
+    rope_freq_base: float = 0.0
+    """RoPE base frequency; 0 is the model's."""
+    rope_freq_scale: float = 0.0
+    """RoPE frequency scale, such as 0.5 for twice the context; 0 is the model's."""
+    yarn_original_context: int = 0
+    """Context the model was trained for, for yarn; 0 is the model's."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -291,6 +319,12 @@ class LlamaCppConfig(BackendConfig):
             )
         _count("backend.batch_tokens", self.batch_tokens, 1, "an integer >= 1")
         _count("backend.micro_batch_tokens", self.micro_batch_tokens, 1, "an integer >= 1")
+        _number("backend.rope_freq_base", self.rope_freq_base, 0, 1e12, "a number >= 0 (0 is the model's)")
+        _number("backend.rope_freq_scale", self.rope_freq_scale, 0, 1e6, "a number >= 0 (0 is the model's)")
+        _count("backend.yarn_original_context", self.yarn_original_context, 0, "an integer >= 0 (0 is the model's)")
+        for adapter in self.lora:
+            scale = adapter.partition("=")[2]
+            _check(not scale or _is_number(scale), "backend.lora", adapter, "FILE or FILE=SCALE")
         if self.n_gpu_layers is not None:
             _count("backend.n_gpu_layers", self.n_gpu_layers, -1, "an integer >= -1, or null")
         if self.reproducible and self.flash_attention is Switch.on:

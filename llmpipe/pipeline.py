@@ -104,7 +104,7 @@ def generate(
         finally:
             completions.close()  # type: ignore[attr-defined]
             ledger.commit()
-            attempt.ended(memory.peak_rss_mb, runner.memory_usage()["peak_device_mb"])
+            attempt.ended(runner, memory.peak_rss_mb)
     if signals.received:
         raise RunInterrupted(directory, signals.received)
     if ledger.rows() != scan.rows:
@@ -225,14 +225,14 @@ class _Attempt:
 
     def began(self, runner: BaseLLMRunner, prompt_format: str) -> None:
         self._started = time.perf_counter()
-        self._ledger.set(load_s=runner.load_s, runner=runner.info(), prompt_format=prompt_format)
+        self._ledger.set(load_s=runner.load_s, prompt_format=prompt_format)
 
-    def ended(self, peak_rss_mb: float, peak_device_mb: float | None) -> None:
-        peaks = {"peak_rss_mb": peak_rss_mb, "peak_device_mb": peak_device_mb}
+    def ended(self, runner: BaseLLMRunner, peak_rss_mb: float) -> None:
+        peaks = {"peak_rss_mb": peak_rss_mb, "peak_device_mb": runner.memory_usage()["peak_device_mb"]}
         known = {
             name: max(filter(None, (value, self._ledger.get(name))), default=None) for name, value in peaks.items()
         }
-        self._ledger.set(wall_s=self._wall_before + time.perf_counter() - self._started, **known)
+        self._ledger.set(runner=runner.info(), wall_s=self._wall_before + time.perf_counter() - self._started, **known)
 
 
 class _Signals:

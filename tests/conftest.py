@@ -16,13 +16,15 @@ BACKENDS = ["llama_cpp", "transformers"]
 
 @pytest.fixture(scope="session")
 def llama_cpp_runner() -> Iterator[BaseLLMRunner]:
-    with LLMRunnerFactory.create_runner({"backend": "llama_cpp", "temperature": 0.0}) as runner:
+    with LLMRunnerFactory.create_runner({"backend": "llama_cpp", "temperature": 0.0, "threads": 1}) as runner:
         yield runner
 
 
 @pytest.fixture(scope="session")
 def transformers_runner() -> Iterator[BaseLLMRunner]:
-    with LLMRunnerFactory.create_runner({"backend": "transformers", "temperature": 0.0, "device": "cpu"}) as runner:
+    with LLMRunnerFactory.create_runner(
+        {"backend": "transformers", "temperature": 0.0, "device": "cpu", "threads": 1}
+    ) as runner:
         yield runner
 
 

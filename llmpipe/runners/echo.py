@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from llmpipe.config import EchoConfig
 from llmpipe.records import Chunk, Message, Request
@@ -21,6 +22,10 @@ class EchoRunner(BaseLLMRunner):
 
     def _initialize_model(self) -> None:
         """Nothing to load."""
+
+    def info(self) -> dict[str, Any]:
+        """Say that there is no model."""
+        return {"model": "none", "model_type": "echo", "device": "cpu"}
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return the last message."""

@@ -1,155 +1,113 @@
 """Continuous batching: rows share the model's decode calls, and a finished row's slot goes to the next one at once.
 
-    admit     pull requests while slots are free
-    prefill   compute the prompts of new rows, in chunks, in calls of their own
-    decode    one token for every row in flight
+    look ahead   pull some requests, order them, find what their prompts share
+    admit        give free slots to samples; copy the cache of a shared prefix
+    prefill      compute what is left of the prompts of new rows, in chunks, in calls of their own
+    decode       one token for every row in flight
 
-Knows nothing of files, configs beyond its own, or what becomes of the text.
+Sizes itself from the first look ahead, and again when a row comes that needs a larger slot.
+
+In reproducible mode every row is computed in pieces of the same shape whatever the rows beside it: a prompt in calls of
+its own, then one token per call. llama.cpp's kernels give a product of matrices the same digits for any number of rows
+from two on, but others for one, so a row is never decoded alone: an idle slot keeps it company.
 """
 
 from __future__ import annotations
 
-import ctypes
+import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-import llama_cpp
-import numpy as np
-import numpy.typing as npt
-
-from llmpipe.config import LlamaCppConfig, Switch
-from llmpipe.exceptions import LLMInferenceError, LLMInitializationError
+from llmpipe.config import LlamaCppConfig
+from llmpipe.exceptions import LLMInitializationError
 from llmpipe.records import Chunk, Request
-from llmpipe.runners.base import error_chunks
 from llmpipe.runners.decoding import StopStrings, Utf8Stream
-from llmpipe.runners.llama_cpp import log
+from llmpipe.runners.llama_cpp import sizing
+from llmpipe.runners.llama_cpp.context import Context
+from llmpipe.runners.llama_cpp.lookahead import MIN_SHARED_TOKENS, Encode, LookAhead, Sample, Tokens
 from llmpipe.runners.llama_cpp.model import Model
 from llmpipe.runners.llama_cpp.sampler import Sampler, is_plain_greedy
+from llmpipe.runners.llama_cpp.sizing import Plan
 
-CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
-FLASH = {Switch.auto: -1, Switch.off: 0, Switch.on: 1}
-
-Tokens = list[int]
-Encode = Callable[[Request], tuple[Tokens, int]]
-"""Request → the prompt's tokens and how many were cut off on the left; a ValueError makes an error row."""
+log = logging.getLogger("llmpipe.llama_cpp")
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One sample in flight: everything about it, in one place."""
 
-    request: Request
-    sample: int
-    prompt: Tokens
-    truncated: int
+    sample: Sample
     slot: int
     sampler: Sampler | None
     stops: StopStrings
-    started_at: float
+    cached: int
+    """Tokens of this row in the cache."""
+    copied: int
+    """How many of them were copied from a shared prefix."""
+    started_at: float = field(default_factory=time.perf_counter)
     text: Utf8Stream = field(default_factory=Utf8Stream)
-    cached: int = 0
-    """Tokens of this row in the KV cache."""
     generated: int = 0
     next_token: int = -1
 
     @property
-    def prefilled(self) -> bool:
-        """Whether all of the prompt is in the cache."""
-        return self.cached >= len(self.prompt)
+    def request(self) -> Request:
+        """What asked for it."""
+        return self.sample.request
 
 
-class Batch:
-    """The arrays of one decode call, filled through numpy and read by llama.cpp in place."""
+@dataclass(eq=False)
+class Prefix:
+    """A shared prefix in a slot of its own."""
 
-    def __init__(self, capacity: int) -> None:
-        self.tokens = np.zeros(capacity, np.int32)
-        self.positions = np.zeros(capacity, np.int32)
-        self.slots = np.zeros(capacity, np.int32)
-        self.outputs = np.zeros(capacity, np.int8)
-        self._ones = np.ones(capacity, np.int32)
-        base, step = self.slots.ctypes.data, self.slots.itemsize
-        self._slot_pointers = np.arange(base, base + capacity * step, step, dtype=np.uintp)
-        self.struct = llama_cpp.llama_batch()
-        for name, array in (
-            ("token", self.tokens),
-            ("pos", self.positions),
-            ("n_seq_id", self._ones),
-            ("seq_id", self._slot_pointers),
-            ("logits", self.outputs),
-        ):
-            kind = dict(llama_cpp.llama_batch._fields_)[name]
-            setattr(self.struct, name, ctypes.cast(array.ctypes.data, kind))
-        self.size = 0
-
-    def clear(self) -> None:
-        """Begin a new call."""
-        self.size = 0
-
-    def add(self, tokens: Tokens, position: int, slot: int, output_last: bool) -> None:
-        """Append successive tokens of one slot; logits are computed for the last one where asked."""
-        span = slice(self.size, self.size + len(tokens))
-        self.tokens[span] = tokens
-        self.positions[span] = np.arange(position, position + len(tokens))
-        self.slots[span] = slot
-        self.outputs[span] = 0
-        self.outputs[span.stop - 1] = output_last
-        self.size = self.struct.n_tokens = span.stop
+    slot: int
+    tokens: Tokens = field(default_factory=list)
+    used_at: int = 0
 
 
 class Engine:
-    """A llama.cpp context and the rows in it.
+    """Runs samples through a model.
 
     Args:
         model: The loaded model.
         config: Sizes and arithmetic.
-        slots: Rows in flight at once.
-        context: Tokens per row.
-        threads: CPU threads.
-
-    Raises:
-        LLMInitializationError: llama.cpp cannot make such a context, for want of memory or of a feature.
+        limit: Most tokens of prompt and completion per row.
+        footprint: What the model takes.
     """
 
-    def __init__(self, model: Model, config: LlamaCppConfig, slots: int, context: int, threads: int) -> None:
+    def __init__(self, model: Model, config: LlamaCppConfig, limit: int, footprint: sizing.Footprint) -> None:
         self._model = model
-        params = llama_cpp.llama_context_default_params()
-        params.n_seq_max = slots
-        params.n_ctx = slots * context
-        params.n_batch = max(config.batch_tokens, slots)
-        params.n_ubatch = min(config.micro_batch_tokens, params.n_batch)
-        params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = FLASH[Switch.off if config.reproducible else config.flash_attention]
-        params.type_k, params.type_v = CACHE_TYPES[config.cache_type_k], CACHE_TYPES[config.cache_type_v]
-        params.kv_unified = False
-        params.no_perf = True
-        self._context: Any = llama_cpp.llama_init_from_model(model.handle, params)
-        if not self._context:
-            raise LLMInitializationError(
-                f"llama.cpp cannot make {slots} slots of {context} tokens: {log.last_errors() or 'no reason given'}; "
-                f"try a smaller backend.slots or backend.context"
-            )
-        self._memory = llama_cpp.llama_get_memory(self._context)
-        self.context = min(context, llama_cpp.llama_n_ctx_seq(self._context))
-        self.batch_tokens: int = llama_cpp.llama_n_batch(self._context)
-        self._batch = Batch(self.batch_tokens)
+        self._config = config
+        self.limit = limit
+        self._footprint = footprint
+        self.threads = sizing.threads(config)
+        self.context: Context | None = None
+        self.cancelled: set[int] = set()
+        """Ids of requests to give up; their rows leave before the next decode call."""
         self._rows: list[Row] = []
-        self._free = list(range(slots))
-        self.decode_s = 0.0
-        """Seconds spent inside llama_decode since loading."""
+        self._prefilling: list[Row] = []
+        self._free: list[int] = []
+        self._prefixes: list[Prefix] = []
+        self._clock = 0
+        # What llama.cpp refuses, it refuses now, and not when the first row comes.
+        self._fit(sizing.SMALLEST)
 
     def stream(self, requests: Iterable[Request], encode: Encode) -> Iterator[Chunk]:
         """Answer `requests`; see `BaseLLMRunner.stream`."""
-        source = iter(requests)
-        waiting: deque[tuple[Request, int, Tokens, int]] = deque()
+        # Sharing a prefix computes a prompt in other pieces, whose sums may round otherwise.
+        ahead = LookAhead(requests, encode, self.limit, share=not self._config.reproducible)
+        count = sizing.look_ahead(sizing.wanted_slots(self._config, self._footprint))
+        self.cancelled.clear()
         try:
             while True:
-                yield from self._admit(source, waiting, encode)
-                if not self._rows:
+                if len(ahead.waiting) <= count // 2:
+                    yield from ahead.fill(count)
+                if not self._rows and not ahead.waiting:
                     return
-                if any(not row.prefilled for row in self._rows):
+                self._admit(ahead)
+                if self.cancelled:
+                    yield from self._give_up(ahead)
+                elif self._prefilling:
                     yield from self._prefill()
                 else:
                     yield from self._decode()
@@ -158,97 +116,187 @@ class Engine:
                 self._leave(row)
 
     def close(self) -> None:
-        """Free the context; the engine cannot be used afterwards."""
-        if self._context:
-            llama_cpp.llama_free(self._context)
-            self._context = None
+        """Free the context."""
+        if self.context is not None:
+            self.context.close()
+            self.context = None
 
-    def _admit(
-        self, source: Iterator[Request], waiting: deque[tuple[Request, int, Tokens, int]], encode: Encode
-    ) -> Iterator[Chunk]:
-        """Give free slots to samples that wait, pulling requests as needed."""
-        while self._free:
-            if not waiting:
-                request = next(source, None)
-                if request is None:
-                    return
-                try:
-                    prompt, truncated = encode(request)
-                except ValueError as error:
-                    yield from error_chunks(request, str(error))
-                    continue
-                waiting.extend((request, sample, prompt, truncated) for sample in request.samples)
-            if waiting:
-                self._enter(*waiting.popleft())
+    # --- slots ----------------------------------------------------------------------------------------------------
 
-    def _enter(self, request: Request, sample: int, prompt: Tokens, truncated: int) -> None:
-        sampling, seed = request.sampling, request.seed_of(sample)
-        greedy = is_plain_greedy(sampling)
-        sampler = None if greedy else Sampler(sampling, seed, self._model, prompt, self.context)
+    def _admit(self, ahead: LookAhead) -> None:
+        """Give free slots to waiting samples; make a larger context first where none of its slots would do."""
+        if not self._rows and ahead.waiting:
+            self._fit(sizing.plan(self._config, self._footprint, ahead.waiting, self.limit))
+        assert self.context is not None
+        room = self.context.plan.context
+        while self._free and (sample := ahead.next(room)) is not None:
+            self._enter(sample)
+        # Samples that still wait need larger slots: they get them once the rows in flight are done.
+        self._compact()
+
+    def _fit(self, plan: Plan) -> None:
+        """See to it that there is a context for `plan`."""
+        if self.context is not None and self.context.plan.covers(plan):
+            return
+        self.close()
+        wanted: Plan | None = plan
+        while wanted is not None:
+            try:
+                self.context = Context(self._model, self._config, wanted, self.threads)
+                break
+            except LLMInitializationError:
+                wanted = wanted.halved() if self._config.slots == "auto" else None
+                if wanted is None:
+                    raise
+                log.warning("no memory for %d slots of %d tokens: trying %d", plan.slots, plan.context, wanted.slots)
+        assert self.context is not None and wanted is not None
+        for reason in wanted.reasons:
+            log.info("%s", reason)
+        self._free = list(range(wanted.slots))
+        self._prefixes = [Prefix(wanted.slots + i) for i in range(wanted.prefixes)]
+
+    def _enter(self, sample: Sample) -> None:
+        assert self.context is not None
+        sampling, seed = sample.request.sampling, sample.request.seed_of(sample.number)
+        sampler = None
+        if not is_plain_greedy(sampling):
+            sampler = Sampler(sampling, seed, self._model, sample.prompt, sample.need)
         # The lowest free slot: llama.cpp computes neighbouring sequences together.
         slot = min(self._free)
         self._free.remove(slot)
-        stops = StopStrings(sampling.stop)
-        self._rows.append(Row(request, sample, prompt, truncated, slot, sampler, stops, time.perf_counter()))
+        cached, copied = self._copy_prefix(sample, slot)
+        row = Row(sample, slot, sampler, StopStrings(sampling.stop), cached, copied)
+        self._rows.append(row)
+        self._prefilling.append(row)
 
     def _leave(self, row: Row) -> None:
+        assert self.context is not None
         self._rows.remove(row)
+        if row in self._prefilling:
+            self._prefilling.remove(row)
         self._free.append(row.slot)
-        llama_cpp.llama_memory_seq_rm(self._memory, row.slot, -1, -1)
+        self.context.forget(row.slot)
         if row.sampler is not None:
             row.sampler.close()
 
+    def _compact(self) -> None:
+        """Move the highest rows into gaps below them: a batch over neighbouring slots is computed in fewer pieces."""
+        assert self.context is not None
+        while self._rows and self._free:
+            last, gap = max(self._rows, key=lambda row: row.slot), min(self._free)
+            if gap > last.slot:
+                return
+            self.context.copy(last.slot, gap)
+            self.context.forget(last.slot)
+            self._free.remove(gap)
+            self._free.append(last.slot)
+            last.slot = gap
+
+    def _give_up(self, ahead: LookAhead) -> Iterator[Chunk]:
+        """End the rows and waiting samples of cancelled requests."""
+        ids = set(self.cancelled)
+        self.cancelled -= ids
+        gone = [sample for sample in ahead.waiting if sample.request.id in ids]
+        ahead.waiting = [sample for sample in ahead.waiting if sample.request.id not in ids]
+        for row in [row for row in self._rows if row.request.id in ids]:
+            self._leave(row)
+            gone.append(row.sample)
+        for sample in gone:
+            yield Chunk(sample.request.id, sample.number, finish_reason="error", error="cancelled")
+
+    # --- shared prefixes ------------------------------------------------------------------------------------------
+
+    def _copy_prefix(self, sample: Sample, slot: int) -> tuple[int, int]:
+        """Fill `slot` with the prefix the sample shares, computed now if need be.
+
+        Returns:
+            Tokens now in the slot's cache, and how many of them this row did not cost.
+        """
+        assert self.context is not None
+        if not sample.shared or not self._prefixes:
+            return 0, 0
+        self._clock += 1
+        wanted = sample.prompt[: sample.shared]
+        known = max(self._prefixes, key=lambda prefix: _begins(wanted, prefix.tokens))
+        reused = _begins(wanted, known.tokens)
+        if len(wanted) - reused >= MIN_SHARED_TOKENS:
+            oldest = min(self._prefixes, key=lambda prefix: prefix.used_at)
+            self._compute_prefix(oldest, known if reused else None, wanted)
+            known = oldest
+        known.used_at = self._clock
+        self.context.copy(known.slot, slot)
+        return len(known.tokens), reused
+
+    def _compute_prefix(self, prefix: Prefix, base: Prefix | None, tokens: Tokens) -> None:
+        """Put `tokens` into a prefix's slot, beginning with a copy of `base`."""
+        assert self.context is not None
+        done = len(base.tokens) if base is not None else 0
+        if base is not prefix:
+            self.context.forget(prefix.slot)
+            if base is not None:
+                self.context.copy(base.slot, prefix.slot)
+        prefix.tokens = []  # until all of it is computed
+        batch = self.context.batch
+        for start in range(done, len(tokens), batch.capacity):
+            batch.clear()
+            batch.add(tokens[start : start + batch.capacity], start, prefix.slot, False)
+            self.context.decode()
+        prefix.tokens = tokens
+
+    # --- computing ------------------------------------------------------------------------------------------------
+
     def _prefill(self) -> Iterator[Chunk]:
         """Compute one batch of prompt tokens; rows whose prompt is complete get their first token."""
-        self._batch.clear()
-        complete: list[tuple[Row, int]] = []
-        for row in sorted(self._rows, key=lambda row: row.slot):
-            room = self.batch_tokens - self._batch.size
-            if row.prefilled or not room:
-                continue
-            part = row.prompt[row.cached : row.cached + room]
-            done = row.cached + len(part) == len(row.prompt)
-            self._batch.add(part, row.cached, row.slot, done)
+        assert self.context is not None
+        batch = self.context.batch
+        batch.clear()
+        outputs: list[tuple[Row, int]] = []
+        for row in sorted(self._prefilling, key=lambda row: row.slot):
+            if not batch.room or (batch.size and self._config.reproducible):
+                break
+            part = row.sample.prompt[row.cached : row.cached + batch.room]
+            done = row.cached + len(part) == len(row.sample.prompt)
+            batch.add(part, row.cached, row.slot, done)
             row.cached += len(part)
             if done:
-                complete.append((row, self._batch.size - 1))
-        yield from self._compute(complete)
+                outputs.append((row, batch.size - 1))
+                self._prefilling.remove(row)
+        self.context.decode()
+        yield from self._sample(outputs)
 
     def _decode(self) -> Iterator[Chunk]:
         """Compute one token for every row."""
-        self._batch.clear()
+        assert self.context is not None
         rows = sorted(self._rows, key=lambda row: row.slot)
+        tokens, positions = [row.next_token for row in rows], [row.cached for row in rows]
+        slots = [row.slot for row in rows]
+        company = self._config.reproducible and len(rows) == 1
+        if company:  # any token will do, and it is forgotten again
+            tokens, positions, slots = [*tokens, tokens[0]], [*positions, 0], [*slots, slots[0] + 1]
+        self.context.batch.set_columns(tokens, positions, slots)
+        self.context.decode()
+        if company:
+            self.context.forget(slots[-1])
         for row in rows:
-            self._batch.add([row.next_token], row.cached, row.slot, True)
             row.cached += 1
-        yield from self._compute([(row, i) for i, row in enumerate(rows)])
+        yield from self._sample([(row, i) for i, row in enumerate(rows)])
 
-    def _compute(self, outputs: list[tuple[Row, int]]) -> Iterator[Chunk]:
-        """Run the batch and sample a token for each of `outputs`: a row and the index of its logits in the batch."""
-        started = time.perf_counter()
-        status = llama_cpp.llama_decode(self._context, self._batch.struct)
-        self.decode_s += time.perf_counter() - started
-        if status:
-            reason = "no room in the KV cache" if status == 1 else log.last_errors() or "no reason given"
-            raise LLMInferenceError(f"llama_decode failed with status {status}: {reason}")
-        if not outputs:
-            return
-        tokens: npt.NDArray[np.int64] | None = None
+    def _sample(self, outputs: list[tuple[Row, int]]) -> Iterator[Chunk]:
+        """Choose a token for each of `outputs`: a row and the index of its logits in the batch."""
+        assert self.context is not None
+        best = None
         if any(row.sampler is None for row, _ in outputs):
-            logits = llama_cpp.llama_get_logits(self._context)
-            tokens = np.ctypeslib.as_array(logits, (len(outputs), self._model.n_vocab)).argmax(axis=1)
-        for i, (row, index) in enumerate(outputs):
-            if row.sampler is not None:
-                token = row.sampler.sample(self._context, index)
-            else:
-                assert tokens is not None
-                token = int(tokens[i])
-            chunk = self._take(row, token)
-            if chunk is not None:
-                yield chunk
+            best = self.context.best_tokens(len(outputs))
+        # All tokens are drawn before the first chunk is given out: whoever takes it may do as he likes meanwhile.
+        tokens = [
+            int(best[i]) if row.sampler is None and best is not None else row.sampler.sample(self.context.handle, index)  # type: ignore[union-attr]
+            for i, (row, index) in enumerate(outputs)
+        ]
+        chunks = [self._take(row, token) for (row, _), token in zip(outputs, tokens, strict=True)]
+        yield from (chunk for chunk in chunks if chunk is not None)
 
     def _take(self, row: Row, token: int) -> Chunk | None:
-        """Add a sampled token to its row; return the chunk it completes, if any."""
+        """Add a token to its row; return the chunk it completes, if any."""
         sampling, text, reason = row.request.sampling, "", None
         if self._model.is_end(token) and not sampling.ignore_eos:
             reason = "stop"
@@ -258,19 +306,24 @@ class Engine:
             text = row.stops.push(row.text.push(self._model.piece(token)))
             if row.stops.stopped:
                 reason = "stop"
-            elif row.generated >= sampling.max_tokens or row.cached >= self.context:
+            elif row.generated >= sampling.max_tokens or row.cached >= self.limit:
                 reason = "length"
         if reason is None:
-            return Chunk(row.request.id, row.sample, text) if text else None
+            return Chunk(row.request.id, row.sample.number, text) if text else None
         self._leave(row)
         return Chunk(
             row.request.id,
-            row.sample,
+            row.sample.number,
             text + row.stops.flush(),
             reason,
-            prompt_tokens=len(row.prompt),
-            cached_prompt_tokens=0,
-            truncated_prompt_tokens=row.truncated,
+            prompt_tokens=len(row.sample.prompt),
+            cached_prompt_tokens=row.copied,
+            truncated_prompt_tokens=row.sample.truncated,
             completion_tokens=row.generated,
             started_at=row.started_at,
         )
+
+
+def _begins(tokens: Tokens, start: Tokens) -> int:
+    """Return the length of `start` where `tokens` begin with it, else 0."""
+    return len(start) if tokens[: len(start)] == start else 0

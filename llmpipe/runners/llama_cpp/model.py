@@ -57,14 +57,31 @@ class Model:
         """Return llama.cpp's short description, such as `llama 7B Q4_K - Medium`."""
         buffer = ctypes.create_string_buffer(256)
         llama_cpp.llama_model_desc(self.handle, buffer, len(buffer))
-        parameters = llama_cpp.llama_model_n_params(self.handle)
         # llama.cpp names only the sizes it knows.
-        return buffer.value.decode("utf-8", "replace").replace("?B", f"{parameters / 1e6:.1f}M")
+        return buffer.value.decode("utf-8", "replace").replace("?B", f"{self.parameters / 1e6:.1f}M")
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return int(llama_cpp.llama_model_size(self.handle))
+    def parameters(self) -> int:
+        """Number of weights."""
+        return int(llama_cpp.llama_model_n_params(self.handle))
+
+    @property
+    def cache_values_per_token(self) -> tuple[int, int]:
+        """Numbers that the cache holds per token, as keys and as values; (0, 0) where its size does not grow."""
+        if llama_cpp.llama_model_is_recurrent(self.handle):
+            return 0, 0
+        heads = llama_cpp.llama_model_n_head_kv(self.handle) * llama_cpp.llama_model_n_layer(self.handle)
+        size = llama_cpp.llama_model_n_embd(self.handle) // max(llama_cpp.llama_model_n_head(self.handle), 1)
+        arch = self.metadata("general.architecture")
+        key = self.metadata(f"{arch}.attention.key_length") or size
+        value = self.metadata(f"{arch}.attention.value_length") or size
+        return heads * int(key), heads * int(value)
+
+    def metadata(self, key: str) -> str | None:
+        """Return a value of the file's metadata as text, or None."""
+        buffer = ctypes.create_string_buffer(1024)
+        found = llama_cpp.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace") if found >= 0 else None
 
     def tokenize(self, text: str, special: bool) -> list[int]:
         """Return the token ids of `text`.

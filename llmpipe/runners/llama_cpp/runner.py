@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
-
-import psutil
 
 from llmpipe.config import LlamaCppConfig
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
@@ -20,6 +17,7 @@ try:
     import llama_cpp
 
     from llmpipe.runners.llama_cpp import log as llama_log
+    from llmpipe.runners.llama_cpp import sizing
     from llmpipe.runners.llama_cpp.engine import Engine
     from llmpipe.runners.llama_cpp.model import Model, can_offload
 except ImportError as error:
@@ -32,8 +30,10 @@ except (OSError, RuntimeError) as error:  # what llama-cpp-python raises when it
 
 log = logging.getLogger(__name__)
 
-DEFAULT_SLOTS = 8
-DEFAULT_CONTEXT = 4096
+EXACT_FORMATS = ("F32", "Q8_0")
+"""Weights whose products llama.cpp's CPU kernels compute alike for any number of rows, as measured."""
+BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32}
+BYTES_PER_VALUE |= {"q4_1": 20 / 32, "q4_0": 18 / 32}
 
 
 class LlamaCppRunner(BaseLLMRunner):
@@ -47,24 +47,39 @@ class LlamaCppRunner(BaseLLMRunner):
     def _initialize_model(self) -> None:
         llama_log.capture()
         llama_cpp.llama_backend_init()
+        config = self.config
         self._offload = can_offload(self.device)
-        path = find_gguf(self.config.model)
-        self._model = Model(path, self.config, self._offload, self.device.index)
-        context = self.config.context or min(self._model.train_context, DEFAULT_CONTEXT)
-        self._slots = DEFAULT_SLOTS if self.config.slots == "auto" else int(self.config.slots)
+        path = find_gguf(config.model)
+        self._model = model = Model(path, config, self._offload, self.device.index)
         limit = llama_cpp.llama_max_parallel_sequences()
-        if self._slots > limit:
-            raise LLMInitializationError(f"backend.slots={self._slots} is more than llama.cpp's {limit}")
-        self._threads = self.config.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
-        self._engine = Engine(self._model, self.config, self._slots, context, self._threads)
-        log.info(
-            "%s: %s, %d slots of %d tokens, %d threads",
-            path.name,
-            self._model.describe(),
-            self._slots,
-            context,
-            self._threads,
-        )
+        if config.slots != "auto" and config.slots + sizing.PREFIX_SLOTS > limit:
+            most = limit - sizing.PREFIX_SLOTS
+            raise LLMInitializationError(f"backend.slots={config.slots} is more than {most}, llama.cpp's most")
+        keys, values = model.cache_values_per_token
+        per_token = keys * BYTES_PER_VALUE[config.cache_type_k] + values * BYTES_PER_VALUE[config.cache_type_v]
+        footprint = sizing.Footprint(model.parameters, int(per_token), self._offload)
+        context = config.context or min(model.train_context, sizing.most_tokens(footprint))
+        self._engine = Engine(model, config, context, footprint)
+        log.info("%s: %s on %s, rows of at most %d tokens", path.name, model.describe(), self._where, context)
+        self._caveat = self._reproducibility_caveat()
+        if config.reproducible and self._caveat:
+            log.warning("backend.reproducible=true, but %s", self._caveat)
+
+    @property
+    def _where(self) -> str:
+        return "gpu" if self._offload else "cpu"
+
+    def _reproducibility_caveat(self) -> str | None:
+        """Say why answers may still depend on the rows beside them; None where they do not."""
+        assert self._model is not None
+        kind = self._model.describe()
+        if self._offload:
+            return "a GPU's kernels are chosen by the batch: rows may differ in the last digits"
+        if not any(name in kind for name in EXACT_FORMATS):
+            return (
+                f"llama.cpp is not known to compute every batch of {kind} alike, only of {' and '.join(EXACT_FORMATS)}"
+            )
+        return None
 
     def _release_model(self) -> None:
         if self._engine is not None:
@@ -89,7 +104,7 @@ class LlamaCppRunner(BaseLLMRunner):
         assert self._model is not None and self._engine is not None
         check_bias(request.sampling, self._model.n_vocab)
         tokens = self._model.tokenize(self.prompt_text(request), special=request.messages is None)
-        return fit_prompt(tokens, self._engine.context, request.truncate)
+        return fit_prompt(tokens, self._engine.limit, request.truncate)
 
     @property
     def chat_template(self) -> str | None:
@@ -102,16 +117,27 @@ class LlamaCppRunner(BaseLLMRunner):
             raise ChatTemplateError("the model has no chat template: use prompt=raw or backend.chat_template=FILE")
         return self._model.chat.render(messages)
 
+    def cancel(self, request_id: int) -> None:
+        """Give up a request of the running stream; it ends with an error chunk, and its slots are free at once."""
+        if self._engine is not None:
+            self._engine.cancelled.add(request_id)
+
     def info(self) -> dict[str, Any]:
         """Say what was loaded and what was chosen."""
         self._check_loaded()
         assert self._model is not None and self._engine is not None
+        context = self._engine.context
         return {
             "model": self.config.model,
             "model_type": self._model.describe(),
-            "device": "gpu" if self._offload else "cpu",
-            "slots": self._slots,
-            "context": self._engine.context,
-            "threads": self._threads,
+            "device": self._where,
+            "context": self._engine.limit,
+            "threads": self._engine.threads,
+            "slots": context.plan.slots if context else None,
+            "slot_tokens": context.plan.context if context else None,
+            "prefix_slots": context.plan.prefixes if context else None,
+            "sizes": list(context.plan.reasons) if context else [],
+            "reproducible": self.config.reproducible and not self._caveat,
+            "decode_s": context.decode_s if context else 0.0,
             "llama_cpp_python": llama_cpp.__version__,
         }

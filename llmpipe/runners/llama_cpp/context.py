@@ -1,0 +1,195 @@
+"""A llama.cpp context: sequences with a cache each, decode calls, logits. Knows nothing of requests or scheduling."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from llmpipe.config import LlamaCppConfig, RopeScaling, Switch
+from llmpipe.exceptions import LLMInferenceError, LLMInitializationError
+from llmpipe.runners.llama_cpp import log
+from llmpipe.runners.llama_cpp.model import Model
+from llmpipe.runners.llama_cpp.sizing import Plan
+
+CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
+FLASH_ATTENTION = {Switch.auto: -1, Switch.off: 0, Switch.on: 1}
+ROPE_SCALING = {RopeScaling.model: -1, RopeScaling.none: 0, RopeScaling.linear: 1, RopeScaling.yarn: 2}
+
+
+class Batch:
+    """The arrays of one decode call, filled through numpy and read by llama.cpp in place."""
+
+    def __init__(self, capacity: int) -> None:
+        self.tokens = np.zeros(capacity, np.int32)
+        self.positions = np.zeros(capacity, np.int32)
+        self.slots = np.zeros(capacity, np.int32)
+        self.outputs = np.zeros(capacity, np.int8)
+        self._ones = np.ones(capacity, np.int32)
+        base, step = self.slots.ctypes.data, self.slots.itemsize
+        self._slot_pointers = np.arange(base, base + capacity * step, step, dtype=np.uintp)
+        self.struct = llama_cpp.llama_batch()
+        kinds = dict(llama_cpp.llama_batch._fields_)
+        for name, array in (
+            ("token", self.tokens),
+            ("pos", self.positions),
+            ("n_seq_id", self._ones),
+            ("seq_id", self._slot_pointers),
+            ("logits", self.outputs),
+        ):
+            setattr(self.struct, name, ctypes.cast(array.ctypes.data, kinds[name]))
+        self.capacity = capacity
+        self.size = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens that can still be added."""
+        return self.capacity - self.size
+
+    def clear(self) -> None:
+        """Begin a new call."""
+        self.size = 0
+
+    def add(self, tokens: Sequence[int], position: int, slot: int, output_last: bool) -> None:
+        """Append successive tokens of one slot; logits are computed for the last one where asked."""
+        span = slice(self.size, self.size + len(tokens))
+        self.tokens[span] = tokens
+        self.positions[span] = np.arange(position, position + len(tokens))
+        self.slots[span] = slot
+        self.outputs[span] = 0
+        self.outputs[span.stop - 1] = output_last
+        self.size = span.stop
+
+    def set_columns(self, tokens: list[int], positions: list[int], slots: list[int]) -> None:
+        """Fill the batch with one token per slot, with logits for each."""
+        self.size = len(tokens)
+        self.tokens[: self.size] = tokens
+        self.positions[: self.size] = positions
+        self.slots[: self.size] = slots
+        self.outputs[: self.size] = 1
+
+
+class Context:
+    """Sequences of one model that are computed together.
+
+    Args:
+        model: The loaded model.
+        config: Arithmetic and batch sizes.
+        plan: How many sequences of which length.
+        threads: CPU threads.
+
+    Raises:
+        LLMInitializationError: llama.cpp cannot make such a context, for want of memory or of a feature.
+    """
+
+    def __init__(self, model: Model, config: LlamaCppConfig, plan: Plan, threads: int) -> None:
+        self.plan = plan
+        self._model = model
+        self._adapters = [_Adapter(model, text) for text in config.lora]
+        # In reproducible mode a row is never decoded alone, see the engine.
+        sequences = max(plan.slots + plan.prefixes, 2 if config.reproducible else 1)
+        params = llama_cpp.llama_context_default_params()
+        params.n_seq_max = sequences
+        params.n_ctx = sequences * plan.context
+        params.n_batch = max(min(config.batch_tokens, params.n_ctx), sequences)
+        params.n_ubatch = min(config.micro_batch_tokens, params.n_batch)
+        params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = FLASH_ATTENTION[Switch.off if config.reproducible else config.flash_attention]
+        params.type_k, params.type_v = CACHE_TYPES[config.cache_type_k], CACHE_TYPES[config.cache_type_v]
+        params.rope_scaling_type = ROPE_SCALING[config.rope_scaling]
+        params.rope_freq_base, params.rope_freq_scale = config.rope_freq_base, config.rope_freq_scale
+        params.yarn_orig_ctx = config.yarn_original_context
+        params.kv_unified = False
+        params.no_perf = True
+        self._handle: Any = llama_cpp.llama_init_from_model(model.handle, params)
+        if not self._handle:
+            raise LLMInitializationError(
+                f"llama.cpp cannot make {sequences} slots of {plan.context} tokens: "
+                f"{log.last_errors() or 'no reason given'}; try a smaller backend.slots or backend.context"
+            )
+        self._memory = llama_cpp.llama_get_memory(self._handle)
+        self.batch = Batch(llama_cpp.llama_n_batch(self._handle))
+        self.decode_s = 0.0
+        """Seconds spent inside llama_decode."""
+        self._set_adapters()
+
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's own pointer, for samplers."""
+        return self._handle
+
+    def decode(self) -> None:
+        """Compute the batch.
+
+        Raises:
+            LLMInferenceError: llama.cpp failed.
+        """
+        batch = self.batch
+        batch.struct.n_tokens = batch.size
+        started = time.perf_counter()
+        status = llama_cpp.llama_decode(self._handle, batch.struct)
+        if status == 0 and batch.outputs[: batch.size].any():
+            llama_cpp.llama_synchronize(self._handle)
+        self.decode_s += time.perf_counter() - started
+        if status:
+            reason = "no room in the KV cache" if status == 1 else log.last_errors() or "no reason given"
+            raise LLMInferenceError(f"llama_decode failed with status {status}: {reason}")
+
+    def best_tokens(self, outputs: int) -> npt.NDArray[np.int64]:
+        """Return the token with the largest logit for each of the batch's `outputs`, in the batch's order."""
+        logits = llama_cpp.llama_get_logits(self._handle)
+        best: npt.NDArray[np.int64] = np.ctypeslib.as_array(logits, (outputs, self._model.n_vocab)).argmax(axis=1)
+        return best
+
+    def copy(self, source: int, target: int) -> None:
+        """Make `target` what `source` is."""
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def forget(self, slot: int) -> None:
+        """Empty a slot."""
+        llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+    def close(self) -> None:
+        """Free the memory; the context cannot be used afterwards."""
+        if self._handle:
+            llama_cpp.llama_free(self._handle)
+            self._handle = None
+            for adapter in self._adapters:
+                adapter.close()
+
+    def _set_adapters(self) -> None:
+        if not self._adapters:
+            return
+        count = len(self._adapters)
+        handles = (llama_cpp.llama_adapter_lora_p_ctypes * count)(*(adapter.handle for adapter in self._adapters))
+        scales = (ctypes.c_float * count)(*(adapter.scale for adapter in self._adapters))
+        if llama_cpp.llama_set_adapters_lora(self._handle, handles, count, scales):
+            self.close()
+            raise LLMInitializationError(f"llama.cpp refuses the LoRA adapters: {log.last_errors()}")
+
+
+class _Adapter:
+    """A LoRA adapter, `FILE` or `FILE=SCALE`."""
+
+    def __init__(self, model: Model, text: str) -> None:
+        name, _, scale = text.partition("=")
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise LLMInitializationError(f"backend.lora: {name!r} does not exist (from {Path.cwd()})")
+        self.scale = float(scale or 1)
+        self.handle = llama_cpp.llama_adapter_lora_init(model.handle, str(path).encode())
+        if not self.handle:
+            raise LLMInitializationError(
+                f"llama.cpp cannot load the adapter {path}: {log.last_errors() or 'no reason given'}"
+            )
+
+    def close(self) -> None:
+        if self.handle:
+            llama_cpp.llama_adapter_lora_free(self.handle)
+            self.handle = None

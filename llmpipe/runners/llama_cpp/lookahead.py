@@ -1,0 +1,161 @@
+"""The samples that wait for a slot: pulled a little ahead, ordered longest first, grouped by what their prompts share.
+
+Looking ahead is what lets the engine size itself, keep the tail of a run short, and compute a common system prompt or
+few-shot block once. How far it looks is bounded, so memory does not grow with the dataset. Knows nothing of llama.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from llmpipe.records import Chunk, Request
+from llmpipe.runners.base import error_chunks
+
+MIN_SHARED_TOKENS = 32
+"""Prefixes shorter than this are computed again: copying a slot's cache is not free."""
+
+Tokens = list[int]
+Encode = Callable[[Request], tuple[Tokens, int]]
+"""Request → the prompt's tokens and how many were cut off on the left; a ValueError makes an error row."""
+
+
+@dataclass(slots=True, eq=False)
+class Sample:
+    """One sample that waits."""
+
+    request: Request
+    number: int
+    prompt: Tokens
+    truncated: int
+    need: int
+    """Tokens of cache it can come to fill: its prompt and all it may generate."""
+    shared: int = 0
+    """Leading tokens it has in common with others that wait; 0 where sharing does not pay."""
+    rank: tuple[int, int, int] = (0, 0, 0)
+
+
+class LookAhead:
+    """Pulls requests in blocks and hands out their samples in the order in which they are best run.
+
+    Args:
+        requests: Where samples come from.
+        encode: Tokenises a request.
+        limit: Most tokens of prompt and completion that a sample may have.
+        share: Whether prompts are searched for common prefixes.
+    """
+
+    def __init__(self, requests: Iterable[Request], encode: Encode, limit: int, share: bool) -> None:
+        self._source = iter(requests)
+        self._encode = encode
+        self._limit = limit
+        self._share = share
+        self._exhausted = False
+        self.waiting: list[Sample] = []
+
+    def fill(self, count: int) -> Iterator[Chunk]:
+        """Pull until `count` samples wait, if there are so many; yield the chunks of requests that cannot be run."""
+        if self._exhausted or len(self.waiting) >= count:
+            return
+        while len(self.waiting) < count:
+            request = next(self._source, None)
+            if request is None:
+                self._exhausted = True
+                break
+            try:
+                prompt, truncated = self._encode(request)
+            except ValueError as error:
+                yield from error_chunks(request, str(error))
+                continue
+            need = min(len(prompt) + request.sampling.max_tokens, self._limit)
+            self.waiting += [Sample(request, number, prompt, truncated, need) for number in request.samples]
+        self._order()
+
+    def next(self, room: int) -> Sample | None:
+        """Take the sample to run next, of those that need no more than `room` tokens; None if none does."""
+        for i in range(len(self.waiting) - 1, -1, -1):
+            if self.waiting[i].need <= room:
+                return self.waiting.pop(i)
+        return None
+
+    def _order(self) -> None:
+        """Sort so that groups stay together, those with the longest sample first, long samples before short ones."""
+        for sample in self.waiting:
+            sample.shared = 0
+        groups = shared_prefixes([sample.prompt for sample in self.waiting]) if self._share else []
+        for number, (members, length) in enumerate(groups, 1):
+            longest = max(self.waiting[i].need for i in members)
+            for i in members:
+                sample = self.waiting[i]
+                sample.shared = length
+                sample.rank = (longest, number, sample.need)
+        for sample in self.waiting:
+            if not sample.shared:
+                sample.rank = (sample.need, 0, sample.need)
+        self.waiting.sort(key=lambda sample: sample.rank)  # taken from the end
+
+
+Group = tuple[list[int], int]
+"""Indices of prompts, and the length of the prefix they share."""
+
+
+def shared_prefixes(prompts: Sequence[Tokens]) -> list[Group]:
+    """Group prompts so that computing each group's common prefix once saves the most tokens.
+
+    Prompts that share a prefix stand beside each other once sorted. A run of neighbours either shares its shortest
+    common prefix as a whole, or is split where that is shortest, and each part shares more; whichever saves more.
+
+    Returns:
+        Groups of at least two prompts that share at least `MIN_SHARED_TOKENS`, and never all of a prompt, whose last
+        token has to be computed for its logits.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
+    common = [_common(prompts[a], prompts[b]) for a, b in pairwise(order)]
+    groups: list[Group] = []
+    start = 0
+    for end in range(len(order)):
+        if end == len(common) or common[end] < MIN_SHARED_TOKENS:
+            groups += _best_groups(common, start, end)
+            start = end + 1
+    return [([order[i] for i in members], length) for members, length in groups]
+
+
+def _best_groups(common: Sequence[int], first: int, last: int) -> list[Group]:
+    """Return the groups of the sorted prompts in [first, last], of which neighbours i, i + 1 share `common[i]`."""
+    if first == last:
+        return []
+    shortest = min(common[first:last])
+    whole = [(list(range(first, last + 1)), shortest)]
+    if shortest == max(common[first:last]):
+        return whole
+    parts: list[Group] = []
+    start = first
+    for i in range(first, last + 1):
+        if i == last or common[i] == shortest:
+            parts += _best_groups(common, start, i)
+            start = i + 1
+    grouped = {i for members, _ in parts for i in members}
+    rest = [i for i in range(first, last + 1) if i not in grouped]
+    if len(rest) > 1:
+        parts.append((rest, shortest))
+    return max(whole, parts, key=_saved)
+
+
+def _saved(groups: Sequence[Group]) -> int:
+    return sum(length * (len(members) - 1) for members, length in groups)
+
+
+def _common(one: Tokens, other: Tokens) -> int:
+    """Return how many leading tokens two prompts share, short of all of either."""
+    limit = min(len(one), len(other)) - 1
+    if one[:limit] == other[:limit]:
+        return limit
+    low, high = 0, limit
+    while low < high:  # the longest equal prefix, by bisection on C-speed comparisons
+        middle = (low + high + 1) // 2
+        if one[:middle] == other[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,134 @@
+"""How large the engine makes itself: from the model, the prompts that wait, the memory that is free, and the cores.
+
+Every choice can be set by hand, and says why it was made. Knows nothing of llama.cpp's API.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import psutil
+
+from llmpipe.config import LlamaCppConfig
+from llmpipe.runners.llama_cpp.lookahead import Sample
+
+SMALL_PARAMETERS = 50_000_000
+CPU_SLOTS, SMALL_MODEL_SLOTS, GPU_SLOTS = 16, 32, 32
+"""Where more rows at once stopped paying in the measurements under benchmarks/."""
+LOOK_AHEAD = 4
+"""Slots' worth of samples that wait."""
+PREFIX_SLOTS = 4
+CONTEXT_STEP = 256
+"""llama.cpp rounds cache sizes up to this."""
+HEADROOM = 1.5
+"""How much longer than the longest row looked at a slot is, so that a later row seldom needs a larger one."""
+MEMORY_SHARE = 0.6
+"""Share of the free memory that the cache may take."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What of a model decides its size in use."""
+
+    parameters: int
+    cache_bytes_per_token: int
+    on_gpu: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a context."""
+
+    slots: int
+    """Rows in flight."""
+    prefixes: int
+    """Slots beside them that hold shared prefixes."""
+    context: int
+    """Tokens per slot."""
+    reasons: tuple[str, ...] = ()
+
+    def covers(self, other: Plan) -> bool:
+        """Say whether a context of this plan can do the work of one of the other."""
+        return self.slots >= other.slots and self.prefixes >= other.prefixes and self.context >= other.context
+
+    def halved(self) -> Plan | None:
+        """Return a plan with half the slots, or None where there is only one."""
+        if self.slots == 1 and not self.prefixes:
+            return None
+        return replace(self, slots=max(1, self.slots // 2), prefixes=self.prefixes // 2)
+
+
+SMALLEST = Plan(slots=1, prefixes=0, context=CONTEXT_STEP)
+"""The sizes before any row is known."""
+
+
+def threads(config: LlamaCppConfig) -> int:
+    """Return the CPU threads: the physical cores, unless set by hand."""
+    return config.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
+def wanted_slots(config: LlamaCppConfig, model: Footprint) -> int:
+    """Return how many rows in flight pay, before the dataset and the memory are known."""
+    if config.slots != "auto":
+        return int(config.slots)
+    if model.on_gpu:
+        return GPU_SLOTS
+    return SMALL_MODEL_SLOTS if model.parameters < SMALL_PARAMETERS else CPU_SLOTS
+
+
+def most_tokens(model: Footprint) -> int:
+    """Return how many tokens one row's cache can have in the memory that is free."""
+    return max(
+        CONTEXT_STEP, int(psutil.virtual_memory().available * MEMORY_SHARE / max(model.cache_bytes_per_token, 1))
+    )
+
+
+def look_ahead(slots: int) -> int:
+    """Return how many samples should wait for `slots` slots."""
+    return slots * LOOK_AHEAD
+
+
+def plan(
+    config: LlamaCppConfig, model: Footprint, waiting: Sequence[Sample], limit: int, free_bytes: int | None = None
+) -> Plan:
+    """Choose the sizes for the samples that wait.
+
+    Args:
+        config: What is set by hand.
+        model: The model's footprint.
+        waiting: The look ahead; at least one sample.
+        limit: Most tokens a row may have.
+        free_bytes: Memory for the cache and all else; by default what the system says is available.
+    """
+    reasons = []
+    free = psutil.virtual_memory().available if free_bytes is None else free_bytes
+    budget = int(free * MEMORY_SHARE / max(model.cache_bytes_per_token, 1))
+
+    longest = max(sample.need for sample in waiting)
+    context = min(_round_up(int(longest * HEADROOM)), _round_up(limit))
+    reasons.append(f"{context} tokens per slot: the longest of {len(waiting)} rows looked at may fill {longest}")
+    slots = wanted_slots(config, model)
+    if config.slots != "auto":
+        reasons.append(f"{slots} slots: set by hand")
+    elif len(waiting) < slots:
+        slots = len(waiting)
+        reasons.append(f"{slots} slots: no more rows than that wait")
+    else:
+        place = "GPU" if model.on_gpu else "CPU"
+        reasons.append(f"{slots} slots: where {model.parameters / 1e6:.0f} M parameters on a {place} gain no more")
+    groups = {tuple(sample.prompt[: sample.shared]) for sample in waiting if sample.shared}
+    prefixes = min(len(groups), PREFIX_SLOTS)
+    if groups:
+        reasons.append(f"{prefixes} slots for shared prefixes: {len(groups)} found")
+    if config.slots == "auto" and (slots + prefixes) * context > budget:
+        context = min(_round_up(longest), _round_up(limit))
+        prefixes = min(prefixes, 1)
+        slots = max(1, budget // context - prefixes)
+        reasons.append(f"{slots} slots and {prefixes} for prefixes instead: {free / 1e6:,.0f} MB of memory are free")
+    return Plan(slots, prefixes, context, tuple(reasons))
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // CONTEXT_STEP) * CONTEXT_STEP

@@ -1,0 +1,136 @@
+"""The llama.cpp engine: sharing, sizing and cancelling change how fast rows are answered, never what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmpipe import LlamaCppRunner, LLMConfigError, LLMInitializationError, Request, SamplingConfig
+from llmpipe.records import Chunk
+
+STORY = "Tell me a story about a fox and a lantern, please, and let it be about " + "a very small house, " * 8
+
+
+def make(**options: Any) -> LlamaCppRunner:
+    return LlamaCppRunner({"model": "bundled", **options}, "cpu")
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[LlamaCppRunner]:
+    with make() as made:
+        yield made
+
+
+def requests(prompts: list[str], **sampling: Any) -> list[Request]:
+    options = SamplingConfig(**{"max_tokens": 20, **sampling})
+    messages = [({"role": "user", "content": prompt},) for prompt in prompts]
+    return [Request(i, options, messages=m, seed=i, samples=tuple(range(options.n))) for i, m in enumerate(messages)]
+
+
+def texts(runner: LlamaCppRunner, asked: list[Request]) -> dict[tuple[int, int], str | None]:
+    return {(c.request_id, c.sample): c.text for c in runner.completions(asked)}
+
+
+def test_rows_with_a_common_prefix_compute_it_once_and_answer_as_alone(runner: LlamaCppRunner) -> None:
+    asked = requests([f"{STORY} number {i}" for i in range(6)])
+    done = sorted(runner.completions(asked), key=lambda c: c.request_id)
+    cached = [c.cached_prompt_tokens or 0 for c in done]
+    assert sum(count > 0 for count in cached) == 5  # one row pays for the prefix, the others copy it
+    assert all(count < (c.prompt_tokens or 0) for count, c in zip(cached, done, strict=True))
+    alone = [next(iter(runner.completions([request]))).text for request in asked]
+    assert [c.text for c in done] == alone
+
+
+def test_two_groups_of_prefixes_are_both_shared(runner: LlamaCppRunner) -> None:
+    other = STORY.replace("fox", "queen").replace("small", "large")
+    done = list(runner.completions(requests([f"{(STORY, other)[i % 2]} number {i}" for i in range(8)])))
+    assert sum((c.cached_prompt_tokens or 0) > 0 for c in done) == 6
+
+
+def test_samples_of_one_prompt_share_its_prefill_and_differ(runner: LlamaCppRunner) -> None:
+    asked = requests([STORY], n=6, temperature=1.0)
+    done = list(runner.completions(asked))
+    assert sum((c.cached_prompt_tokens or 0) > 0 for c in done) == 5
+    assert len({c.text for c in done}) > 1
+    again = texts(runner, asked)
+    assert {(c.request_id, c.sample): c.text for c in done} == again
+
+
+def test_reproducible_mode_shares_nothing_and_does_not_depend_on_slots() -> None:
+    prompts = [f"{STORY} number {i}" for i in range(5)] + ["What is 12 + 30?", "Hello!"]
+    answers = []
+    for slots in (1, 3, 16):
+        with make(reproducible=True, slots=slots) as runner:
+            done = list(runner.completions(requests(prompts, temperature=0.9)))
+            assert all(c.cached_prompt_tokens == 0 for c in done)
+            answers.append({c.request_id: c.text for c in done})
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_row_that_needs_a_larger_slot_gets_one_later() -> None:
+    short = requests(["What is 12 + 30?"] * 70, max_tokens=5)
+    long = replace(requests([STORY * 6], max_tokens=30)[0], id=70)
+    with make(slots=4) as runner:
+        done = {c.request_id: c for c in runner.completions([*short, long])}
+        assert len(done) == 71 and all(c.error is None for c in done.values())
+        with make(slots=1) as alone:
+            assert done[70].text == next(iter(alone.completions([long]))).text
+
+
+def test_a_context_set_by_hand_bounds_prompt_and_completion() -> None:
+    with make(context=64) as runner:
+        long, short = runner.completions(requests([STORY, "Hello!"]))
+        assert "backend.context" in (long.error or "")
+        assert short.error is None
+
+
+def test_a_cancelled_request_ends_at_once_and_its_neighbours_go_on(runner: LlamaCppRunner) -> None:
+    asked = requests(["Tell me a story about a fox.", "Tell me a story about a bear."], max_tokens=60)
+    chunks: list[Chunk] = []
+    for chunk in runner.stream(asked):
+        chunks.append(chunk)
+        if len(chunks) == 4:
+            runner.cancel(0)
+    last = {chunk.request_id: chunk for chunk in chunks}
+    assert (last[0].finish_reason, last[0].error) == ("error", "cancelled")
+    assert last[1].finish_reason in ("stop", "length")
+    assert "".join(c.text for c in chunks if c.request_id == 1) == texts(runner, asked)[1, 0]
+
+
+def test_closing_a_stream_midway_leaves_the_runner_usable(runner: LlamaCppRunner) -> None:
+    asked = requests([STORY, "Hello!", "What is 12 + 30?"], max_tokens=50)
+    before = texts(runner, asked)
+    stream = runner.stream(asked)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert texts(runner, asked) == before
+
+
+def test_the_choices_and_their_reasons_are_told(runner: LlamaCppRunner) -> None:
+    list(runner.completions(requests(["Hello!"] * 3)))
+    info = runner.info()
+    assert info["slots"] >= 3 and info["slot_tokens"] % 256 == 0
+    assert any("slots" in reason for reason in info["sizes"])
+
+
+def test_quantised_caches_and_rope_options_are_passed_on() -> None:
+    with make(cache_type_k="q8_0", cache_type_v="q8_0", flash_attention="on") as runner:
+        assert runner.generate_text("What is the capital of France?") == "Paris"
+    with make(rope_scaling="linear", rope_freq_scale=0.5) as runner:
+        stretched = runner.generate_text("What is 12 + 30?", max_tokens=8)
+    with make() as runner:
+        assert runner.generate_text("What is 12 + 30?", max_tokens=8) != stretched
+
+
+def test_a_missing_or_unreadable_adapter_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LLMInitializationError, match="nowhere.gguf"):
+        make(lora=["nowhere.gguf"])
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    with pytest.raises(LLMInitializationError, match="cannot load the adapter"):
+        make(lora=[str(tmp_path / "bad.gguf")])
+    with pytest.raises(LLMConfigError, match="FILE=SCALE"):
+        make(lora=["a.gguf=large"])

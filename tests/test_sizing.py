@@ -1,0 +1,62 @@
+"""Sizes chosen from model, prompts and memory."""
+
+from __future__ import annotations
+
+from llmpipe import Request, SamplingConfig
+from llmpipe.config import LlamaCppConfig
+from llmpipe.runners.llama_cpp.lookahead import Sample
+from llmpipe.runners.llama_cpp.sizing import CPU_SLOTS, GPU_SLOTS, SMALL_MODEL_SLOTS, Footprint, Plan, plan
+
+MODEL = Footprint(parameters=7_000_000_000, cache_bytes_per_token=100_000, on_gpu=False)
+PLENTY = 10**12
+
+
+def samples(count: int, need: int, shared: int = 0) -> list[Sample]:
+    return [Sample(Request(i, SamplingConfig()), 0, [1] * 50, 0, need, shared) for i in range(count)]
+
+
+def test_slots_follow_the_model_and_the_device() -> None:
+    small = Footprint(1_000_000, 1000, False)
+    gpu = Footprint(7_000_000_000, 1000, True)
+    assert plan(LlamaCppConfig(), MODEL, samples(100, 300), 4096, PLENTY).slots == CPU_SLOTS
+    assert plan(LlamaCppConfig(), small, samples(100, 300), 4096, PLENTY).slots == SMALL_MODEL_SLOTS
+    assert plan(LlamaCppConfig(), gpu, samples(100, 300), 4096, PLENTY).slots == GPU_SLOTS
+
+
+def test_no_more_slots_than_rows() -> None:
+    assert plan(LlamaCppConfig(), MODEL, samples(3, 300), 4096, PLENTY).slots == 3
+
+
+def test_slots_are_somewhat_longer_than_the_longest_row_looked_at() -> None:
+    rows = samples(5, 300) + samples(1, 600)
+    assert plan(LlamaCppConfig(), MODEL, rows, 4096, PLENTY).context == 1024
+    assert plan(LlamaCppConfig(), MODEL, rows, 700, PLENTY).context == 768
+
+
+def test_slots_shrink_to_the_memory_that_is_free() -> None:
+    found = plan(LlamaCppConfig(), MODEL, samples(100, 512), 4096, free_bytes=512 * 100_000 * 5)
+    assert found.slots == 3  # 60 % of what is free
+    assert any("memory" in reason for reason in found.reasons)
+
+
+def test_sizes_set_by_hand_are_kept() -> None:
+    found = plan(LlamaCppConfig(slots=50), MODEL, samples(3, 300), 4096, free_bytes=1)
+    assert found.slots == 50
+
+
+def test_shared_prefixes_get_slots_of_their_own() -> None:
+    assert plan(LlamaCppConfig(), MODEL, samples(9, 300), 4096, PLENTY).prefixes == 0
+    assert plan(LlamaCppConfig(), MODEL, samples(9, 300, shared=40), 4096, PLENTY).prefixes == 1
+
+
+def test_every_choice_has_a_reason() -> None:
+    assert len(plan(LlamaCppConfig(), MODEL, samples(9, 300), 4096, PLENTY).reasons) >= 2
+
+
+def test_halving_ends_at_one_slot() -> None:
+    found: Plan | None = Plan(8, 2, 256)
+    steps = []
+    while found is not None:
+        steps.append((found.slots, found.prefixes))
+        found = found.halved()
+    assert steps == [(8, 2), (4, 1), (2, 0), (1, 0)]
