@@ -195,10 +195,10 @@ def _help_of(owner: type[Any], name: str, prefix: str = "") -> list[str]:
 
 def _help_of_backends() -> list[str]:
     """Return the keys that all backends share, then those of each."""
-    shared = [f.name for f in fields(BackendConfig)]
+    shared = {f.name: f.default for f in fields(BackendConfig)}
     lines = [line for name in shared for line in _help_of(BackendConfig, name, "backend.")] + [""]
     for backend, schema in BACKENDS.items():
         lines.append(f"  backend={backend.group}: {(schema.__doc__ or '').splitlines()[0]}")
-        own = [f.name for f in fields(schema) if f.name not in shared]
+        own = [f.name for f in fields(schema) if f.default != shared.get(f.name) and f.name != "_target_"]
         lines += [line for name in own for line in _help_of(schema, name, "backend.")] + [""]
     return lines
