@@ -199,6 +199,7 @@ def _help_of_backends() -> list[str]:
     lines = [line for name in shared for line in _help_of(BackendConfig, name, "backend.")] + [""]
     for backend, schema in BACKENDS.items():
         lines.append(f"  backend={backend.group}: {(schema.__doc__ or '').splitlines()[0]}")
-        own = [f.name for f in fields(schema) if f.default != shared.get(f.name) and f.name != "_target_"]
+        own = [f.name for f in fields(schema) if f.name not in shared or f.default != shared[f.name]]
+        own = [name for name in own if name != "_target_"]
         lines += [line for name in own for line in _help_of(schema, name, "backend.")] + [""]
     return lines
