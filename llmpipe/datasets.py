@@ -27,7 +27,7 @@ import orjson
 
 from llmpipe.config import ColumnsConfig, DatasetConfig
 from llmpipe.exceptions import DatasetError, MissingDependencyError
-from llmpipe.records import Row
+from llmpipe.records import Row, is_utf8
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -85,7 +85,7 @@ def _problem(values: Any, text: bytes) -> str | None:
     """Say why a JSON value is no row, or None."""
     if not isinstance(values, dict):
         return f"a JSON {type(values).__name__}, not an object"
-    if not all(_is_text(name) for name in values):
+    if not all(is_utf8(name) for name in values):
         return "a column's name holds a lone surrogate, which no UTF-8 text can"
     if text.count(b"{") + text.count(b"[") > MAX_LEVELS and _levels(values) > MAX_LEVELS:
         return f"nested more than {MAX_LEVELS} levels deep"
@@ -129,7 +129,7 @@ def read_csv(path: Path) -> Iterator[Record]:
         header = next((cells for cells in reader if cells), [])
         if len(set(header)) != len(header):
             raise DatasetError(f"{path}: the header names a column twice: {', '.join(header)}")
-        if not all(_is_text(name) for name in header):
+        if not all(is_utf8(name) for name in header):
             raise DatasetError(f"{path}: the header is not valid UTF-8")
         while True:
             line = reader.line_num + 1
@@ -161,7 +161,7 @@ def _noting(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
 def _problem_of_cells(cells: list[str], count: int) -> str | None:
     if len(cells) != count:
         return f"{len(cells)} cells, and the header has {count}"
-    return None if all(map(_is_text, cells)) else "not valid UTF-8"
+    return None if all(map(is_utf8, cells)) else "not valid UTF-8"
 
 
 def read_parquet(path: Path) -> Iterator[Record]:
@@ -248,15 +248,6 @@ class _ZstdFile(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
-
-
-def _is_text(text: str) -> bool:
-    """Say whether UTF-8 can hold the text; it cannot hold half of a surrogate pair."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # --- the dataset ------------------------------------------------------------------------------------------------------

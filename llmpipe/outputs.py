@@ -24,7 +24,7 @@ import orjson
 
 from llmpipe.config import OutputConfig, OutputFormat
 from llmpipe.exceptions import DatasetError, LLMError, MissingDependencyError
-from llmpipe.records import Completion, Row
+from llmpipe.records import Completion, Row, is_utf8
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -290,7 +290,7 @@ def _field(name: str, kind: Any) -> pa.Field[Any]:
 def _kind_of(value: Any, levels: int = MAX_TYPED_LEVELS) -> Kind:
     """Return the kind of one JSON value; `json` is what no Arrow type holds."""
     if isinstance(value, str):
-        return "str" if _is_utf8(value) else "json"
+        return "str" if is_utf8(value) else "json"
     if type(value) is int:
         return "exact" if abs(value) <= 2**53 else "int" if -(2**63) <= value < 2**63 else "json"
     if isinstance(value, (list, dict)) and not levels:
@@ -324,7 +324,7 @@ def _arrow_type(kind: Kind) -> Any:
         items = _arrow_type(kind[0])
         return items and pa.list_(items)
     if isinstance(kind, dict):
-        fields = {name: _arrow_type(inner) for name, inner in kind.items() if _is_utf8(name)}
+        fields = {name: _arrow_type(inner) for name, inner in kind.items() if is_utf8(name)}
         storable = len(fields) == len(kind) and 0 < len(fields) <= MAX_TYPED_FIELDS and None not in fields.values()
         return pa.struct(list(fields.items())) if storable else None
     return pa.type_for_alias(_ARROW[kind]) if kind in _ARROW else None
@@ -349,14 +349,6 @@ def _unified(one: Any, other: Any) -> Any:
         return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
     except pa.ArrowException:
         return None
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def dump_json(values: Any) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from llmpipe.config import BackendConfig, RunConfig, answer_fields, conf_dir, describe, register_schemas
 from llmpipe.datasets import Dataset, Scan
-from llmpipe.exceptions import LedgerError, LLMError
+from llmpipe.exceptions import LedgerError, LLMConfigError, LLMError
 from llmpipe.ledger import Ledger
 from llmpipe.metrics import MemorySampler, Totals, environment, scorers
 from llmpipe.outputs import Answered, Layout, file_digest, join, output_file, write_metrics, write_outputs
@@ -90,6 +90,8 @@ def generate(
         _Signals() as signals,
     ):
         chat = runner.is_chat(config.prompt.format)
+        if config.prompt.system is not None and not chat and config.dataset.columns.messages not in scan.columns:
+            raise LLMConfigError("prompt.system= needs chats, and these prompts go in raw: use prompt=chat, or drop it")
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         attempt.began(runner, prompt_format="chat" if chat else "raw")
         before, expected, tokens = ledger.count(), scan.rows * config.sampling.n, 0

@@ -14,7 +14,7 @@ import orjson
 
 from llmpipe.config import ColumnsConfig, Overflow, PromptConfig, SamplingConfig
 from llmpipe.exceptions import LLMConfigError
-from llmpipe.records import Message, Request, Row, derive_seed
+from llmpipe.records import Message, Request, Row, derive_seed, is_utf8
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
@@ -76,7 +76,7 @@ class PromptBuilder:
             raise ValueError(f"the prompt is {_kind(text)}, not text")
         if not text:
             raise ValueError("the prompt is empty")
-        if _has_surrogate(text):
+        if not is_utf8(text):
             raise ValueError("the prompt holds a lone surrogate, which no UTF-8 text can")
         if self._chat:
             return Request(messages=self._with_system(({"role": "user", "content": text},)), **options)
@@ -128,7 +128,7 @@ def _parse_message(number: int, message: Any) -> Message:
         content = ""
     if not isinstance(content, str):
         raise ValueError(f"message {number} has {_kind(content)} as content, not text")
-    if _has_surrogate(json.dumps(parsed, ensure_ascii=False, default=str)):
+    if not is_utf8(json.dumps(parsed, ensure_ascii=False, default=str)):
         raise ValueError(f"message {number} holds a lone surrogate, which no UTF-8 text can")
     return {**parsed, "content": content}
 
@@ -172,14 +172,6 @@ def _json(text: str, what: str) -> Any:
         return orjson.loads(text)
     except ValueError as error:
         raise ValueError(f"{what} is text, and not valid JSON: {error}") from error
-
-
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _kind(value: Any) -> str:

@@ -28,6 +28,15 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest.digest(), "big") & 0x7FFFFFFF
 
 
+def is_utf8(text: str) -> bool:
+    """Say whether UTF-8 can hold the text; it cannot hold half of a surrogate pair, which JSON can smuggle in."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row of the dataset, readable or not."""
