@@ -32,7 +32,7 @@ from workload import Job, shared, skewed
 
 HERE = Path(__file__).parent
 THREADS = psutil.cpu_count(logical=False) or 1
-ROWS = {"S": 256, "M": 48}
+ROWS = {"S": 256, "M": 100}
 SERVER_SLOTS = 16
 
 
@@ -84,7 +84,7 @@ def ours(path: Path, model: str) -> dict[str, Any]:
     return ours_on(path, skewed(ROWS[model]))
 
 
-def ours_on(path: Path, jobs: list[Job], n: int = 1, **options: Any) -> dict[str, Any]:
+def ours_on(path: Path, jobs: list[Job], n: int = 1, temperature: float = 0.0, **options: Any) -> dict[str, Any]:
     """Run jobs through llmpipe's runner."""
     from llmpipe import LlamaCppRunner, Request, SamplingConfig
     from llmpipe.config import LlamaCppConfig
@@ -93,7 +93,7 @@ def ours_on(path: Path, jobs: list[Job], n: int = 1, **options: Any) -> dict[str
         requests = [
             Request(
                 i,
-                SamplingConfig(temperature=0.0 if n == 1 else 0.8, max_tokens=job.max_tokens, ignore_eos=True, n=n),
+                SamplingConfig(temperature=temperature, max_tokens=job.max_tokens, ignore_eos=True, n=n),
                 prompt=job.prompt,
                 samples=tuple(range(n)),
             )
@@ -228,12 +228,12 @@ def prefix_own(path: Path, model: str) -> dict[str, Any]:
 
 def samples(path: Path, model: str) -> dict[str, Any]:
     """Eight samples of each of a few 256-token prompts."""
-    return ours_on(path, shared(ROWS[model] // 16, 224, 32, 48, same=False), n=8)
+    return ours_on(path, shared(ROWS[model] // 16, 224, 32, 48, same=False), n=8, temperature=0.8)
 
 
 def samples_as_rows(path: Path, model: str) -> dict[str, Any]:
     """As many answers to prompts that share nothing."""
-    return ours_on(path, shared(ROWS[model] // 16 * 8, 224, 32, 48, same=False))
+    return ours_on(path, shared(ROWS[model] // 16 * 8, 224, 32, 48, same=False), temperature=0.8)
 
 
 def reproducible(path: Path, model: str) -> dict[str, Any]:
@@ -256,7 +256,9 @@ def reproducible(path: Path, model: str) -> dict[str, Any]:
                     )
                     for i, j in enumerate(jobs)
                 ]
-                answers[label] = {c.request_id: c.text for c in runner.completions(requests[::order])}
+                done = list(runner.completions(requests[::order]))
+                assert all(c.error is None for c in done)
+                answers[label] = {c.request_id: c.text for c in done}
         alone = answers["1"]
         changed[str(temperature)] = {
             label: sum(found[i] != alone[i] for i in alone) for label, found in answers.items() if label != "1"

@@ -22,11 +22,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmpipe.config import BACKENDS, BackendConfig, RunConfig, conf_dir, field_docs, register_schemas, unknown_name
 from llmpipe.exceptions import LLMError
-from llmpipe.ledger import saved_overrides
+from llmpipe.ledger import saved_arguments
 
 log = logging.getLogger("llmpipe")
 
 OK, REFUSED, SOME_ERRORS = 0, 1, 3
+CONFIG_NAME = "config"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         OmegaConf.register_new_resolver("llmpipe.help", help_text, replace=True)
         # Otherwise Hydra prints errors by itself, with a stack trace, and exits.
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(program.job)()
+        hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(program.job)()
     except (LLMError, HydraException, OmegaConfBaseException, ValueError) as error:
         from llmpipe.pipeline import RunInterrupted
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"llmpipe: {one_line(error)}", file=sys.stderr)
         return 128 + error.signum if isinstance(error, RunInterrupted) else REFUSED
     except KeyboardInterrupt:
-        print("llmpipe: interrupted before any row was run", file=sys.stderr)
+        print("llmpipe: interrupted; a run that had begun continues with llmpipe resume=DIRECTORY", file=sys.stderr)
         return 130
     program.show_sweep()
     return program.exit_code
@@ -72,7 +73,7 @@ class Program:
             config = to_run_config(composed)
             config.trusted_modules = trusted_modules()
             with ProgressBar() as bar:
-                metrics = run(config, directory, bar.update, overrides=list(job.overrides.task))
+                metrics = run(config, directory, bar.update, arguments=composed_from(job))
         except RunInterrupted:
             raise
         except LLMError as error:
@@ -94,7 +95,7 @@ class Program:
 
 
 def resumed(arguments: list[str]) -> list[str]:
-    """Put the overrides of an earlier run in place of `resume=DIRECTORY`; new ones stand above them.
+    """Put the arguments of an earlier run in place of `resume=DIRECTORY`; new ones stand above them.
 
     Raises:
         LedgerError: the directory holds no run.
@@ -105,9 +106,16 @@ def resumed(arguments: list[str]) -> list[str]:
     directory = Path(arguments[places[-1]].partition("=")[2]).expanduser()
     given = [argument for i, argument in enumerate(arguments) if i not in places]
     names = {_key(argument) for argument in given} | {"resume", "hydra.run.dir"}
-    before = [text for text in saved_overrides(directory) if _key(text) not in names]
+    before = [text for text in saved_arguments(directory) if _key(text) not in names]
     # The directory keeps the config files that Hydra wrote when the run began.
     return [*before, *given, f"resume={directory}", f"hydra.run.dir={directory}", "hydra.output_subdir=null"]
+
+
+def composed_from(job: Any) -> list[str]:
+    """Return the arguments that compose the running job again: overrides, and flags that say where files are."""
+    flags = [f"--config-name={job.job.config_name}"] if job.job.config_name != CONFIG_NAME else []
+    flags += [f"--config-dir={s.path}" for s in job.runtime.config_sources if s.provider == "command-line"]
+    return [*flags, *job.overrides.task]
 
 
 def _key(override: str) -> str:

@@ -13,7 +13,6 @@ import ast
 import difflib
 import functools
 import inspect
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING as REQUIRED
 from dataclasses import asdict, dataclass, field, fields
@@ -131,11 +130,13 @@ def _number(name: str, value: object, low: float, high: float, allowed: str, *, 
     _check(bool(inside), name, value, allowed)
 
 
-def _is_number(text: str) -> bool:
+def split_adapter(text: str) -> tuple[str, float]:
+    """Return file and scale of a LoRA adapter written as FILE or FILE=SCALE."""
+    name, sign, scale = text.rpartition("=")
     try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+        return (name, float(scale)) if sign else (text, 1.0)
+    except ValueError:  # an equals sign in the file's name
+        return text, 1.0
 
 
 def _count(name: str, value: object, low: int, allowed: str) -> None:
@@ -241,7 +242,7 @@ class BackendConfig:
     threads: int | None = speed(None)
     """CPU threads; by default the physical cores."""
     context: int | None = None
-    """Tokens of prompt and completion a row may have; by default what the model was trained for and memory allows."""
+    """Most tokens of prompt and completion; by default what the model was trained for (llama.cpp: and memory allows)."""
     reproducible: bool = False
     """Give up speed so that a row's answer does not depend on the rows beside it."""
     chat_template: str | None = None
@@ -261,9 +262,10 @@ class BackendConfig:
         )
         if self.slots != "auto":
             _count("backend.slots", self.slots, 1, "an integer >= 1, or auto")
-        for name in ("threads", "context"):
-            if getattr(self, name) is not None:
-                _count(f"backend.{name}", getattr(self, name), 1, "an integer >= 1, or null")
+        if self.threads is not None:
+            _count("backend.threads", self.threads, 1, "an integer >= 1, or null")
+        if self.context is not None:  # a token of the prompt, and one of the completion
+            _count("backend.context", self.context, 2, "an integer >= 2, or null")
 
 
 @dataclass
@@ -323,8 +325,12 @@ class LlamaCppConfig(BackendConfig):
         _number("backend.rope_freq_scale", self.rope_freq_scale, 0, 1e6, "a number >= 0 (0 is the model's)")
         _count("backend.yarn_original_context", self.yarn_original_context, 0, "an integer >= 0 (0 is the model's)")
         for adapter in self.lora:
-            scale = adapter.partition("=")[2]
-            _check(not scale or _is_number(scale), "backend.lora", adapter, "FILE or FILE=SCALE")
+            _check(
+                isinstance(adapter, str) and bool(split_adapter(adapter)[0]),
+                "backend.lora",
+                adapter,
+                "FILE or FILE=SCALE",
+            )
         if self.n_gpu_layers is not None:
             _count("backend.n_gpu_layers", self.n_gpu_layers, -1, "an integer >= -1, or null")
         if self.reproducible and self.flash_attention is Switch.on:

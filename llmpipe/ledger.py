@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -109,20 +109,14 @@ class Ledger:
         self._committed_at = time.monotonic()
         if not self._pending:
             return
-        try:
-            with self._transaction():
-                self._db.executemany("INSERT OR REPLACE INTO completions VALUES (?, ?, ?)", self._pending)
-        except sqlite3.Error as error:
-            raise LedgerError(f"cannot write to {self.path}: {error}; what was committed before is safe") from error
+        self._write("INSERT OR REPLACE INTO completions VALUES (?, ?, ?)", self._pending)
         self._pending.clear()
 
     def done(self, first: int, last: int) -> dict[int, frozenset[int]]:
         """Return the samples that are done of each row in [first, last]; rows without any are left out."""
         self.commit()
         found: dict[int, set[int]] = {}
-        for row, sample in self._db.execute(
-            "SELECT row, sample FROM completions WHERE row BETWEEN ? AND ?", (first, last)
-        ):
+        for row, sample in self._query("SELECT row, sample FROM completions WHERE row BETWEEN ? AND ?", first, last):
             found.setdefault(row, set()).add(sample)
         return {row: frozenset(samples) for row, samples in found.items()}
 
@@ -143,29 +137,30 @@ class Ledger:
     def count(self) -> int:
         """Return how many completions are noted."""
         self.commit()
-        return int(self._db.execute("SELECT count(*) FROM completions").fetchone()[0])
+        return int(self._query("SELECT count(*) FROM completions")[0][0])
 
     def rows(self) -> int:
         """Return how many rows have at least one completion."""
         self.commit()
-        return int(self._db.execute("SELECT count(DISTINCT row) FROM completions").fetchone()[0])
+        return int(self._query("SELECT count(DISTINCT row) FROM completions")[0][0])
 
     def most_samples(self) -> int:
         """Return the largest number of samples that a row has."""
         self.commit()
-        return int(self._db.execute("SELECT coalesce(max(sample), -1) FROM completions").fetchone()[0]) + 1
+        return int(self._query("SELECT coalesce(max(sample), -1) FROM completions")[0][0]) + 1
 
     def get(self, key: str) -> Any:
         """Return a noted fact about the run, or None."""
-        found = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return None if found is None else json.loads(found[0])
+        found = self._query("SELECT value FROM meta WHERE key = ?", key)
+        return json.loads(found[0][0]) if found else None
 
     def set(self, **facts: Any) -> None:
-        """Note facts about the run, durably and all together."""
-        with self._transaction():
-            self._db.executemany(
-                "INSERT OR REPLACE INTO meta VALUES (?, ?)", [(k, json.dumps(v)) for k, v in facts.items()]
-            )
+        """Note facts about the run, durably and all together.
+
+        Raises:
+            LedgerError: the disk is full or cannot be written.
+        """
+        self._write("INSERT OR REPLACE INTO meta VALUES (?, ?)", [(k, json.dumps(v)) for k, v in facts.items()])
 
     def close(self) -> None:
         """Commit nothing, close the file, let others at the directory."""
@@ -179,12 +174,23 @@ class Ledger:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._db)
+    def _query(self, sql: str, *values: Any) -> list[Any]:
+        try:
+            return self._db.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise LedgerError(f"{self.path} is damaged or cannot be read: {error}") from error
+
+    def _write(self, sql: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Write rows in one transaction, synced to disk."""
+        try:
+            with _Transaction(self._db):
+                self._db.executemany(sql, rows)
+        except sqlite3.Error as error:
+            raise LedgerError(f"cannot write to {self.path}: {error}; what was committed before is safe") from error
 
 
-def saved_overrides(directory: Path) -> list[str]:
-    """Return the overrides that a run was started with; waits for no lock and changes nothing.
+def saved_arguments(directory: Path) -> list[str]:
+    """Return the command line that a run was started with; waits for no lock and changes nothing.
 
     Raises:
         LedgerError: the directory holds no run, or a damaged one.
@@ -194,8 +200,8 @@ def saved_overrides(directory: Path) -> list[str]:
         raise LedgerError(f"{directory} is no run directory: there is no {FILE} in it")
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
-            found = db.execute("SELECT value FROM meta WHERE key = 'overrides'").fetchone()
-        return [] if found is None else [str(override) for override in json.loads(found[0])]
+            found = db.execute("SELECT value FROM meta WHERE key = 'arguments'").fetchone()
+        return [] if found is None else [str(argument) for argument in json.loads(found[0])]
     except (sqlite3.Error, ValueError) as error:
         raise LedgerError(f"{path} is damaged or not a ledger ({error})") from error
 

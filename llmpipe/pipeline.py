@@ -22,10 +22,12 @@ from llmpipe.prompts import PromptBuilder, template_columns
 from llmpipe.records import Request, failed
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.factory import LLMRunnerFactory, check_trusted
-from llmpipe.runners.weights import model_digest
+from llmpipe.runners.weights import content_digest, model_digest
 
 log = logging.getLogger(__name__)
 
+ROUNDING_OPTIONS = ("n_gpu_layers", "tensor_split", "batch_tokens", "micro_batch_tokens")
+"""Options that change an answer's last digits, and so count in reproducible mode only."""
 BLOCK_ROWS = 512
 """Rows that are looked up in the ledger together when a run is resumed."""
 
@@ -47,7 +49,7 @@ class RunInterrupted(LLMError):
 
 
 def run(
-    config: RunConfig, directory: str | Path, progress: Progress | None = None, overrides: Sequence[str] = ()
+    config: RunConfig, directory: str | Path, progress: Progress | None = None, arguments: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Run a dataset through a model, or continue where an earlier run in `directory` ended.
 
@@ -55,7 +57,7 @@ def run(
         config: The run; see `compose`.
         directory: Where outputs, metrics and ledger go.
         progress: Told of every completion.
-        overrides: What `config` was composed from; kept in the directory, so that `llmpipe resume=` composes it again.
+        arguments: The command line `config` was composed from; kept in the directory for `llmpipe resume=`.
 
     Returns:
         The content of `metrics.json`.
@@ -72,8 +74,8 @@ def run(
     _layout(config, scan, config.sampling.n).check(scan.columns)
     scorers(config.metrics.scorers)
     with Ledger(directory, fingerprint(config, scan)) as ledger:
-        if ledger.get("overrides") is None:
-            ledger.set(overrides=list(overrides))
+        if ledger.get("arguments") is None:
+            ledger.set(arguments=list(arguments))
         if not ledger.get("complete"):
             generate(config, dataset, scan, ledger, directory, progress or (lambda *_: None))
         return conclude(config, dataset, scan, ledger, directory)
@@ -150,6 +152,7 @@ def conclude(config: RunConfig, dataset: Dataset, scan: Scan, ledger: Ledger, di
     layout.check(scan.columns)
     totals = Totals()
     answered = _scored(join(dataset.rows(), ledger.completions()), config, totals)
+    ledger.set(files={})  # if this is cut short, nothing is expected to be there
     files = write_outputs(directory, config.output, layout, dataset.rows, answered)
     metrics = {
         **totals.summary(ledger.get("wall_s") or 0.0),
@@ -196,21 +199,31 @@ def _layout(config: RunConfig, scan: Scan, samples: int) -> Layout:
 
 def fingerprint(config: RunConfig, scan: Scan) -> dict[str, Any]:
     """Return what decides the answers of a run: its resumption must have the same."""
-    values = _backend_values(config)
-    if isinstance(config.backend, BackendConfig):
-        values = answer_fields(config.backend)
     return {
-        "model": model_digest(str(values["model"])) if "model" in values else None,
-        "backend": {name: value for name, value in values.items() if name != "model"},
+        **_backend_fingerprint(config),
         "sampling": answer_fields(config.sampling),
         "prompt": answer_fields(config.prompt),
-        "dataset": {
-            "digest": scan.digest,
-            "columns": describe(config.dataset.columns),
-            "limit": config.dataset.limit,
-        },
+        "dataset": {"digest": scan.digest, "columns": describe(config.dataset.columns), "limit": config.dataset.limit},
         "seed": config.seed,
     }
+
+
+def _backend_fingerprint(config: RunConfig) -> dict[str, Any]:
+    values = _backend_values(config)
+    if not str(values.get("_target_")).startswith("llmpipe."):  # nobody here knows what its options mean
+        return {"model": values.get("model"), "backend": values}
+    values = answer_fields(config.backend)
+    model = values.pop("model", None)
+    if values["reproducible"]:  # then the last digit counts, and these decide it
+        values |= {name: value for name, value in describe(config.backend).items() if name in ROUNDING_OPTIONS}
+        values["device"] = str(config.device)
+    for name in ("chat_template", "lora"):  # what is in the files counts, not what they are called
+        values[name] = [content_digest(str(text)) for text in _as_list(values.get(name))]
+    return {"model": model if model is None else model_digest(str(model)), "backend": values}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _backend_values(config: RunConfig) -> dict[str, Any]:

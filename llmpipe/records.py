@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -203,8 +203,13 @@ def failed(request_id: int, reason: str, sample: int = 0) -> Completion:
 def complete(stream: StreamFn, requests: Iterable[Request]) -> Iterator[Completion]:
     """Run `requests` through a runner's `stream` and yield each sample's completion as it finishes."""
     stopwatch = Stopwatch()
-    for chunk in stream(stopwatch.watch(requests)):
-        completion = stopwatch.add(chunk)
-        if completion is not None:
-            yield completion
+    chunks = stream(stopwatch.watch(requests))
+    try:
+        for chunk in chunks:
+            completion = stopwatch.add(chunk)
+            if completion is not None:
+                yield completion
+    finally:
+        if isinstance(chunks, Generator):
+            chunks.close()
     yield from stopwatch.abandoned()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llmpipe.exceptions import LedgerError
-from llmpipe.ledger import COMMIT_EVERY_ROWS, FILE, Ledger, differences, saved_overrides
+from llmpipe.ledger import COMMIT_EVERY_ROWS, FILE, Ledger, differences, saved_arguments
 from llmpipe.records import Completion, failed
 
 ASKED = {"model": "sha256:1", "sampling": {"temperature": 0.0, "stop": []}, "seed": 0}
@@ -72,11 +72,11 @@ def test_facts_are_kept_and_an_empty_ledger_counts_nothing(tmp_path: Path) -> No
 def test_the_overrides_of_a_run_are_read_while_it_is_open_or_after_it_was_killed(tmp_path: Path) -> None:
     odd = tmp_path / "a b?c#d%20"
     with Ledger(odd, ASKED) as ledger:
-        assert saved_overrides(odd) == []
-        ledger.set(overrides=["backend=echo", "seed=1"])
-        assert saved_overrides(odd) == ["backend=echo", "seed=1"]
+        assert saved_arguments(odd) == []
+        ledger.set(arguments=["backend=echo", "seed=1"])
+        assert saved_arguments(odd) == ["backend=echo", "seed=1"]
     with pytest.raises(LedgerError, match="is no run directory"):
-        saved_overrides(tmp_path)
+        saved_arguments(tmp_path)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -174,11 +174,11 @@ def test_damaged_facts_are_refused(tmp_path: Path) -> None:
     path = damaged(tmp_path, "not")
     with sqlite3.connect(path) as db:
         db.execute("UPDATE meta SET value = '{' WHERE key = 'fingerprint'")
-        db.execute("INSERT INTO meta VALUES ('overrides', '{')")
+        db.execute("INSERT INTO meta VALUES ('arguments', '{')")
     with pytest.raises(LedgerError, match="damaged"):
         Ledger(tmp_path, ASKED)
     with pytest.raises(LedgerError, match="damaged"):
-        saved_overrides(tmp_path)
+        saved_arguments(tmp_path)
 
 
 def test_a_ledger_of_another_version_is_refused(tmp_path: Path) -> None:

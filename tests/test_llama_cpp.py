@@ -161,8 +161,8 @@ def test_only_raw_prompts_get_the_tokens_that_the_file_adds(
 ) -> None:
     model, seen = llama_cpp_runner._model, []  # type: ignore[attr-defined]
 
-    def tokenize(text: str, special: bool) -> list[int]:
-        seen.append(special)
+    def tokenize(text: str, add_special: bool) -> list[int]:
+        seen.append(add_special)
         return [1]
 
     monkeypatch.setattr(model, "tokenize", tokenize)

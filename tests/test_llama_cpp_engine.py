@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llmpipe import LlamaCppRunner, LLMConfigError, LLMInitializationError, Request, SamplingConfig
+from llmpipe import LlamaCppRunner, LLMInitializationError, Request, SamplingConfig
 from llmpipe.records import Chunk
 
 STORY = "Tell me a story about a fox and a lantern, please, and let it be about " + "a very small house, " * 8
@@ -132,5 +132,5 @@ def test_a_missing_or_unreadable_adapter_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
     with pytest.raises(LLMInitializationError, match="cannot load the adapter"):
         make(lora=[str(tmp_path / "bad.gguf")])
-    with pytest.raises(LLMConfigError, match="FILE=SCALE"):
-        make(lora=["a.gguf=large"])
+    with pytest.raises(LLMInitializationError, match="a=b.gguf"):
+        make(lora=["a=b.gguf=0.5"])

@@ -6,6 +6,7 @@ The name is `bundled`, a local file or directory, or a hub id. Only safetensors 
 from __future__ import annotations
 
 import fnmatch
+import glob
 import hashlib
 import os
 from pathlib import Path
@@ -128,13 +129,33 @@ def model_digest(model: str) -> str:
     path = local_path(model)
     if path is None:
         return f"hub:{model}"
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file() and f.suffix != ".md")
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix != ".md")
+    else:  # of a file in parts, all of them
+        head, sign, _ = path.name.partition("-00001-of-")
+        files = sorted(path.parent.glob(f"{glob.escape(head)}-*-of-*.gguf")) if sign else [path]
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name if path.is_dir() else ''}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
             _feed(digest, stream, file.stat().st_size)
     return f"sha256:{digest.hexdigest()[:32]}"
+
+
+def content_digest(text: str) -> str:
+    """Return `text` with a file that it names, alone or as FILE=VALUE, replaced by a digest of its content."""
+    name, sign, rest = text.rpartition("=") if "=" in text and not _is_file(text) else (text, "", "")
+    if not _is_file(name):
+        return text
+    with Path(name).expanduser().open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}{sign}{rest}"
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).expanduser().is_file()
+    except (OSError, ValueError):  # too long, or with a NUL: it is no name at all
+        return False
 
 
 def _feed(digest: hashlib._Hash, stream: BinaryIO, size: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -83,22 +82,22 @@ class Context:
         config: Arithmetic and batch sizes.
         plan: How many sequences of which length.
         threads: CPU threads.
+        on_gpu: Whether a GPU may take part.
 
     Raises:
         LLMInitializationError: llama.cpp cannot make such a context, for want of memory or of a feature.
     """
 
-    def __init__(self, model: Model, config: LlamaCppConfig, plan: Plan, threads: int) -> None:
+    def __init__(self, model: Model, config: LlamaCppConfig, plan: Plan, threads: int, on_gpu: bool) -> None:
         self.plan = plan
         self._model = model
-        self._adapters = [_Adapter(model, text) for text in config.lora]
         # In reproducible mode a row is never decoded alone, see the engine.
         sequences = max(plan.slots + plan.prefixes, 2 if config.reproducible else 1)
         params = llama_cpp.llama_context_default_params()
         params.n_seq_max = sequences
         params.n_ctx = sequences * plan.context
         params.n_batch = max(min(config.batch_tokens, params.n_ctx), sequences)
-        params.n_ubatch = min(config.micro_batch_tokens, params.n_batch)
+        params.n_ubatch = max(min(config.micro_batch_tokens, params.n_batch), sequences)
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = FLASH_ATTENTION[Switch.off if config.reproducible else config.flash_attention]
         params.type_k, params.type_v = CACHE_TYPES[config.cache_type_k], CACHE_TYPES[config.cache_type_v]
@@ -106,7 +105,9 @@ class Context:
         params.rope_freq_base, params.rope_freq_scale = config.rope_freq_base, config.rope_freq_scale
         params.yarn_orig_ctx = config.yarn_original_context
         params.kv_unified = False
+        params.offload_kqv = params.op_offload = on_gpu
         params.no_perf = True
+        log.clear()
         self._handle: Any = llama_cpp.llama_init_from_model(model.handle, params)
         if not self._handle:
             raise LLMInitializationError(
@@ -117,7 +118,7 @@ class Context:
         self.batch = Batch(llama_cpp.llama_n_batch(self._handle))
         self.decode_s = 0.0
         """Seconds spent inside llama_decode."""
-        self._set_adapters()
+        model.apply_adapters(self._handle)
 
     @property
     def handle(self) -> Any:
@@ -142,10 +143,10 @@ class Context:
             raise LLMInferenceError(f"llama_decode failed with status {status}: {reason}")
 
     def best_tokens(self, outputs: int) -> npt.NDArray[np.int64]:
-        """Return the token with the largest logit for each of the batch's `outputs`, in the batch's order."""
-        logits = llama_cpp.llama_get_logits(self._handle)
-        best: npt.NDArray[np.int64] = np.ctypeslib.as_array(logits, (outputs, self._model.n_vocab)).argmax(axis=1)
-        return best
+        """Return the token with the largest logit for each of the batch's `outputs`, in order; -1 where one is NaN."""
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._handle), (outputs, self._model.n_vocab))
+        best: npt.NDArray[np.int64] = logits.argmax(axis=1)  # which finds a NaN, if there is one
+        return np.where(np.isnan(logits[np.arange(outputs), best]), -1, best)
 
     def copy(self, source: int, target: int) -> None:
         """Make `target` what `source` is."""
@@ -160,36 +161,3 @@ class Context:
         if self._handle:
             llama_cpp.llama_free(self._handle)
             self._handle = None
-            for adapter in self._adapters:
-                adapter.close()
-
-    def _set_adapters(self) -> None:
-        if not self._adapters:
-            return
-        count = len(self._adapters)
-        handles = (llama_cpp.llama_adapter_lora_p_ctypes * count)(*(adapter.handle for adapter in self._adapters))
-        scales = (ctypes.c_float * count)(*(adapter.scale for adapter in self._adapters))
-        if llama_cpp.llama_set_adapters_lora(self._handle, handles, count, scales):
-            self.close()
-            raise LLMInitializationError(f"llama.cpp refuses the LoRA adapters: {log.last_errors()}")
-
-
-class _Adapter:
-    """A LoRA adapter, `FILE` or `FILE=SCALE`."""
-
-    def __init__(self, model: Model, text: str) -> None:
-        name, _, scale = text.partition("=")
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise LLMInitializationError(f"backend.lora: {name!r} does not exist (from {Path.cwd()})")
-        self.scale = float(scale or 1)
-        self.handle = llama_cpp.llama_adapter_lora_init(model.handle, str(path).encode())
-        if not self.handle:
-            raise LLMInitializationError(
-                f"llama.cpp cannot load the adapter {path}: {log.last_errors() or 'no reason given'}"
-            )
-
-    def close(self) -> None:
-        if self.handle:
-            llama_cpp.llama_adapter_lora_free(self.handle)
-            self.handle = None

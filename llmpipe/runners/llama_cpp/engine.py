@@ -15,14 +15,13 @@ from two on, but others for one, so a row is never decoded alone: an idle slot k
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from llmpipe.config import LlamaCppConfig
 from llmpipe.exceptions import LLMInitializationError
 from llmpipe.records import Chunk, Request
-from llmpipe.runners.decoding import StopStrings, Utf8Stream
+from llmpipe.runners.decoding import Answer, Utf8Stream
 from llmpipe.runners.llama_cpp import sizing
 from llmpipe.runners.llama_cpp.context import Context
 from llmpipe.runners.llama_cpp.lookahead import MIN_SHARED_TOKENS, Encode, LookAhead, Sample, Tokens
@@ -40,20 +39,11 @@ class Row:
     sample: Sample
     slot: int
     sampler: Sampler | None
-    stops: StopStrings
-    cached: int
-    """Tokens of this row in the cache."""
-    copied: int
-    """How many of them were copied from a shared prefix."""
-    started_at: float = field(default_factory=time.perf_counter)
+    answer: Answer
     text: Utf8Stream = field(default_factory=Utf8Stream)
-    generated: int = 0
+    cached: int = 0
+    """Tokens of this row in the cache."""
     next_token: int = -1
-
-    @property
-    def request(self) -> Request:
-        """What asked for it."""
-        return self.sample.request
 
 
 @dataclass(eq=False)
@@ -84,6 +74,11 @@ class Engine:
         self.context: Context | None = None
         self.cancelled: set[int] = set()
         """Ids of requests to give up; their rows leave before the next decode call."""
+        self.most_slots = 0
+        """Most rows that were in flight at once."""
+        self.reasons: list[str] = []
+        """Why the sizes are what they are."""
+        self._decode_s = 0.0
         self._rows: list[Row] = []
         self._prefilling: list[Row] = []
         self._free: list[int] = []
@@ -91,6 +86,11 @@ class Engine:
         self._clock = 0
         # What llama.cpp refuses, it refuses now, and not when the first row comes.
         self._fit(sizing.SMALLEST)
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds spent inside llama_decode."""
+        return self._decode_s + (self.context.decode_s if self.context is not None else 0.0)
 
     def stream(self, requests: Iterable[Request], encode: Encode) -> Iterator[Chunk]:
         """Answer `requests`; see `BaseLLMRunner.stream`."""
@@ -102,15 +102,15 @@ class Engine:
             while True:
                 if len(ahead.waiting) <= count // 2:
                     yield from ahead.fill(count)
-                if not self._rows and not ahead.waiting:
-                    return
-                self._admit(ahead)
                 if self.cancelled:
                     yield from self._give_up(ahead)
-                elif self._prefilling:
+                yield from self._admit(ahead)
+                if self._prefilling:
                     yield from self._prefill()
-                else:
+                elif self._rows:
                     yield from self._decode()
+                elif not ahead.waiting:
+                    return
         finally:
             for row in list(self._rows):
                 self._leave(row)
@@ -118,45 +118,59 @@ class Engine:
     def close(self) -> None:
         """Free the context."""
         if self.context is not None:
+            self._decode_s += self.context.decode_s
             self.context.close()
             self.context = None
 
     # --- slots ----------------------------------------------------------------------------------------------------
 
-    def _admit(self, ahead: LookAhead) -> None:
+    def _admit(self, ahead: LookAhead) -> Iterator[Chunk]:
         """Give free slots to waiting samples; make a larger context first where none of its slots would do."""
-        if not self._rows and ahead.waiting:
-            self._fit(sizing.plan(self._config, self._footprint, ahead.waiting, self.limit))
-        assert self.context is not None
+        while not self._rows and ahead.waiting:
+            try:
+                self._fit(self._plan(ahead))
+                break
+            except LLMInitializationError as error:  # the longest cannot have a slot: the others may
+                yield from (refused(sample, str(error)) for sample in ahead.take_longest())
+        if self.context is None:
+            return
         room = self.context.plan.context
         while self._free and (sample := ahead.next(room)) is not None:
             self._enter(sample)
+        self.most_slots = max(self.most_slots, len(self._rows))
         # Samples that still wait need larger slots: they get them once the rows in flight are done.
         self._compact()
 
+    def _plan(self, ahead: LookAhead) -> Plan:
+        held = self.context.plan.tokens if self.context is not None else 0
+        return sizing.plan(self._config, self._footprint, ahead.waiting, self.limit, held)
+
     def _fit(self, plan: Plan) -> None:
-        """See to it that there is a context for `plan`."""
+        """See to it that there is a context for `plan`, with fewer slots where memory has no room for so many.
+
+        Raises:
+            LLMInitializationError: not even one slot can be had, or not as many as are set by hand.
+        """
         if self.context is not None and self.context.plan.covers(plan):
             return
         self.close()
-        wanted: Plan | None = plan
-        while wanted is not None:
+        smaller: Plan | None = plan
+        while smaller is not None and self.context is None:
+            plan = smaller
             try:
-                self.context = Context(self._model, self._config, wanted, self.threads)
-                break
-            except LLMInitializationError:
-                wanted = wanted.halved() if self._config.slots == "auto" else None
-                if wanted is None:
+                self.context = Context(self._model, self._config, plan, self.threads, self._footprint.on_gpu)
+            except LLMInitializationError as error:
+                smaller = plan.halved() if self._config.slots == "auto" else None
+                if smaller is None:
                     raise
-                log.warning("no memory for %d slots of %d tokens: trying %d", plan.slots, plan.context, wanted.slots)
-        assert self.context is not None and wanted is not None
-        for reason in wanted.reasons:
+                log.warning("%s: trying %d slots", error, smaller.slots)
+        for reason in plan.reasons:
             log.info("%s", reason)
-        self._free = list(range(wanted.slots))
-        self._prefixes = [Prefix(wanted.slots + i) for i in range(wanted.prefixes)]
+        self.reasons += [reason for reason in plan.reasons if reason not in self.reasons]
+        self._free = list(range(plan.slots))
+        self._prefixes = [Prefix(plan.slots + i) for i in range(plan.prefixes)]
 
     def _enter(self, sample: Sample) -> None:
-        assert self.context is not None
         sampling, seed = sample.request.sampling, sample.request.seed_of(sample.number)
         sampler = None
         if not is_plain_greedy(sampling):
@@ -164,10 +178,12 @@ class Engine:
         # The lowest free slot: llama.cpp computes neighbouring sequences together.
         slot = min(self._free)
         self._free.remove(slot)
-        cached, copied = self._copy_prefix(sample, slot)
-        row = Row(sample, slot, sampler, StopStrings(sampling.stop), cached, copied)
+        answer = Answer(sample.request, sample.number, len(sample.prompt), sample.truncated, self.limit)
+        row = Row(sample, slot, sampler, answer)
         self._rows.append(row)
         self._prefilling.append(row)
+        row.cached, copied = self._copy_prefix(sample, slot)
+        answer.cached(copied)
 
     def _leave(self, row: Row) -> None:
         assert self.context is not None
@@ -198,11 +214,10 @@ class Engine:
         self.cancelled -= ids
         gone = [sample for sample in ahead.waiting if sample.request.id in ids]
         ahead.waiting = [sample for sample in ahead.waiting if sample.request.id not in ids]
-        for row in [row for row in self._rows if row.request.id in ids]:
+        for row in [row for row in self._rows if row.sample.request.id in ids]:
             self._leave(row)
             gone.append(row.sample)
-        for sample in gone:
-            yield Chunk(sample.request.id, sample.number, finish_reason="error", error="cancelled")
+        yield from (refused(sample, "cancelled") for sample in gone)
 
     # --- shared prefixes ------------------------------------------------------------------------------------------
 
@@ -216,13 +231,16 @@ class Engine:
         if not sample.shared or not self._prefixes:
             return 0, 0
         self._clock += 1
-        wanted = sample.prompt[: sample.shared]
-        known = max(self._prefixes, key=lambda prefix: _begins(wanted, prefix.tokens))
-        reused = _begins(wanted, known.tokens)
-        if len(wanted) - reused >= MIN_SHARED_TOKENS:
+        # All but the last token, whose logits are needed, may come from a prefix, whoever it was computed for.
+        body = sample.prompt[:-1]
+        known = max(self._prefixes, key=lambda prefix: _begins(body, prefix.tokens))
+        reused = _begins(body, known.tokens)
+        if sample.shared - reused >= MIN_SHARED_TOKENS:
             oldest = min(self._prefixes, key=lambda prefix: prefix.used_at)
-            self._compute_prefix(oldest, known if reused else None, wanted)
+            self._compute_prefix(oldest, known if reused else None, sample.prompt[: sample.shared])
             known = oldest
+        elif not reused:
+            return 0, 0
         known.used_at = self._clock
         self.context.copy(known.slot, slot)
         return len(known.tokens), reused
@@ -284,44 +302,35 @@ class Engine:
     def _sample(self, outputs: list[tuple[Row, int]]) -> Iterator[Chunk]:
         """Choose a token for each of `outputs`: a row and the index of its logits in the batch."""
         assert self.context is not None
-        best = None
-        if any(row.sampler is None for row, _ in outputs):
-            best = self.context.best_tokens(len(outputs))
+        best = self.context.best_tokens(len(outputs)) if any(row.sampler is None for row, _ in outputs) else None
         # All tokens are drawn before the first chunk is given out: whoever takes it may do as he likes meanwhile.
-        tokens = [
-            int(best[i]) if row.sampler is None and best is not None else row.sampler.sample(self.context.handle, index)  # type: ignore[union-attr]
-            for i, (row, index) in enumerate(outputs)
-        ]
-        chunks = [self._take(row, token) for (row, _), token in zip(outputs, tokens, strict=True)]
+        chunks = []
+        for i, (row, index) in enumerate(outputs):
+            if row.sampler is not None:
+                token = row.sampler.sample(self.context.handle, index)
+            else:
+                assert best is not None
+                token = int(best[i])
+            chunks.append(self._take(row, token))
         yield from (chunk for chunk in chunks if chunk is not None)
 
     def _take(self, row: Row, token: int) -> Chunk | None:
         """Add a token to its row; return the chunk it completes, if any."""
-        sampling, text, reason = row.request.sampling, "", None
-        if self._model.is_end(token) and not sampling.ignore_eos:
-            reason = "stop"
+        if token < 0:
+            chunk: Chunk | None = row.answer.fail("the model computed NaN instead of logits")
+        elif self._model.is_end(token) and not row.sample.request.sampling.ignore_eos:
+            chunk = row.answer.end()
         else:
-            row.generated += 1
             row.next_token = token
-            text = row.stops.push(row.text.push(self._model.piece(token)))
-            if row.stops.stopped:
-                reason = "stop"
-            elif row.generated >= sampling.max_tokens or row.cached >= self.limit:
-                reason = "length"
-        if reason is None:
-            return Chunk(row.request.id, row.sample.number, text) if text else None
-        self._leave(row)
-        return Chunk(
-            row.request.id,
-            row.sample.number,
-            text + row.stops.flush(),
-            reason,
-            prompt_tokens=len(row.sample.prompt),
-            cached_prompt_tokens=row.copied,
-            truncated_prompt_tokens=row.sample.truncated,
-            completion_tokens=row.generated,
-            started_at=row.started_at,
-        )
+            chunk = row.answer.add(row.text.push(self._model.piece(token)))
+        if row.answer.finished:
+            self._leave(row)
+        return chunk
+
+
+def refused(sample: Sample, reason: str) -> Chunk:
+    """Return the only chunk of a sample that is not run."""
+    return Chunk(sample.request.id, sample.number, finish_reason="error", error=reason)
 
 
 def _begins(tokens: Tokens, start: Tokens) -> int:

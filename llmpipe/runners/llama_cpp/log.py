@@ -39,6 +39,11 @@ def capture() -> None:
     _errors.clear()
 
 
+def clear() -> None:
+    """Forget the errors so far."""
+    _errors.clear()
+
+
 def last_errors() -> str:
-    """Return what llama.cpp complained of since `capture`, in one line."""
+    """Return what llama.cpp complained of since `capture` or `clear`, in one line."""
     return "; ".join(dict.fromkeys(_errors))

@@ -16,6 +16,9 @@ from llmpipe.runners.base import error_chunks
 MIN_SHARED_TOKENS = 32
 """Prefixes shorter than this are computed again: copying a slot's cache is not free."""
 
+MAX_GROUPED = 256
+"""Samples of a block that are searched for common prefixes."""
+
 Tokens = list[int]
 Encode = Callable[[Request], tuple[Tokens, int]]
 """Request → the prompt's tokens and how many were cut off on the left; a ValueError makes an error row."""
@@ -33,7 +36,6 @@ class Sample:
     """Tokens of cache it can come to fill: its prompt and all it may generate."""
     shared: int = 0
     """Leading tokens it has in common with others that wait; 0 where sharing does not pay."""
-    rank: tuple[int, int, int] = (0, 0, 0)
 
 
 class LookAhead:
@@ -58,7 +60,8 @@ class LookAhead:
         """Pull until `count` samples wait, if there are so many; yield the chunks of requests that cannot be run."""
         if self._exhausted or len(self.waiting) >= count:
             return
-        while len(self.waiting) < count:
+        block: list[Sample] = []
+        while len(self.waiting) + len(block) < count:
             request = next(self._source, None)
             if request is None:
                 self._exhausted = True
@@ -69,8 +72,9 @@ class LookAhead:
                 yield from error_chunks(request, str(error))
                 continue
             need = min(len(prompt) + request.sampling.max_tokens, self._limit)
-            self.waiting += [Sample(request, number, prompt, truncated, need) for number in request.samples]
-        self._order()
+            block += [Sample(request, number, prompt, truncated, need) for number in request.samples]
+        self._order(block)
+        self.waiting = block + self.waiting  # taken from the end: nobody waits for those that came later
 
     def next(self, room: int) -> Sample | None:
         """Take the sample to run next, of those that need no more than `room` tokens; None if none does."""
@@ -79,21 +83,24 @@ class LookAhead:
                 return self.waiting.pop(i)
         return None
 
-    def _order(self) -> None:
+    def take_longest(self) -> list[Sample]:
+        """Take the samples that need the most tokens."""
+        most = max(sample.need for sample in self.waiting)
+        longest = [sample for sample in self.waiting if sample.need == most]
+        self.waiting = [sample for sample in self.waiting if sample.need < most]
+        return longest
+
+    def _order(self, block: list[Sample]) -> None:
         """Sort so that groups stay together, those with the longest sample first, long samples before short ones."""
-        for sample in self.waiting:
-            sample.shared = 0
-        groups = shared_prefixes([sample.prompt for sample in self.waiting]) if self._share else []
+        groups = shared_prefixes([sample.prompt for sample in block[:MAX_GROUPED]]) if self._share else []
+        ranks = [(sample.need, 0, sample.need) for sample in block]
         for number, (members, length) in enumerate(groups, 1):
-            longest = max(self.waiting[i].need for i in members)
+            longest = max(block[i].need for i in members)
             for i in members:
-                sample = self.waiting[i]
-                sample.shared = length
-                sample.rank = (longest, number, sample.need)
-        for sample in self.waiting:
-            if not sample.shared:
-                sample.rank = (sample.need, 0, sample.need)
-        self.waiting.sort(key=lambda sample: sample.rank)  # taken from the end
+                block[i].shared = length
+                ranks[i] = (longest, number, block[i].need)
+        order = sorted(range(len(block)), key=ranks.__getitem__)  # the next to run stands at the end
+        block[:] = [block[i] for i in order]
 
 
 Group = tuple[list[int], int]

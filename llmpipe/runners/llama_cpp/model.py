@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 
-from llmpipe.config import DeviceConfig, LlamaCppConfig
+from llmpipe.config import DeviceConfig, LlamaCppConfig, split_adapter
 from llmpipe.exceptions import LLMInitializationError
 from llmpipe.runners.chat import ChatTemplate, read_template
 from llmpipe.runners.llama_cpp import log
@@ -38,9 +39,20 @@ class Model:
             # Kept on self: llama.cpp reads the array after the parameters were filled.
             self._tensor_split = (ctypes.c_float * llama_cpp.llama_max_devices())(*config.tensor_split)
             params.tensor_split = self._tensor_split
+        template = read_template(config.chat_template) if config.chat_template else None
+        self._adapters: list[tuple[Any, float]] = []
         self.handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
             raise LLMInitializationError(f"llama.cpp cannot load {path}: {log.last_errors() or 'no reason given'}")
+        try:
+            self._read(path, template)
+            for adapter in config.lora:
+                self._load_adapter(adapter)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, path: Path, template: str | None) -> None:
         self.vocab = llama_cpp.llama_model_get_vocab(self.handle)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self._pieces: dict[int, bytes] = {}
@@ -50,7 +62,7 @@ class Model:
         if llama_cpp.llama_model_has_encoder(self.handle) or not llama_cpp.llama_model_has_decoder(self.handle):
             raise LLMInitializationError(f"{path} ({self.describe()}) has an encoder; llmpipe runs decoder-only models")
         self.train_context: int = llama_cpp.llama_model_n_ctx_train(self.handle)
-        source = read_template(config.chat_template) if config.chat_template else self._metadata_template()
+        source = template or self._metadata_template()
         self.chat = ChatTemplate(source, self._special_tokens()) if source else None
 
     def describe(self) -> str:
@@ -59,6 +71,11 @@ class Model:
         llama_cpp.llama_model_desc(self.handle, buffer, len(buffer))
         # llama.cpp names only the sizes it knows.
         return buffer.value.decode("utf-8", "replace").replace("?B", f"{self.parameters / 1e6:.1f}M")
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return int(llama_cpp.llama_model_size(self.handle))
 
     @property
     def parameters(self) -> int:
@@ -83,12 +100,12 @@ class Model:
         found = llama_cpp.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return buffer.value.decode("utf-8", "replace") if found >= 0 else None
 
-    def tokenize(self, text: str, special: bool) -> list[int]:
+    def tokenize(self, text: str, add_special: bool) -> list[int]:
         """Return the token ids of `text`.
 
         Args:
             text: Any text that UTF-8 can hold.
-            special: Add the tokens that the model's file asks for around raw text, such as BOS. A rendered chat
+            add_special: Add the tokens that the model's file asks for around raw text, such as BOS. A rendered chat
                 brings its own.
 
         Raises:
@@ -98,7 +115,7 @@ class Model:
         room = len(data) + 8
         while True:
             ids = (llama_cpp.llama_token * room)()
-            count = llama_cpp.llama_tokenize(self.vocab, data, len(data), ids, room, special, True)
+            count = llama_cpp.llama_tokenize(self.vocab, data, len(data), ids, room, add_special, True)
             if count >= 0:
                 return list(ids[:count])
             room = -count
@@ -120,8 +137,36 @@ class Model:
             self._ends[token] = bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
         return self._ends[token]
 
+    def apply_adapters(self, context: Any) -> None:
+        """Make a context compute with the LoRA adapters.
+
+        Raises:
+            LLMInitializationError: llama.cpp refuses them.
+        """
+        count = len(self._adapters)
+        if not count:
+            return
+        handles = (llama_cpp.llama_adapter_lora_p_ctypes * count)(*(handle for handle, _ in self._adapters))
+        scales = (ctypes.c_float * count)(*(scale for _, scale in self._adapters))
+        if llama_cpp.llama_set_adapters_lora(context, handles, count, scales):
+            raise LLMInitializationError(f"llama.cpp refuses the LoRA adapters: {log.last_errors()}")
+
+    def _load_adapter(self, text: str) -> None:
+        name, scale = split_adapter(text)
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise LLMInitializationError(f"backend.lora: {name!r} does not exist (from {Path.cwd()})")
+        handle = llama_cpp.llama_adapter_lora_init(self.handle, str(path).encode())
+        if not handle:
+            reason = log.last_errors() or "no reason given"
+            raise LLMInitializationError(f"llama.cpp cannot load the adapter {path}: {reason}")
+        self._adapters.append((handle, scale))
+
     def close(self) -> None:
-        """Free the weights."""
+        """Free the weights and the adapters."""
+        for handle, _ in self._adapters:
+            llama_cpp.llama_adapter_lora_free(handle)
+        self._adapters.clear()
         if self.handle:
             llama_cpp.llama_model_free(self.handle)
             self.handle = None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from llmpipe.config import LlamaCppConfig
-from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
+from llmpipe.exceptions import LLMConfigError, LLMInitializationError, MissingDependencyError
 from llmpipe.records import Chunk, Message, Request
 from llmpipe.runners.base import BaseLLMRunner, check_bias, fit_prompt
 from llmpipe.runners.chat import ChatTemplateError
@@ -49,15 +49,18 @@ class LlamaCppRunner(BaseLLMRunner):
         llama_cpp.llama_backend_init()
         config = self.config
         self._offload = can_offload(self.device)
-        path = find_gguf(config.model)
-        self._model = model = Model(path, config, self._offload, self.device.index)
+        if not self._offload and (config.n_gpu_layers or config.tensor_split):
+            raise LLMConfigError("backend.n_gpu_layers and tensor_split need a GPU; on this device leave them out")
         limit = llama_cpp.llama_max_parallel_sequences()
         if config.slots != "auto" and config.slots + sizing.PREFIX_SLOTS > limit:
             most = limit - sizing.PREFIX_SLOTS
             raise LLMInitializationError(f"backend.slots={config.slots} is more than {most}, llama.cpp's most")
+        path = find_gguf(config.model)
+        self._model = model = Model(path, config, self._offload, self.device.index)
         keys, values = model.cache_values_per_token
         per_token = keys * BYTES_PER_VALUE[config.cache_type_k] + values * BYTES_PER_VALUE[config.cache_type_v]
-        footprint = sizing.Footprint(model.parameters, int(per_token), self._offload)
+        mapped = model.size_bytes if config.mmap and not self._offload else 0
+        footprint = sizing.Footprint(model.parameters, int(per_token), self._offload, mapped)
         context = config.context or min(model.train_context, sizing.most_tokens(footprint))
         self._engine = Engine(model, config, context, footprint)
         log.info("%s: %s on %s, rows of at most %d tokens", path.name, model.describe(), self._where, context)
@@ -103,7 +106,7 @@ class LlamaCppRunner(BaseLLMRunner):
         """
         assert self._model is not None and self._engine is not None
         check_bias(request.sampling, self._model.n_vocab)
-        tokens = self._model.tokenize(self.prompt_text(request), special=request.messages is None)
+        tokens = self._model.tokenize(self.prompt_text(request), add_special=request.messages is None)
         return fit_prompt(tokens, self._engine.limit, request.truncate)
 
     @property
@@ -133,11 +136,11 @@ class LlamaCppRunner(BaseLLMRunner):
             "device": self._where,
             "context": self._engine.limit,
             "threads": self._engine.threads,
-            "slots": context.plan.slots if context else None,
+            "slots": self._engine.most_slots,
             "slot_tokens": context.plan.context if context else None,
             "prefix_slots": context.plan.prefixes if context else None,
-            "sizes": list(context.plan.reasons) if context else [],
+            "sizes": self._engine.reasons,
             "reproducible": self.config.reproducible and not self._caveat,
-            "decode_s": context.decode_s if context else 0.0,
+            "decode_s": self._engine.decode_s,
             "llama_cpp_python": llama_cpp.__version__,
         }

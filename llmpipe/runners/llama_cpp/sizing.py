@@ -35,6 +35,8 @@ class Footprint:
     parameters: int
     cache_bytes_per_token: int
     on_gpu: bool
+    mapped_bytes: int = 0
+    """Weights that are mapped from a file: the system counts their memory as free, and they need it all the same."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Plan:
     context: int
     """Tokens per slot."""
     reasons: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of cache in all."""
+        return (self.slots + self.prefixes) * self.context
 
     def covers(self, other: Plan) -> bool:
         """Say whether a context of this plan can do the work of one of the other."""
@@ -79,10 +86,11 @@ def wanted_slots(config: LlamaCppConfig, model: Footprint) -> int:
 
 
 def most_tokens(model: Footprint) -> int:
-    """Return how many tokens one row's cache can have in the memory that is free."""
-    return max(
-        CONTEXT_STEP, int(psutil.virtual_memory().available * MEMORY_SHARE / max(model.cache_bytes_per_token, 1))
-    )
+    """Return how many tokens one row's cache can have on this machine, whatever else runs on it just now."""
+    if model.on_gpu:  # its memory is not known here; llama.cpp says when there is too little
+        return 2**31
+    memory = psutil.virtual_memory().total - model.mapped_bytes
+    return max(CONTEXT_STEP, int(memory * MEMORY_SHARE / max(model.cache_bytes_per_token, 1)))
 
 
 def look_ahead(slots: int) -> int:
@@ -91,7 +99,12 @@ def look_ahead(slots: int) -> int:
 
 
 def plan(
-    config: LlamaCppConfig, model: Footprint, waiting: Sequence[Sample], limit: int, free_bytes: int | None = None
+    config: LlamaCppConfig,
+    model: Footprint,
+    waiting: Sequence[Sample],
+    limit: int,
+    held_tokens: int = 0,
+    free_bytes: int | None = None,
 ) -> Plan:
     """Choose the sizes for the samples that wait.
 
@@ -100,12 +113,10 @@ def plan(
         model: The model's footprint.
         waiting: The look ahead; at least one sample.
         limit: Most tokens a row may have.
-        free_bytes: Memory for the cache and all else; by default what the system says is available.
+        held_tokens: Tokens of the cache there is now, which makes room for the new one.
+        free_bytes: Memory that is free; by default what the system says is available.
     """
     reasons = []
-    free = psutil.virtual_memory().available if free_bytes is None else free_bytes
-    budget = int(free * MEMORY_SHARE / max(model.cache_bytes_per_token, 1))
-
     longest = max(sample.need for sample in waiting)
     context = min(_round_up(int(longest * HEADROOM)), _round_up(limit))
     reasons.append(f"{context} tokens per slot: the longest of {len(waiting)} rows looked at may fill {longest}")
@@ -122,10 +133,18 @@ def plan(
     prefixes = min(len(groups), PREFIX_SLOTS)
     if groups:
         reasons.append(f"{prefixes} slots for shared prefixes: {len(groups)} found")
-    if config.slots == "auto" and (slots + prefixes) * context > budget:
+    elif slots > 1 and not config.reproducible:
+        prefixes = 1
+        reasons.append("1 slot for a shared prefix: none was found yet")
+
+    free = psutil.virtual_memory().available if free_bytes is None else free_bytes
+    free += held_tokens * model.cache_bytes_per_token - model.mapped_bytes
+    budget = int(free * (MEMORY_SHARE if config.slots == "auto" else 1) / max(model.cache_bytes_per_token, 1))
+    if not model.on_gpu and (slots + prefixes) * context > budget:
         context = min(_round_up(longest), _round_up(limit))
-        prefixes = min(prefixes, 1)
-        slots = max(1, budget // context - prefixes)
+        room = max(1, budget // context)
+        prefixes = min(prefixes, 1) if room > 1 else 0
+        slots = min(slots, room - prefixes)
         reasons.append(f"{slots} slots and {prefixes} for prefixes instead: {free / 1e6:,.0f} MB of memory are free")
     return Plan(slots, prefixes, context, tuple(reasons))
 

@@ -7,9 +7,8 @@ is what it would be alone. Knows nothing of files or of how the model was loaded
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import DynamicCache
 from llmpipe.exceptions import LLMInferenceError
 from llmpipe.records import Chunk, Request
 from llmpipe.runners.base import error_chunks
-from llmpipe.runners.decoding import StopStrings
+from llmpipe.runners.decoding import Answer
 from llmpipe.runners.transformers.sampler import Sampler
 from llmpipe.runners.transformers.text import TokenText
 
@@ -34,17 +33,11 @@ Encode = Callable[[Request], tuple[list[int], int]]
 class Row:
     """One sample in flight: everything about it, in one place."""
 
-    request: Request
-    sample: int
+    answer: Answer
     prompt: list[int]
-    truncated: int
     sampler: Sampler
     text: TokenText
-    stops: StopStrings
-    started_at: float = field(default_factory=time.perf_counter)
-    generated: int = 0
-    next_token: int = -1
-    finished: bool = False
+    next_token: int = 0
 
 
 class PaddedEngine:
@@ -86,9 +79,9 @@ class PaddedEngine:
                 yield from self._run(rows)
 
     def _row(self, request: Request, sample: int, prompt: list[int], truncated: int) -> Row:
+        answer = Answer(request, sample, len(prompt), truncated, self._context)
         sampler = Sampler(request.sampling, request.seed_of(sample), prompt)
-        stops = StopStrings(request.sampling.stop)
-        return Row(request, sample, prompt, truncated, sampler, TokenText(self._tokenizer, prompt), stops)
+        return Row(answer, prompt, sampler, TokenText(self._tokenizer, prompt))
 
     def _run(self, rows: list[Row]) -> Iterator[Chunk]:
         """Generate for one batch until every row has finished."""
@@ -97,7 +90,7 @@ class PaddedEngine:
         while True:
             logits = self._forward(ids, mask, cache)
             yield from self._take(rows, logits)
-            keep = [i for i, row in enumerate(rows) if not row.finished]
+            keep = [i for i, row in enumerate(rows) if not row.answer.finished]
             if not keep:
                 return
             if len(keep) <= len(rows) // 2:  # copying the cache pays once half of it is of no more use
@@ -105,7 +98,7 @@ class PaddedEngine:
                 cache.batch_select_indices(index)
                 mask = mask[index]
                 rows = [rows[i] for i in keep]
-            ids = torch.tensor([[max(row.next_token, 0)] for row in rows], device=mask.device)
+            ids = torch.tensor([[row.next_token] for row in rows], device=mask.device)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
 
     def _pad(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,43 +138,25 @@ class PaddedEngine:
 
     def _take(self, rows: list[Row], logits: torch.Tensor) -> Iterator[Chunk]:
         """Choose a token for every unfinished row and yield the chunks they complete."""
-        best = logits.argmax(-1).tolist()
+        best, broken = logits.argmax(-1).tolist(), logits.isnan().any(-1).tolist()
         for i, row in enumerate(rows):
-            if not row.finished:
-                try:
-                    token = best[i] if row.sampler.is_plain_greedy else row.sampler.sample(logits[i])
-                except ValueError as error:
-                    row.finished = True
-                    yield Chunk(row.request.id, row.sample, finish_reason="error", error=str(error))
-                    continue
-                chunk = self._add(row, token)
-                if chunk is not None:
-                    yield chunk
+            if row.answer.finished:
+                continue
+            if broken[i]:
+                yield row.answer.fail("the model computed NaN instead of logits; try dtype=float32")
+                continue
+            try:
+                token = best[i] if row.sampler.is_plain_greedy else row.sampler.sample(logits[i])
+            except ValueError as error:
+                yield row.answer.fail(str(error))
+                continue
+            chunk = self._add(row, token)
+            if chunk is not None:
+                yield chunk
 
     def _add(self, row: Row, token: int) -> Chunk | None:
         """Add a token to its row; return the chunk it completes, if any."""
-        sampling, text, reason = row.request.sampling, "", None
-        if token in self._end_tokens and not sampling.ignore_eos:
-            reason = "stop"
-        else:
-            row.generated += 1
-            row.next_token = token
-            text = row.stops.push(row.text.push(token))
-            if row.stops.stopped:
-                reason = "stop"
-            elif row.generated >= sampling.max_tokens or len(row.prompt) + row.generated > self._context:
-                reason = "length"
-        if reason is None:
-            return Chunk(row.request.id, row.sample, text) if text else None
-        row.finished = True
-        return Chunk(
-            row.request.id,
-            row.sample,
-            text + row.stops.flush(),
-            reason,
-            prompt_tokens=len(row.prompt),
-            cached_prompt_tokens=0,
-            truncated_prompt_tokens=row.truncated,
-            completion_tokens=row.generated,
-            started_at=row.started_at,
-        )
+        if token in self._end_tokens and not row.answer.request.sampling.ignore_eos:
+            return row.answer.end()
+        row.next_token = token
+        return row.answer.add(row.text.push(token))

@@ -27,6 +27,7 @@ transformers.utils.logging.disable_progress_bar()  # llmpipe shows its own
 
 DEFAULT_SLOTS = 16
 DEFAULT_CONTEXT = 4096
+"""For models that do not say what they were trained for."""
 
 
 class TransformersRunner(BaseLLMRunner):
@@ -73,7 +74,7 @@ class TransformersRunner(BaseLLMRunner):
         if config.compile:
             self._model.forward = torch.compile(self._model.forward, dynamic=True)
         limit = getattr(model_config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT
-        self._context = config.context or min(limit, DEFAULT_CONTEXT)
+        self._context = config.context or limit
         self._slots = DEFAULT_SLOTS if config.slots == "auto" else int(config.slots)
         if config.reproducible:
             # The kernels that multiply matrices are chosen by their shapes: only a row alone is sure to be the same.
