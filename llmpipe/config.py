@@ -242,7 +242,7 @@ class BackendConfig:
     threads: int | None = speed(None)
     """CPU threads; by default the physical cores."""
     context: int | None = None
-    """Most tokens of prompt and completion; by default what the model was trained for (llama.cpp: and memory allows)."""
+    """Most tokens of prompt and completion; by default what it was trained for (llama.cpp: and memory allows)."""
     reproducible: bool = False
     """Give up speed so that a row's answer does not depend on the rows beside it."""
     chat_template: str | None = None
