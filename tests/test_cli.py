@@ -188,3 +188,17 @@ def test_the_public_names_are_all_there() -> None:
     assert all(getattr(llmpipe, name) is not None for name in llmpipe.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         llmpipe.nonsense  # noqa: B018
+
+
+def test_a_run_with_files_of_ones_own_can_be_resumed_without_naming_them_again(
+    tmp_path: Path, three_rows: Path
+) -> None:
+    (tmp_path / "my" / "sampling").mkdir(parents=True)
+    (tmp_path / "my" / "sampling" / "mine.yaml").write_text("max_tokens: 1\n")
+    asked = ["backend=echo", "sampling=mine", f"dataset.path={three_rows}", "hydra.run.dir=out"]
+    first = run_llmpipe("--config-dir", "my", *asked, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    (tmp_path / "out" / "outputs.jsonl").unlink()
+    again = run_llmpipe("resume=out", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert [row["completion"] for row in outputs(tmp_path / "out")] == ["say"] * 3

@@ -134,3 +134,44 @@ def test_a_missing_or_unreadable_adapter_is_named(tmp_path: Path) -> None:
         make(lora=[str(tmp_path / "bad.gguf")])
     with pytest.raises(LLMInitializationError, match="a=b.gguf"):
         make(lora=["a=b.gguf=0.5"])
+
+
+def test_a_row_whose_slot_cannot_be_had_is_an_error_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmpipe.runners.llama_cpp import engine
+
+    real = engine.Context
+
+    def scarce(model: Any, config: Any, plan: Any, *rest: Any) -> Any:
+        if plan.context > 512:
+            raise LLMInitializationError("no memory")
+        return real(model, config, plan, *rest)
+
+    monkeypatch.setattr(engine, "Context", scarce)
+    short, long = requests(["What is 12 + 30?"] * 6, max_tokens=5), replace(requests([STORY * 8])[0], id=9)
+    for slots in ("auto", 4):
+        with make(slots=slots) as runner:
+            done = {c.request_id: c for c in runner.completions([long, *short])}
+        assert done[9].error == "no memory"
+        assert all(done[i].error is None for i in range(6))
+
+
+def test_logits_that_are_not_numbers_make_an_error_row(runner: LlamaCppRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    from llmpipe.runners.llama_cpp import context
+
+    argmax = np.full(1, -1)
+    monkeypatch.setattr(context.Context, "best_tokens", lambda self, outputs: argmax.repeat(outputs))
+    (done,) = runner.completions(requests(["Hello!"]))
+    assert "NaN" in (done.error or "")
+
+
+def test_rows_of_a_later_block_reuse_a_prefix_and_evict_the_oldest(runner: LlamaCppRunner) -> None:
+    subjects = ["fox", "queen", "robot", "whale", "clock", "tower"]
+    prompts = [STORY.replace("fox", subject) + f" number {i}" for i in range(40) for subject in subjects]
+    done = sorted(runner.completions(requests(prompts, max_tokens=2)), key=lambda c: c.request_id)
+    assert sum((c.cached_prompt_tokens or 0) > 0 for c in done) > 200
+    some = list(range(0, 240, 37))
+    with make(reproducible=True) as alone:
+        again = [next(iter(alone.completions([requests(prompts, max_tokens=2)[i]]))).text for i in some]
+    assert [done[i].text for i in some] == again
