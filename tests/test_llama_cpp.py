@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import psutil
 import pytest
 
 from llmpipe import BaseLLMRunner, LLMInferenceError, LLMInitializationError, LLMRunnerFactory
 from llmpipe.config import DeviceConfig, data_dir
+from llmpipe.runners.llama_cpp import devices
 from llmpipe.runners.llama_cpp import log as llama_log
 from llmpipe.runners.llama_cpp import model as llama_model
 from llmpipe.runners.weights import BUNDLED_DIR
@@ -264,3 +266,18 @@ def test_a_failing_decode_call_is_one_readable_error_and_leaves_the_slots_free(m
             runner.run([STORY] * 3)
         monkeypatch.undo()
         assert runner.generate_text(STORY, max_tokens=2)
+
+
+def test_ggml_says_how_much_memory_each_device_has() -> None:
+    found = list(devices.devices())
+    assert found
+    assert all(0 <= free <= total for _, free, total in found)
+    host = [total for kind, _, total in found if kind == 0]
+    assert host == [pytest.approx(psutil.virtual_memory().total, rel=0.1)]
+
+
+@pytest.mark.skipif(bool(llama_cpp.llama_supports_gpu_offload()), reason="this build of llama.cpp has a GPU")
+def test_no_memory_of_a_gpu_is_reported_without_one() -> None:
+    assert devices.gpu_memory() == (0, 0)
+    with load() as runner:
+        assert runner.memory_usage()["device_mb"] is None

@@ -84,3 +84,9 @@ def test_halving_ends_at_one_slot() -> None:
         steps.append((found.slots, found.prefixes))
         found = found.halved()
     assert steps == [(8, 2), (4, 1), (2, 0), (1, 0)]
+
+
+def test_the_memory_of_a_gpu_bounds_the_slots_where_it_is_known() -> None:
+    gpu, rows = Footprint(7_000_000_000, 100_000, on_gpu=True), samples(100, 512)
+    assert plan(LlamaCppConfig(), gpu, rows, 4096).slots == GPU_SLOTS
+    assert plan(LlamaCppConfig(), gpu, rows, 4096, free_bytes=512 * 100_000 * 5).slots == 2

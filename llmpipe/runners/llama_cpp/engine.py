@@ -15,6 +15,7 @@ from two on, but others for one, so a row is never decoded alone: an idle slot k
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ from llmpipe.config import LlamaCppConfig
 from llmpipe.exceptions import LLMInitializationError
 from llmpipe.records import Chunk, Request
 from llmpipe.runners.decoding import Answer, Utf8Stream
-from llmpipe.runners.llama_cpp import sizing
+from llmpipe.runners.llama_cpp import devices, sizing
 from llmpipe.runners.llama_cpp.context import Context
 from llmpipe.runners.llama_cpp.lookahead import MIN_SHARED_TOKENS, Encode, LookAhead, Sample, Tokens
 from llmpipe.runners.llama_cpp.model import Model
@@ -78,6 +79,10 @@ class Engine:
         """Most rows that were in flight at once."""
         self.reasons: list[str] = []
         """Why the sizes are what they are."""
+        self.context_s = 0.0
+        """Seconds spent making contexts."""
+        self.device_bytes = 0
+        """Most bytes of the GPUs' memory that were in use after a context was made."""
         self._decode_s = 0.0
         self._rows: list[Row] = []
         self._prefilling: list[Row] = []
@@ -143,7 +148,10 @@ class Engine:
 
     def _plan(self, ahead: LookAhead) -> Plan:
         held = self.context.plan.tokens if self.context is not None else 0
-        return sizing.plan(self._config, self._footprint, ahead.waiting, self.limit, held)
+        # With some layers here and some there, llama.cpp alone knows how much of the cache goes where.
+        alone = self._footprint.on_gpu and self._config.n_gpu_layers in (None, -1)
+        free = devices.gpu_memory()[1] if alone else None
+        return sizing.plan(self._config, self._footprint, ahead.waiting, self.limit, held, free)
 
     def _fit(self, plan: Plan) -> None:
         """See to it that there is a context for `plan`, with fewer slots where memory has no room for so many.
@@ -154,6 +162,7 @@ class Engine:
         if self.context is not None and self.context.plan.covers(plan):
             return
         self.close()
+        started = time.perf_counter()
         smaller: Plan | None = plan
         while smaller is not None and self.context is None:
             plan = smaller
@@ -164,6 +173,8 @@ class Engine:
                 if smaller is None:
                     raise
                 log.warning("%s: trying %d slots", error, smaller.slots)
+        self.context_s += time.perf_counter() - started
+        self.device_bytes = max(self.device_bytes, devices.gpu_memory()[0])
         for reason in plan.reasons:
             log.info("%s", reason)
         self.reasons += [reason for reason in plan.reasons if reason not in self.reasons]

@@ -16,8 +16,8 @@ from llmpipe.runners.weights import find_gguf
 try:
     import llama_cpp
 
+    from llmpipe.runners.llama_cpp import devices, sizing
     from llmpipe.runners.llama_cpp import log as llama_log
-    from llmpipe.runners.llama_cpp import sizing
     from llmpipe.runners.llama_cpp.engine import Engine
     from llmpipe.runners.llama_cpp.model import Model, can_offload
 except ImportError as error:
@@ -56,6 +56,7 @@ class LlamaCppRunner(BaseLLMRunner):
             most = limit - sizing.PREFIX_SLOTS
             raise LLMInitializationError(f"backend.slots={config.slots} is more than {most}, llama.cpp's most")
         path = find_gguf(config.model)
+        self._device_bytes_before = devices.gpu_memory()[0]
         self._model = model = Model(path, config, self._offload, self.device.index)
         keys, values = model.cache_values_per_token
         per_token = keys * BYTES_PER_VALUE[config.cache_type_k] + values * BYTES_PER_VALUE[config.cache_type_v]
@@ -125,6 +126,13 @@ class LlamaCppRunner(BaseLLMRunner):
         if self._engine is not None:
             self._engine.cancelled.add(request_id)
 
+    def _device_memory_mb(self) -> tuple[float, float] | None:
+        if not self._offload or self._engine is None:
+            return None
+        used = devices.gpu_memory()[0]
+        peak = max(used, self._engine.device_bytes)
+        return (used - self._device_bytes_before) / 1e6, (peak - self._device_bytes_before) / 1e6
+
     def info(self) -> dict[str, Any]:
         """Say what was loaded and what was chosen."""
         self._check_loaded()
@@ -142,5 +150,6 @@ class LlamaCppRunner(BaseLLMRunner):
             "sizes": self._engine.reasons,
             "reproducible": self.config.reproducible and not self._caveat,
             "decode_s": self._engine.decode_s,
+            "context_s": self._engine.context_s,
             "llama_cpp_python": llama_cpp.__version__,
         }

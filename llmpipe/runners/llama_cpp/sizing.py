@@ -26,6 +26,8 @@ HEADROOM = 1.5
 """How much longer than the longest row looked at a slot is, so that a later row seldom needs a larger one."""
 MEMORY_SHARE = 0.6
 """Share of the free memory that the cache may take."""
+UNKNOWN_BYTES = 2**50
+"""More than there is: llama.cpp says when there is too little."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def plan(
         waiting: The look ahead; at least one sample.
         limit: Most tokens a row may have.
         held_tokens: Tokens of the cache there is now, which makes room for the new one.
-        free_bytes: Memory that is free; by default what the system says is available.
+        free_bytes: Memory that is free where the cache goes; by default the host's, and on a GPU without bound.
     """
     reasons = []
     longest = max(sample.need for sample in waiting)
@@ -137,10 +139,11 @@ def plan(
         prefixes = 1
         reasons.append("1 slot for a shared prefix: none was found yet")
 
-    free = psutil.virtual_memory().available if free_bytes is None else free_bytes
-    free += held_tokens * model.cache_bytes_per_token - model.mapped_bytes
+    if free_bytes is None:
+        free_bytes = UNKNOWN_BYTES if model.on_gpu else psutil.virtual_memory().available
+    free = free_bytes + held_tokens * model.cache_bytes_per_token - model.mapped_bytes
     budget = int(free * (MEMORY_SHARE if config.slots == "auto" else 1) / max(model.cache_bytes_per_token, 1))
-    if not model.on_gpu and (slots + prefixes) * context > budget:
+    if (slots + prefixes) * context > budget:
         context = min(_round_up(longest), _round_up(limit))
         room = max(1, budget // context)
         prefixes = min(prefixes, 1) if room > 1 else 0
