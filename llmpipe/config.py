@@ -82,6 +82,15 @@ class OutputFormat(str, Enum):
     parquet = "parquet"
 
 
+class OnError(str, Enum):
+    """What an error row does to its run."""
+
+    quarantine = "quarantine"
+    """It goes to `errors.jsonl`, and the run goes on."""
+    stop = "stop"
+    """It ends the run, which can be resumed."""
+
+
 class Switch(str, Enum):
     """A choice that the backend may make by itself."""
 
@@ -269,7 +278,24 @@ class BackendConfig:
 
 
 @dataclass
-class LlamaCppConfig(BackendConfig):
+class BatchingConfig(BackendConfig):
+    """What the backends with continuous batching have."""
+
+    batch_tokens: int = speed(2048)
+    """Most prompt tokens computed in one call."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            LLMConfigError: names the option, the value and the bounds.
+        """
+        super().__post_init__()
+        _count("backend.batch_tokens", self.batch_tokens, 1, "an integer >= 1")
+
+
+@dataclass
+class LlamaCppConfig(BatchingConfig):
     """GGUF models in process, through llama-cpp-python."""
 
     _target_: str = "llmpipe.runners.LlamaCppRunner"
@@ -285,8 +311,6 @@ class LlamaCppConfig(BackendConfig):
     """Number format of cached keys: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0."""
     cache_type_v: str = "f16"
     """Number format of cached values; quantised ones need flash attention."""
-    batch_tokens: int = speed(2048)
-    """Most prompt tokens per decode call."""
     micro_batch_tokens: int = speed(512)
     """Tokens computed at once inside a call; larger takes more memory."""
     mmap: bool = speed(True)
@@ -319,7 +343,6 @@ class LlamaCppConfig(BackendConfig):
                 getattr(self, name),
                 f"one of {', '.join(allowed)}",
             )
-        _count("backend.batch_tokens", self.batch_tokens, 1, "an integer >= 1")
         _count("backend.micro_batch_tokens", self.micro_batch_tokens, 1, "an integer >= 1")
         _number("backend.rope_freq_base", self.rope_freq_base, 0, 1e12, "a number >= 0 (0 is the model's)")
         _number("backend.rope_freq_scale", self.rope_freq_scale, 0, 1e6, "a number >= 0 (0 is the model's)")
@@ -524,6 +547,10 @@ class RunConfig:
     """What is measured."""
     seed: int = 0
     """Seed of the run; every row and sample derives its own from it."""
+    on_error: OnError = OnError.quarantine
+    """quarantine error rows in errors.jsonl, or stop at the first one; the run can be resumed."""
+    max_error_rate: float | None = None
+    """End the run, resumable, when more than this share of 100 or more answers (or of all) are errors; null: never."""
     resume: str | None = None
     """A run directory to continue, with its own configuration."""
     trusted_modules: list[str] = field(default_factory=list)
@@ -536,6 +563,8 @@ class RunConfig:
             LLMConfigError: names the option and the bounds.
         """
         _count("seed", self.seed, 0, "an integer >= 0")
+        if self.max_error_rate is not None:
+            _number("max_error_rate", self.max_error_rate, 0, 1, "a number in (0, 1], or null", open_low=True)
 
 
 @dataclass

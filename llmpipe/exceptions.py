@@ -5,6 +5,7 @@
     ├── LLMInitializationError      a model or backend that could not be loaded
     │   └── MissingDependencyError  an optional package is not installed; also an ImportError
     ├── LLMInferenceError           the runner failed while generating, or was used wrongly
+    │   └── LLMOutOfMemoryError     the device has too little memory for what is computed at once
     ├── DatasetError                a dataset that would fail every row
     └── LedgerError                 a run directory that is locked, damaged, or belongs to another run
 
@@ -42,6 +43,10 @@ class MissingDependencyError(LLMInitializationError, ImportError):
 
 class LLMInferenceError(LLMError):
     """The runner as a whole failed while generating, or is used in a way it cannot serve."""
+
+
+class LLMOutOfMemoryError(LLMInferenceError):
+    """The device has too little memory for what is to be computed at once."""
 
 
 class DatasetError(LLMError, ValueError):

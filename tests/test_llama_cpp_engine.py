@@ -150,16 +150,16 @@ def test_a_missing_or_unreadable_adapter_is_named(tmp_path: Path) -> None:
 
 
 def test_a_row_whose_slot_cannot_be_had_is_an_error_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmpipe.runners.llama_cpp import engine
+    from llmpipe.runners.llama_cpp import executor
 
-    real = engine.Context
+    real = executor.LlamaContext
 
     def scarce(model: Any, config: Any, plan: Any, *rest: Any) -> Any:
         if plan.context > 512:
             raise LLMInitializationError("no memory")
         return real(model, config, plan, *rest)
 
-    monkeypatch.setattr(engine, "Context", scarce)
+    monkeypatch.setattr(executor, "LlamaContext", scarce)
     short, long = requests(["What is 12 + 30?"] * 6, max_tokens=5), replace(requests([STORY * 8])[0], id=9)
     for slots in ("auto", 4):
         with make(slots=slots) as runner:
@@ -174,7 +174,7 @@ def test_logits_that_are_not_numbers_make_an_error_row(runner: LlamaCppRunner, m
     from llmpipe.runners.llama_cpp import context
 
     argmax = np.full(1, -1)
-    monkeypatch.setattr(context.Context, "best_tokens", lambda self, outputs: argmax.repeat(outputs))
+    monkeypatch.setattr(context.LlamaContext, "best_tokens", lambda self: argmax)
     (done,) = runner.completions(requests(["Hello!"]))
     assert "NaN" in (done.error or "")
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpipe import Request, SamplingConfig
-from llmpipe.runners.llama_cpp.lookahead import MIN_SHARED_TOKENS, LookAhead, shared_prefixes
+from llmpipe.runners.batching.lookahead import MIN_SHARED_TOKENS, LookAhead, shared_prefixes
 
 SYSTEM = list(range(100, 200))
 OTHER = list(range(300, 350))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from llmpipe import Request, SamplingConfig
 from llmpipe.config import LlamaCppConfig
-from llmpipe.runners.llama_cpp.lookahead import Sample
-from llmpipe.runners.llama_cpp.sizing import CPU_SLOTS, GPU_SLOTS, SMALL_MODEL_SLOTS, Footprint, Plan, plan
+from llmpipe.runners.batching.lookahead import Sample
+from llmpipe.runners.batching.sizing import CPU_SLOTS, SMALL_MODEL_SLOTS, Footprint, Plan, plan
 
-MODEL = Footprint(parameters=7_000_000_000, cache_bytes_per_token=100_000, on_gpu=False)
+MODEL = Footprint(parameters=7_000_000_000, cache_bytes_per_token=100_000)
 PLENTY = 10**12
+GPU_SLOTS = 64
 
 
 def samples(count: int, need: int, shared: int = 0) -> list[Sample]:
@@ -16,8 +17,8 @@ def samples(count: int, need: int, shared: int = 0) -> list[Sample]:
 
 
 def test_slots_follow_the_model_and_the_device() -> None:
-    small = Footprint(1_000_000, 1000, False)
-    gpu = Footprint(7_000_000_000, 1000, True)
+    small = Footprint(1_000_000, 1000)
+    gpu = Footprint(7_000_000_000, 1000, gpu_slots=GPU_SLOTS)
     assert plan(LlamaCppConfig(), MODEL, samples(100, 300), 4096, free_bytes=PLENTY).slots == CPU_SLOTS
     assert plan(LlamaCppConfig(), small, samples(100, 300), 4096, free_bytes=PLENTY).slots == SMALL_MODEL_SLOTS
     assert plan(LlamaCppConfig(), gpu, samples(100, 300), 4096, free_bytes=PLENTY).slots == GPU_SLOTS
@@ -61,7 +62,7 @@ def test_the_memory_of_the_cache_there_is_counts_as_free() -> None:
 
 
 def test_weights_mapped_from_a_file_do_not_count_as_free() -> None:
-    mapped = Footprint(7_000_000_000, 100_000, False, mapped_bytes=512 * 100_000 * 5)
+    mapped = Footprint(7_000_000_000, 100_000, mapped_bytes=512 * 100_000 * 5)
     rows = samples(100, 512)
     assert plan(LlamaCppConfig(), mapped, rows, 4096, free_bytes=512 * 100_000 * 10).slots == 2
 
@@ -77,16 +78,17 @@ def test_every_choice_has_a_reason() -> None:
     assert len(plan(LlamaCppConfig(), MODEL, samples(9, 300), 4096, free_bytes=PLENTY).reasons) >= 2
 
 
-def test_halving_ends_at_one_slot() -> None:
-    found: Plan | None = Plan(8, 2, 256)
+def test_halving_ends_at_one_slot_and_few_tokens_per_call() -> None:
+    found: Plan | None = Plan(8, 2, 256, batch_tokens=300)
     steps = []
     while found is not None:
-        steps.append((found.slots, found.prefixes))
+        steps.append((found.slots, found.prefixes, found.batch_tokens))
         found = found.halved()
-    assert steps == [(8, 2), (4, 1), (2, 0), (1, 0)]
+    assert steps == [(8, 2, 300), (4, 1, 150), (2, 0, 75), (1, 0, 37), (1, 0, 32)]
+    assert Plan(1, 0, 256, batch_tokens=8).halved() is None
 
 
 def test_the_memory_of_a_gpu_bounds_the_slots_where_it_is_known() -> None:
-    gpu, rows = Footprint(7_000_000_000, 100_000, on_gpu=True), samples(100, 512)
+    gpu, rows = Footprint(7_000_000_000, 100_000, gpu_slots=GPU_SLOTS), samples(100, 512)
     assert plan(LlamaCppConfig(), gpu, rows, 4096).slots == GPU_SLOTS
     assert plan(LlamaCppConfig(), gpu, rows, 4096, free_bytes=512 * 100_000 * 5).slots == 2

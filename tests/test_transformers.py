@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 
 from llmpipe import BaseLLMRunner, LLMInferenceError, LLMInitializationError, LLMRunnerFactory, SamplingConfig
 from llmpipe.runners.decoding import Utf8Stream
-from llmpipe.runners.transformers.engine import PaddedEngine
+from llmpipe.runners.transformers.padded import PaddedEngine
 from llmpipe.runners.transformers.sampler import Sampler
 from llmpipe.runners.transformers.text import TokenText
 from llmpipe.runners.weights import BUNDLED_DIR

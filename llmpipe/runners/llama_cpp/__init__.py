@@ -2,8 +2,10 @@
 
 runner.py    `LlamaCppRunner`: the face
 model.py     a GGUF file: loading, tokens, text, chat template
-engine.py    slots, batches and decode calls: how rows share the model
+executor.py  the model as the engine of `runners.batching` sees it
+context.py   sequences, decode calls, logits
 sampler.py   `SamplingConfig` → a chain of llama.cpp samplers
+devices.py   the memory of GPUs
 log.py       llama.cpp's log → Python's logging
 """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp
@@ -13,23 +12,20 @@ import numpy.typing as npt
 
 from llmpipe.config import LlamaCppConfig, RopeScaling, Switch
 from llmpipe.exceptions import LLMInferenceError, LLMInitializationError
+from llmpipe.runners.batching import Batch, Plan
 from llmpipe.runners.llama_cpp import log
 from llmpipe.runners.llama_cpp.model import Model
-from llmpipe.runners.llama_cpp.sizing import Plan
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
 FLASH_ATTENTION = {Switch.auto: -1, Switch.off: 0, Switch.on: 1}
 ROPE_SCALING = {RopeScaling.model: -1, RopeScaling.none: 0, RopeScaling.linear: 1, RopeScaling.yarn: 2}
 
 
-class Batch:
-    """The arrays of one decode call, filled through numpy and read by llama.cpp in place."""
+class NativeBatch(Batch):
+    """A batch that llama.cpp reads in place."""
 
     def __init__(self, capacity: int) -> None:
-        self.tokens = np.zeros(capacity, np.int32)
-        self.positions = np.zeros(capacity, np.int32)
-        self.slots = np.zeros(capacity, np.int32)
-        self.outputs = np.zeros(capacity, np.int8)
+        super().__init__(capacity)
         self._ones = np.ones(capacity, np.int32)
         base, step = self.slots.ctypes.data, self.slots.itemsize
         self._slot_pointers = np.arange(base, base + capacity * step, step, dtype=np.uintp)
@@ -43,39 +39,10 @@ class Batch:
             ("logits", self.outputs),
         ):
             setattr(self.struct, name, ctypes.cast(array.ctypes.data, kinds[name]))
-        self.capacity = capacity
-        self.size = 0
-
-    @property
-    def room(self) -> int:
-        """Tokens that can still be added."""
-        return self.capacity - self.size
-
-    def clear(self) -> None:
-        """Begin a new call."""
-        self.size = 0
-
-    def add(self, tokens: Sequence[int], position: int, slot: int, output_last: bool) -> None:
-        """Append successive tokens of one slot; logits are computed for the last one where asked."""
-        span = slice(self.size, self.size + len(tokens))
-        self.tokens[span] = tokens
-        self.positions[span] = np.arange(position, position + len(tokens))
-        self.slots[span] = slot
-        self.outputs[span] = 0
-        self.outputs[span.stop - 1] = output_last
-        self.size = span.stop
-
-    def set_columns(self, tokens: list[int], positions: list[int], slots: list[int]) -> None:
-        """Fill the batch with one token per slot, with logits for each."""
-        self.size = len(tokens)
-        self.tokens[: self.size] = tokens
-        self.positions[: self.size] = positions
-        self.slots[: self.size] = slots
-        self.outputs[: self.size] = 1
 
 
-class Context:
-    """Sequences of one model that are computed together.
+class LlamaContext:
+    """Sequences of one model that are computed together; see `Context` in `batching.executor`.
 
     Args:
         model: The loaded model.
@@ -96,7 +63,7 @@ class Context:
         params = llama_cpp.llama_context_default_params()
         params.n_seq_max = sequences
         params.n_ctx = sequences * plan.context
-        params.n_batch = max(min(config.batch_tokens, params.n_ctx), sequences)
+        params.n_batch = max(min(plan.batch_tokens, params.n_ctx), sequences)
         params.n_ubatch = max(min(config.micro_batch_tokens, params.n_batch), sequences)
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = FLASH_ATTENTION[Switch.off if config.reproducible else config.flash_attention]
@@ -115,7 +82,7 @@ class Context:
                 f"{log.last_errors() or 'no reason given'}; try a smaller backend.slots or backend.context"
             )
         self._memory = llama_cpp.llama_get_memory(self._handle)
-        self.batch = Batch(llama_cpp.llama_n_batch(self._handle))
+        self.batch = NativeBatch(llama_cpp.llama_n_batch(self._handle))
         self.decode_s = 0.0
         """Seconds spent inside llama_decode."""
         model.apply_adapters(self._handle)
@@ -142,8 +109,9 @@ class Context:
             reason = "no room in the KV cache" if status == 1 else log.last_errors() or "no reason given"
             raise LLMInferenceError(f"llama_decode failed with status {status}: {reason}")
 
-    def best_tokens(self, outputs: int) -> npt.NDArray[np.int64]:
-        """Return the token with the largest logit for each of the batch's `outputs`, in order; -1 where one is NaN."""
+    def best_tokens(self) -> npt.NDArray[np.int64]:
+        """Return the token with the largest logit for each of the batch's outputs, in order; -1 where one is NaN."""
+        outputs = len(self.batch.output_indices)
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._handle), (outputs, self._model.n_vocab))
         best: npt.NDArray[np.int64] = logits.argmax(axis=1)  # which finds a NaN, if there is one
         return np.where(np.isnan(logits[np.arange(outputs), best]), -1, best)

@@ -16,9 +16,10 @@ from llmpipe.runners.weights import find_gguf
 try:
     import llama_cpp
 
-    from llmpipe.runners.llama_cpp import devices, sizing
+    from llmpipe.runners.batching import Engine, sizing
+    from llmpipe.runners.llama_cpp import devices
     from llmpipe.runners.llama_cpp import log as llama_log
-    from llmpipe.runners.llama_cpp.engine import Engine
+    from llmpipe.runners.llama_cpp.executor import LlamaExecutor
     from llmpipe.runners.llama_cpp.model import Model, can_offload
 except ImportError as error:
     raise MissingDependencyError("llama-cpp-python", "llama-cpp", "backend=llama_cpp") from error
@@ -32,8 +33,6 @@ log = logging.getLogger(__name__)
 
 EXACT_FORMATS = ("F32", "Q8_0")
 """Weights whose products llama.cpp's CPU kernels compute alike for any number of rows, as measured."""
-BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32}
-BYTES_PER_VALUE |= {"q4_1": 20 / 32, "q4_0": 18 / 32}
 
 
 class LlamaCppRunner(BaseLLMRunner):
@@ -58,12 +57,10 @@ class LlamaCppRunner(BaseLLMRunner):
         path = find_gguf(config.model)
         self._device_bytes_before = devices.gpu_memory()[0]
         self._model = model = Model(path, config, self._offload, self.device.index)
-        keys, values = model.cache_values_per_token
-        per_token = keys * BYTES_PER_VALUE[config.cache_type_k] + values * BYTES_PER_VALUE[config.cache_type_v]
-        mapped = model.size_bytes if config.mmap and not self._offload else 0
-        footprint = sizing.Footprint(model.parameters, int(per_token), self._offload, mapped)
-        context = config.context or min(model.train_context, sizing.most_tokens(footprint))
-        self._engine = Engine(model, config, context, footprint)
+        self._threads = sizing.threads(config)
+        executor = LlamaExecutor(model, config, self._threads, self._offload)
+        context = config.context or min(model.train_context, sizing.most_tokens(executor.footprint))
+        self._engine = Engine(executor, config, context)
         log.info("%s: %s on %s, rows of at most %d tokens", path.name, model.describe(), self._where, context)
         self._caveat = self._reproducibility_caveat()
         if config.reproducible and self._caveat:
@@ -143,11 +140,12 @@ class LlamaCppRunner(BaseLLMRunner):
             "model_type": self._model.describe(),
             "device": self._where,
             "context": self._engine.limit,
-            "threads": self._engine.threads,
+            "threads": self._threads,
             "slots": self._engine.most_slots,
             "slot_tokens": context.plan.context if context else None,
             "prefix_slots": context.plan.prefixes if context else None,
             "sizes": self._engine.reasons,
+            "shrinks": self._engine.shrinks,
             "reproducible": self.config.reproducible and not self._caveat,
             "decode_s": self._engine.decode_s,
             "context_s": self._engine.context_s,

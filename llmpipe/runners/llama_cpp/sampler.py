@@ -8,6 +8,7 @@ from typing import Any
 import llama_cpp
 
 from llmpipe.config import SamplingConfig
+from llmpipe.runners.llama_cpp.context import LlamaContext
 from llmpipe.runners.llama_cpp.model import Model
 
 MIN_KEEP = 1
@@ -67,9 +68,10 @@ class Sampler:
             self._add(llama_cpp.llama_sampler_init_typical(sampling.typical_p, MIN_KEEP))
         self._add(llama_cpp.llama_sampler_init_dist(seed))
 
-    def sample(self, context: Any, index: int) -> int:
-        """Draw a token from the logits at `index` of the last decode call, and remember it for the penalties."""
-        return int(llama_cpp.llama_sampler_sample(self._chain, context, index))
+    def sample(self, context: LlamaContext, output: int) -> int:
+        """Draw a token from one of the outputs of the last decode call, and remember it for the penalties."""
+        index = int(context.batch.output_indices[output])
+        return int(llama_cpp.llama_sampler_sample(self._chain, context.handle, index))
 
     def close(self) -> None:
         """Free the chain; it owns its samplers."""

@@ -18,7 +18,7 @@ try:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from llmpipe.runners.transformers.engine import PaddedEngine
+    from llmpipe.runners.transformers.padded import PaddedEngine
 except ImportError as error:
     raise MissingDependencyError("transformers and torch", "transformers", "backend=transformers") from error
 

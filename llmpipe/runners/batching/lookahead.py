@@ -1,7 +1,8 @@
 """The samples that wait for a slot: pulled a little ahead, ordered longest first, grouped by what their prompts share.
 
 Looking ahead is what lets the engine size itself, keep the tail of a run short, and compute a common system prompt or
-few-shot block once. How far it looks is bounded, so memory does not grow with the dataset. Knows nothing of llama.cpp.
+few-shot block once. How far it looks is bounded, so memory does not grow with the dataset. Knows no
+backend.
 """
 
 from __future__ import annotations

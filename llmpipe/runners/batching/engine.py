@@ -5,11 +5,14 @@
     prefill      compute what is left of the prompts of new rows, in chunks, in calls of their own
     decode       one token for every row in flight
 
-Sizes itself from the first look ahead, and again when a row comes that needs a larger slot.
+Sizes itself from the first look ahead, and again when a row comes that needs a larger slot. When memory runs out the
+rows in flight give up their caches, not their answers: a smaller context computes their tokens once more, and goes on.
 
 In reproducible mode every row is computed in pieces of the same shape whatever the rows beside it: a prompt in calls of
-its own, then one token per call. llama.cpp's kernels give a product of matrices the same digits for any number of rows
-from two on, but others for one, so a row is never decoded alone: an idle slot keeps it company.
+its own, then one token per call. Some kernels give a product of matrices the same digits for any number of rows from
+two on, but others for one: there a row is never decoded alone, an idle slot keeps it company.
+
+Knows nothing of any backend: an `Executor` computes.
 """
 
 from __future__ import annotations
@@ -19,18 +22,19 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from llmpipe.config import LlamaCppConfig
-from llmpipe.exceptions import LLMInitializationError
+from llmpipe.config import BatchingConfig
+from llmpipe.exceptions import LLMInitializationError, LLMOutOfMemoryError
 from llmpipe.records import Chunk, Request
-from llmpipe.runners.decoding import Answer, Utf8Stream
-from llmpipe.runners.llama_cpp import devices, sizing
-from llmpipe.runners.llama_cpp.context import Context
-from llmpipe.runners.llama_cpp.lookahead import MIN_SHARED_TOKENS, Encode, LookAhead, Sample, Tokens
-from llmpipe.runners.llama_cpp.model import Model
-from llmpipe.runners.llama_cpp.sampler import Sampler, is_plain_greedy
-from llmpipe.runners.llama_cpp.sizing import Plan
+from llmpipe.runners.batching import sizing
+from llmpipe.runners.batching.executor import Context, Executor, Sampler, Text
+from llmpipe.runners.batching.lookahead import MIN_SHARED_TOKENS, Encode, LookAhead, Sample, Tokens
+from llmpipe.runners.batching.sizing import Plan
+from llmpipe.runners.decoding import Answer
 
-log = logging.getLogger("llmpipe.llama_cpp")
+log = logging.getLogger(__name__)
+
+PATIENCE = 4
+"""Rows per slot that must finish after memory ran out before more slots are tried; doubles each time."""
 
 
 @dataclass(eq=False)
@@ -38,13 +42,15 @@ class Row:
     """One sample in flight: everything about it, in one place."""
 
     sample: Sample
-    slot: int
     sampler: Sampler | None
     answer: Answer
-    text: Utf8Stream = field(default_factory=Utf8Stream)
+    text: Text
+    tokens: Tokens
+    """The prompt's, and all that were generated."""
+    slot: int = -1
+    """Where its cache is; -1 while it has none."""
     cached: int = 0
-    """Tokens of this row in the cache."""
-    next_token: int = -1
+    """How many of its tokens are in the cache. The others are computed next; then comes a new one."""
 
 
 @dataclass(eq=False)
@@ -57,21 +63,18 @@ class Prefix:
 
 
 class Engine:
-    """Runs samples through a model.
+    """Runs samples through an executor.
 
     Args:
-        model: The loaded model.
-        config: Sizes and arithmetic.
+        executor: The loaded model.
+        config: Sizes, and whether answers may depend on the batch.
         limit: Most tokens of prompt and completion per row.
-        footprint: What the model takes.
     """
 
-    def __init__(self, model: Model, config: LlamaCppConfig, limit: int, footprint: sizing.Footprint) -> None:
-        self._model = model
+    def __init__(self, executor: Executor, config: BatchingConfig, limit: int) -> None:
+        self._executor = executor
         self._config = config
         self.limit = limit
-        self._footprint = footprint
-        self.threads = sizing.threads(config)
         self.context: Context | None = None
         self.cancelled: set[int] = set()
         """Ids of requests to give up; their rows leave before the next decode call."""
@@ -82,26 +85,33 @@ class Engine:
         self.context_s = 0.0
         """Seconds spent making contexts."""
         self.device_bytes = 0
-        """Most bytes of the GPUs' memory that were in use after a context was made."""
+        """Most bytes of device memory that were in use after a context was made."""
+        self.shrinks = 0
+        """How often memory ran out and the context was made smaller."""
+        self._cap: Plan | None = None
+        """The largest plan that is known to fit, once one did not."""
+        self._finished_since = 0
         self._decode_s = 0.0
         self._rows: list[Row] = []
         self._prefilling: list[Row] = []
+        self._suspended: list[Row] = []
+        """Rows that gave up their slots and wait for others."""
         self._free: list[int] = []
         self._prefixes: list[Prefix] = []
         self._clock = 0
-        # What llama.cpp refuses, it refuses now, and not when the first row comes.
-        self._fit(sizing.SMALLEST)
+        # What the backend refuses, it refuses now, and not when the first row comes.
+        self._fit(sizing.smallest(config))
 
     @property
     def decode_s(self) -> float:
-        """Seconds spent inside llama_decode."""
+        """Seconds spent computing."""
         return self._decode_s + (self.context.decode_s if self.context is not None else 0.0)
 
     def stream(self, requests: Iterable[Request], encode: Encode) -> Iterator[Chunk]:
         """Answer `requests`; see `BaseLLMRunner.stream`."""
         # Sharing a prefix computes a prompt in other pieces, whose sums may round otherwise.
         ahead = LookAhead(requests, encode, self.limit, share=not self._config.reproducible)
-        count = sizing.look_ahead(sizing.wanted_slots(self._config, self._footprint))
+        count = sizing.look_ahead(sizing.wanted_slots(self._config, self._executor.footprint))
         self.cancelled.clear()
         try:
             while True:
@@ -109,15 +119,18 @@ class Engine:
                     yield from ahead.fill(count)
                 if self.cancelled:
                     yield from self._give_up(ahead)
-                yield from self._admit(ahead)
-                if self._prefilling:
-                    yield from self._prefill()
-                elif self._rows:
-                    yield from self._decode()
-                elif not ahead.waiting:
-                    return
+                try:
+                    yield from self._admit(ahead)
+                    if self._prefilling:
+                        yield from self._prefill()
+                    elif self._rows:
+                        yield from self._decode()
+                    elif not ahead.waiting:
+                        return
+                except LLMOutOfMemoryError as error:
+                    yield from self._shrink(str(error))
         finally:
-            for row in list(self._rows):
+            for row in [*self._rows, *self._suspended]:
                 self._leave(row)
 
     def close(self) -> None:
@@ -131,16 +144,18 @@ class Engine:
 
     def _admit(self, ahead: LookAhead) -> Iterator[Chunk]:
         """Give free slots to waiting samples; make a larger context first where none of its slots would do."""
-        while not self._rows and ahead.waiting:
+        self._grow()
+        while not self._rows and (ahead.waiting or self._suspended):
             try:
                 self._fit(self._plan(ahead))
                 break
             except LLMInitializationError as error:  # the longest cannot have a slot: the others may
-                yield from (refused(sample, str(error)) for sample in ahead.take_longest())
+                yield from self._refuse_longest(ahead, str(error))
         if self.context is None:
             return
-        room = self.context.plan.context
-        while self._free and (sample := ahead.next(room)) is not None:
+        while self._free and self._suspended:
+            self._seat(self._suspended.pop(0))
+        while self._free and (sample := ahead.next(self.context.plan.context)) is not None:
             self._enter(sample)
         self.most_slots = max(self.most_slots, len(self._rows))
         # Samples that still wait need larger slots: they get them once the rows in flight are done.
@@ -148,10 +163,10 @@ class Engine:
 
     def _plan(self, ahead: LookAhead) -> Plan:
         held = self.context.plan.tokens if self.context is not None else 0
-        # With some layers here and some there, llama.cpp alone knows how much of the cache goes where.
-        alone = self._footprint.on_gpu and self._config.n_gpu_layers in (None, -1)
-        free = devices.gpu_memory()[1] if alone else None
-        return sizing.plan(self._config, self._footprint, ahead.waiting, self.limit, held, free)
+        samples = [*(row.sample for row in self._suspended), *ahead.waiting]
+        free = self._executor.free_bytes()
+        wanted = sizing.plan(self._config, self._executor.footprint, samples, self.limit, held, free)
+        return wanted if self._cap is None else wanted.within(self._cap)
 
     def _fit(self, plan: Plan) -> None:
         """See to it that there is a context for `plan`, with fewer slots where memory has no room for so many.
@@ -167,14 +182,17 @@ class Engine:
         while smaller is not None and self.context is None:
             plan = smaller
             try:
-                self.context = Context(self._model, self._config, plan, self.threads, self._footprint.on_gpu)
+                self.context = self._executor.context(plan)
             except LLMInitializationError as error:
-                smaller = plan.halved() if self._config.slots == "auto" else None
-                if smaller is None:
+                if (
+                    self._config.slots != "auto"
+                    or plan.slots + plan.prefixes == 1
+                    or (smaller := plan.halved()) is None
+                ):
                     raise
                 log.warning("%s: trying %d slots", error, smaller.slots)
         self.context_s += time.perf_counter() - started
-        self.device_bytes = max(self.device_bytes, devices.gpu_memory()[0])
+        self.device_bytes = max(self.device_bytes, self._executor.used_device_bytes())
         for reason in plan.reasons:
             log.info("%s", reason)
         self.reasons += [reason for reason in plan.reasons if reason not in self.reasons]
@@ -182,27 +200,35 @@ class Engine:
         self._prefixes = [Prefix(plan.slots + i) for i in range(plan.prefixes)]
 
     def _enter(self, sample: Sample) -> None:
-        sampling, seed = sample.request.sampling, sample.request.seed_of(sample.number)
-        sampler = None
-        if not is_plain_greedy(sampling):
-            sampler = Sampler(sampling, seed, self._model, sample.prompt, sample.need)
-        # The lowest free slot: llama.cpp computes neighbouring sequences together.
-        slot = min(self._free)
-        self._free.remove(slot)
         answer = Answer(sample.request, sample.number, len(sample.prompt), sample.truncated, self.limit)
-        row = Row(sample, slot, sampler, answer)
-        self._rows.append(row)
-        self._prefilling.append(row)
-        row.cached, copied = self._copy_prefix(sample, slot)
+        sampler, text = self._executor.sampler(sample), self._executor.text(sample)
+        row = Row(sample, sampler, answer, text, list(sample.prompt))
+        self._seat(row)
+        row.cached, copied = self._copy_prefix(sample, row.slot)
         answer.cached(copied)
 
-    def _leave(self, row: Row) -> None:
+    def _seat(self, row: Row) -> None:
+        """Give a row the lowest free slot: neighbours are computed together more cheaply."""
+        row.slot = min(self._free)
+        self._free.remove(row.slot)
+        self._rows.append(row)
+        self._prefilling.append(row)
+
+    def _unseat(self, row: Row) -> None:
         assert self.context is not None
         self._rows.remove(row)
         if row in self._prefilling:
             self._prefilling.remove(row)
         self._free.append(row.slot)
         self.context.forget(row.slot)
+        row.slot, row.cached = -1, 0
+
+    def _leave(self, row: Row) -> None:
+        if row in self._suspended:
+            self._suspended.remove(row)
+        else:
+            self._unseat(row)
+        self._finished_since += 1
         if row.sampler is not None:
             row.sampler.close()
 
@@ -225,10 +251,56 @@ class Engine:
         self.cancelled -= ids
         gone = [sample for sample in ahead.waiting if sample.request.id in ids]
         ahead.waiting = [sample for sample in ahead.waiting if sample.request.id not in ids]
-        for row in [row for row in self._rows if row.sample.request.id in ids]:
+        for row in [row for row in (*self._rows, *self._suspended) if row.sample.request.id in ids]:
             self._leave(row)
             gone.append(row.sample)
         yield from (refused(sample, "cancelled") for sample in gone)
+
+    # --- memory ---------------------------------------------------------------------------------------------------
+
+    def _shrink(self, reason: str) -> Iterator[Chunk]:
+        """Make do with half the context after `reason`; a row that does not fit even by itself is an error."""
+        assert self.context is not None
+        smaller = self.context.plan.halved()
+        if smaller is None:
+            row = next(iter(self._prefilling or self._rows))
+            yield row.answer.fail(f"{reason}, even with nothing beside it")
+            self._leave(row)
+            return
+        self.shrinks += 1
+        self._finished_since = 0
+        self._cap = smaller
+        log.warning("%s: going on with %d slots and %d tokens per call", reason, smaller.slots, smaller.batch_tokens)
+        self._suspend_all()
+
+    def _grow(self) -> None:
+        """Try twice the slots again, once enough rows have finished since memory ran out."""
+        if self._cap is None or self._finished_since < PATIENCE * 2**self.shrinks * self._cap.slots:
+            return
+        self._finished_since = 0
+        self._cap = self._cap.doubled()
+        wanted = sizing.wanted_slots(self._config, self._executor.footprint)
+        log.info("trying %d slots again", min(self._cap.slots, wanted))
+        if self._cap.slots >= wanted and self._cap.batch_tokens >= self._config.batch_tokens:
+            self._cap = None
+        self._suspend_all()
+
+    def _suspend_all(self) -> None:
+        """Take all rows from their slots, in the order in which they came, and free the context."""
+        rows = list(self._rows)
+        for row in rows:
+            self._unseat(row)
+        self._suspended = rows + self._suspended
+        self.close()
+
+    def _refuse_longest(self, ahead: LookAhead, reason: str) -> Iterator[Chunk]:
+        """End the samples that need the most tokens."""
+        most = max(row.sample.need for row in self._suspended) if self._suspended else 0
+        for row in [row for row in self._suspended if row.sample.need == most]:
+            yield row.answer.fail(reason)
+            self._leave(row)
+        if not most:
+            yield from (refused(sample, reason) for sample in ahead.take_longest())
 
     # --- shared prefixes ------------------------------------------------------------------------------------------
 
@@ -275,31 +347,32 @@ class Engine:
     # --- computing ------------------------------------------------------------------------------------------------
 
     def _prefill(self) -> Iterator[Chunk]:
-        """Compute one batch of prompt tokens; rows whose prompt is complete get their first token."""
+        """Compute one batch of tokens of new rows; those that lack none get the next one."""
         assert self.context is not None
         batch = self.context.batch
         batch.clear()
-        outputs: list[tuple[Row, int]] = []
+        outputs: list[Row] = []
         for row in sorted(self._prefilling, key=lambda row: row.slot):
             if not batch.room or (batch.size and self._config.reproducible):
                 break
-            part = row.sample.prompt[row.cached : row.cached + batch.room]
-            done = row.cached + len(part) == len(row.sample.prompt)
+            part = row.tokens[row.cached : row.cached + batch.room]
+            done = row.cached + len(part) == len(row.tokens)
             batch.add(part, row.cached, row.slot, done)
             row.cached += len(part)
             if done:
-                outputs.append((row, batch.size - 1))
-                self._prefilling.remove(row)
+                outputs.append(row)
         self.context.decode()
+        for row in outputs:
+            self._prefilling.remove(row)
         yield from self._sample(outputs)
 
     def _decode(self) -> Iterator[Chunk]:
         """Compute one token for every row."""
         assert self.context is not None
         rows = sorted(self._rows, key=lambda row: row.slot)
-        tokens, positions = [row.next_token for row in rows], [row.cached for row in rows]
+        tokens, positions = [row.tokens[-1] for row in rows], [row.cached for row in rows]
         slots = [row.slot for row in rows]
-        company = self._config.reproducible and len(rows) == 1
+        company = self._config.reproducible and self._executor.never_alone and len(rows) == 1
         if company:  # any token will do, and it is forgotten again
             tokens, positions, slots = [*tokens, tokens[0]], [*positions, 0], [*slots, slots[0] + 1]
         self.context.batch.set_columns(tokens, positions, slots)
@@ -308,17 +381,17 @@ class Engine:
             self.context.forget(slots[-1])
         for row in rows:
             row.cached += 1
-        yield from self._sample([(row, i) for i, row in enumerate(rows)])
+        yield from self._sample(rows)
 
-    def _sample(self, outputs: list[tuple[Row, int]]) -> Iterator[Chunk]:
-        """Choose a token for each of `outputs`: a row and the index of its logits in the batch."""
+    def _sample(self, rows: list[Row]) -> Iterator[Chunk]:
+        """Choose a token for each of `rows`, whose logits are the outputs of the batch, in this order."""
         assert self.context is not None
-        best = self.context.best_tokens(len(outputs)) if any(row.sampler is None for row, _ in outputs) else None
+        best = self.context.best_tokens() if any(row.sampler is None for row in rows) else None
         # All tokens are drawn before the first chunk is given out: whoever takes it may do as he likes meanwhile.
         chunks = []
-        for i, (row, index) in enumerate(outputs):
+        for i, row in enumerate(rows):
             if row.sampler is not None:
-                token = row.sampler.sample(self.context.handle, index)
+                token = row.sampler.sample(self.context, i)
             else:
                 assert best is not None
                 token = int(best[i])
@@ -329,11 +402,11 @@ class Engine:
         """Add a token to its row; return the chunk it completes, if any."""
         if token < 0:
             chunk: Chunk | None = row.answer.fail("the model computed NaN instead of logits")
-        elif self._model.is_end(token) and not row.sample.request.sampling.ignore_eos:
+        elif self._executor.is_end(token) and not row.sample.request.sampling.ignore_eos:
             chunk = row.answer.end()
         else:
-            row.next_token = token
-            chunk = row.answer.add(row.text.push(self._model.piece(token)))
+            row.tokens.append(token)
+            chunk = row.answer.add(row.text.push(token))
         if row.answer.finished:
             self._leave(row)
         return chunk

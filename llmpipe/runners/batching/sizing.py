@@ -1,6 +1,6 @@
 """How large the engine makes itself: from the model, the prompts that wait, the memory that is free, and the cores.
 
-Every choice can be set by hand, and says why it was made. Knows nothing of llama.cpp's API.
+Every choice can be set by hand, and says why it was made. Knows nothing of any backend.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from dataclasses import dataclass, replace
 
 import psutil
 
-from llmpipe.config import LlamaCppConfig
-from llmpipe.runners.llama_cpp.lookahead import Sample
+from llmpipe.config import BackendConfig, BatchingConfig
+from llmpipe.runners.batching.lookahead import Sample
 
 SMALL_PARAMETERS = 50_000_000
-CPU_SLOTS, SMALL_MODEL_SLOTS, GPU_SLOTS = 16, 32, 32
+CPU_SLOTS, SMALL_MODEL_SLOTS = 16, 32
 """Where more rows at once stopped paying in the measurements under benchmarks/."""
 LOOK_AHEAD = 4
 """Slots' worth of samples that wait."""
 PREFIX_SLOTS = 4
+FEWEST_BATCH_TOKENS = 32
 CONTEXT_STEP = 256
-"""llama.cpp rounds cache sizes up to this."""
+"""Cache sizes are multiples of this: llama.cpp rounds up to it by itself."""
 HEADROOM = 1.5
 """How much longer than the longest row looked at a slot is, so that a later row seldom needs a larger one."""
 MEMORY_SHARE = 0.6
 """Share of the free memory that the cache may take."""
 UNKNOWN_BYTES = 2**50
-"""More than there is: llama.cpp says when there is too little."""
+"""More than there is: the backend says when there is too little."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Footprint:
 
     parameters: int
     cache_bytes_per_token: int
-    on_gpu: bool
+    gpu_slots: int | None = None
+    """Where more rows at once stop paying on a GPU; None on a CPU."""
     mapped_bytes: int = 0
     """Weights that are mapped from a file: the system counts their memory as free, and they need it all the same."""
 
@@ -51,6 +53,8 @@ class Plan:
     """Slots beside them that hold shared prefixes."""
     context: int
     """Tokens per slot."""
+    batch_tokens: int
+    """Most tokens per call."""
     reasons: tuple[str, ...] = ()
 
     @property
@@ -60,36 +64,64 @@ class Plan:
 
     def covers(self, other: Plan) -> bool:
         """Say whether a context of this plan can do the work of one of the other."""
-        return self.slots >= other.slots and self.prefixes >= other.prefixes and self.context >= other.context
+        return (
+            self.slots >= other.slots
+            and self.prefixes >= other.prefixes
+            and self.context >= other.context
+            and self.batch_tokens >= other.batch_tokens
+        )
+
+    def within(self, cap: Plan) -> Plan:
+        """Return a plan with no more slots, and no more tokens per call, than `cap`."""
+        return replace(
+            self,
+            slots=min(self.slots, cap.slots),
+            prefixes=min(self.prefixes, cap.prefixes),
+            batch_tokens=min(self.batch_tokens, cap.batch_tokens),
+        )
 
     def halved(self) -> Plan | None:
-        """Return a plan with half the slots, or None where there is only one."""
-        if self.slots == 1 and not self.prefixes:
+        """Return a plan with half the slots and half the tokens per call, or None where there is no less."""
+        if self.slots == 1 and not self.prefixes and self.batch_tokens <= FEWEST_BATCH_TOKENS:
             return None
-        return replace(self, slots=max(1, self.slots // 2), prefixes=self.prefixes // 2)
+        batch_tokens = max(min(self.batch_tokens, FEWEST_BATCH_TOKENS), self.batch_tokens // 2)
+        return replace(
+            self, slots=max(1, self.slots // 2), prefixes=self.prefixes // 2, batch_tokens=batch_tokens, reasons=()
+        )
+
+    def doubled(self) -> Plan:
+        """Return a plan with twice the slots and twice the tokens per call."""
+        return replace(
+            self,
+            slots=self.slots * 2,
+            prefixes=max(1, self.prefixes * 2),
+            batch_tokens=self.batch_tokens * 2,
+            reasons=(),
+        )
 
 
-SMALLEST = Plan(slots=1, prefixes=0, context=CONTEXT_STEP)
-"""The sizes before any row is known."""
+def smallest(config: BatchingConfig) -> Plan:
+    """Return the sizes before any row is known."""
+    return Plan(slots=1, prefixes=0, context=CONTEXT_STEP, batch_tokens=config.batch_tokens)
 
 
-def threads(config: LlamaCppConfig) -> int:
+def threads(config: BackendConfig) -> int:
     """Return the CPU threads: the physical cores, unless set by hand."""
     return config.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
 
 
-def wanted_slots(config: LlamaCppConfig, model: Footprint) -> int:
+def wanted_slots(config: BackendConfig, model: Footprint) -> int:
     """Return how many rows in flight pay, before the dataset and the memory are known."""
     if config.slots != "auto":
         return int(config.slots)
-    if model.on_gpu:
-        return GPU_SLOTS
+    if model.gpu_slots is not None:
+        return model.gpu_slots
     return SMALL_MODEL_SLOTS if model.parameters < SMALL_PARAMETERS else CPU_SLOTS
 
 
 def most_tokens(model: Footprint) -> int:
     """Return how many tokens one row's cache can have on this machine, whatever else runs on it just now."""
-    if model.on_gpu:  # its memory is not known here; llama.cpp says when there is too little
+    if model.gpu_slots is not None:  # its memory is not known here; the backend says when there is too little
         return 2**31
     memory = psutil.virtual_memory().total - model.mapped_bytes
     return max(CONTEXT_STEP, int(memory * MEMORY_SHARE / max(model.cache_bytes_per_token, 1)))
@@ -101,7 +133,7 @@ def look_ahead(slots: int) -> int:
 
 
 def plan(
-    config: LlamaCppConfig,
+    config: BatchingConfig,
     model: Footprint,
     waiting: Sequence[Sample],
     limit: int,
@@ -129,7 +161,7 @@ def plan(
         slots = len(waiting)
         reasons.append(f"{slots} slots: no more rows than that wait")
     else:
-        place = "GPU" if model.on_gpu else "CPU"
+        place = "GPU" if model.gpu_slots is not None else "CPU"
         reasons.append(f"{slots} slots: where {model.parameters / 1e6:.0f} M parameters on a {place} gain no more")
     groups = {tuple(sample.prompt[: sample.shared]) for sample in waiting if sample.shared}
     prefixes = min(len(groups), PREFIX_SLOTS)
@@ -140,7 +172,7 @@ def plan(
         reasons.append("1 slot for a shared prefix: none was found yet")
 
     if free_bytes is None:
-        free_bytes = UNKNOWN_BYTES if model.on_gpu else psutil.virtual_memory().available
+        free_bytes = UNKNOWN_BYTES if model.gpu_slots is not None else psutil.virtual_memory().available
     free = free_bytes + held_tokens * model.cache_bytes_per_token - model.mapped_bytes
     budget = int(free * (MEMORY_SHARE if config.slots == "auto" else 1) / max(model.cache_bytes_per_token, 1))
     if (slots + prefixes) * context > budget:
@@ -149,7 +181,7 @@ def plan(
         prefixes = min(prefixes, 1) if room > 1 else 0
         slots = min(slots, room - prefixes)
         reasons.append(f"{slots} slots and {prefixes} for prefixes instead: {free / 1e6:,.0f} MB of memory are free")
-    return Plan(slots, prefixes, context, tuple(reasons))
+    return Plan(slots, prefixes, context, config.batch_tokens, tuple(reasons))
 
 
 def _round_up(tokens: int) -> int:

@@ -1,0 +1,14 @@
+"""Continuous batching, for any backend that can compute tokens of several sequences in one call.
+
+engine.py      the schedule: slots, prefill, decode, shared prefixes, cancelling, running out of memory
+executor.py    what the engine asks of a backend: an `Executor`, its `Context`, its samplers
+lookahead.py   the rows that wait: order, and what their prompts share
+sizing.py      how many slots of how many tokens
+"""
+
+from llmpipe.runners.batching.engine import Engine
+from llmpipe.runners.batching.executor import Batch, Context, Executor
+from llmpipe.runners.batching.lookahead import Sample
+from llmpipe.runners.batching.sizing import Footprint, Plan
+
+__all__ = ["Batch", "Context", "Engine", "Executor", "Footprint", "Plan", "Sample"]

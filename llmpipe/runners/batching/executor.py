@@ -1,0 +1,148 @@
+"""What the engine asks of a backend. The engine decides who is computed when; an executor computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from llmpipe.runners.batching.lookahead import Sample
+from llmpipe.runners.batching.sizing import Footprint, Plan
+
+
+class Batch:
+    """The tokens of one call: which token, at which position of which slot, and whether its logits are wanted."""
+
+    def __init__(self, capacity: int) -> None:
+        self.tokens = np.zeros(capacity, np.int32)
+        self.positions = np.zeros(capacity, np.int32)
+        self.slots = np.zeros(capacity, np.int32)
+        self.outputs = np.zeros(capacity, np.int8)
+        self.capacity = capacity
+        self.size = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens that can still be added."""
+        return self.capacity - self.size
+
+    @property
+    def output_indices(self) -> npt.NDArray[np.intp]:
+        """Where in the batch the tokens stand whose logits are wanted."""
+        return np.flatnonzero(self.outputs[: self.size])
+
+    def clear(self) -> None:
+        """Begin a new call."""
+        self.size = 0
+
+    def add(self, tokens: Sequence[int], position: int, slot: int, output_last: bool) -> None:
+        """Append successive tokens of one slot; logits are computed for the last one where asked."""
+        span = slice(self.size, self.size + len(tokens))
+        self.tokens[span] = tokens
+        self.positions[span] = np.arange(position, position + len(tokens))
+        self.slots[span] = slot
+        self.outputs[span] = 0
+        self.outputs[span.stop - 1] = output_last
+        self.size = span.stop
+
+    def set_columns(self, tokens: list[int], positions: list[int], slots: list[int]) -> None:
+        """Fill the batch with one token per slot, with logits for each."""
+        self.size = len(tokens)
+        self.tokens[: self.size] = tokens
+        self.positions[: self.size] = positions
+        self.slots[: self.size] = slots
+        self.outputs[: self.size] = 1
+
+
+class Context(Protocol):
+    """Slots with a cache each, computed together."""
+
+    @property
+    def plan(self) -> Plan:
+        """Its sizes."""
+
+    @property
+    def batch(self) -> Batch:
+        """What the next call computes."""
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds spent computing."""
+
+    def decode(self) -> None:
+        """Compute the batch.
+
+        Raises:
+            LLMOutOfMemoryError: there is too little memory for it; the context is still good.
+            LLMInferenceError: the backend failed.
+        """
+
+    def best_tokens(self) -> npt.NDArray[np.int64]:
+        """Return the likeliest token for each of the batch's outputs, in order; -1 where a logit is NaN."""
+
+    def copy(self, source: int, target: int) -> None:
+        """Make the slot `target` what `source` is."""
+
+    def forget(self, slot: int) -> None:
+        """Empty a slot."""
+
+    def close(self) -> None:
+        """Free the memory; the context cannot be used afterwards."""
+
+
+class Sampler(Protocol):
+    """Chooses the tokens of one completion from a random stream of its own."""
+
+    def sample(self, context: Any, output: int) -> int:
+        """Choose a token, or -1 where the logits are no numbers.
+
+        Args:
+            context: The context that has just computed.
+            output: Which of the batch's outputs.
+        """
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+class Text(Protocol):
+    """Turns the tokens of one completion into text as they come."""
+
+    def push(self, token: int) -> str:
+        """Return the characters that `token` completes."""
+
+
+class Executor(Protocol):
+    """A loaded model."""
+
+    @property
+    def footprint(self) -> Footprint:
+        """What the model takes."""
+
+    @property
+    def never_alone(self) -> bool:
+        """Whether a row that is decoded by itself gets other digits than beside others, and so needs company."""
+
+    def context(self, plan: Plan) -> Context:
+        """Make a context.
+
+        Raises:
+            LLMInitializationError: the backend cannot, for want of memory or of a feature.
+        """
+
+    def free_bytes(self) -> int | None:
+        """Return the memory that is free where the cache goes; None where that is not known."""
+
+    def used_device_bytes(self) -> int:
+        """Return the device memory in use; 0 where the model runs on the host."""
+
+    def sampler(self, sample: Sample) -> Sampler | None:
+        """Return what chooses the sample's tokens; None where it is always the likeliest."""
+
+    def text(self, sample: Sample) -> Text:
+        """Return what turns the sample's tokens into text."""
+
+    def is_end(self, token: int) -> bool:
+        """Say whether `token` ends a generation."""

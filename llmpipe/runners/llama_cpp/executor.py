@@ -1,0 +1,83 @@
+"""A GGUF model as the engine of continuous batching sees it."""
+
+from __future__ import annotations
+
+from llmpipe.config import LlamaCppConfig
+from llmpipe.runners.batching import Footprint, Plan, Sample
+from llmpipe.runners.decoding import Utf8Stream
+from llmpipe.runners.llama_cpp import devices
+from llmpipe.runners.llama_cpp.context import LlamaContext
+from llmpipe.runners.llama_cpp.model import Model
+from llmpipe.runners.llama_cpp.sampler import Sampler, is_plain_greedy
+
+GPU_SLOTS = 32
+BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32}
+BYTES_PER_VALUE |= {"q4_1": 20 / 32, "q4_0": 18 / 32}
+
+
+class LlamaExecutor:
+    """Computes with llama.cpp; see `Executor` in `batching.executor`.
+
+    Args:
+        model: The loaded model.
+        config: Arithmetic and sizes.
+        threads: CPU threads.
+        offload: Whether layers may be on a GPU.
+    """
+
+    never_alone = True
+
+    def __init__(self, model: Model, config: LlamaCppConfig, threads: int, offload: bool) -> None:
+        self._model = model
+        self._config = config
+        self._threads = threads
+        self._offload = offload
+        keys, values = model.cache_values_per_token
+        per_token = keys * BYTES_PER_VALUE[config.cache_type_k] + values * BYTES_PER_VALUE[config.cache_type_v]
+        self.footprint = Footprint(
+            parameters=model.parameters,
+            cache_bytes_per_token=int(per_token),
+            gpu_slots=GPU_SLOTS if offload else None,
+            mapped_bytes=model.size_bytes if config.mmap and not offload else 0,
+        )
+
+    def context(self, plan: Plan) -> LlamaContext:
+        """Make a context; see `LlamaContext`."""
+        return LlamaContext(self._model, self._config, plan, self._threads, self._offload)
+
+    def free_bytes(self) -> int | None:
+        """Return the GPUs' free memory where all of the cache goes there, else None."""
+        # With some layers here and some there, llama.cpp alone knows how much of the cache goes where.
+        all_there = self._offload and self._config.n_gpu_layers in (None, -1)
+        return devices.gpu_memory()[1] if all_there else None
+
+    def used_device_bytes(self) -> int:
+        """Return the GPUs' memory in use, by whomever."""
+        return devices.gpu_memory()[0]
+
+    def sampler(self, sample: Sample) -> Sampler | None:
+        """Return a chain of llama.cpp's samplers; None where the likeliest token is wanted."""
+        sampling = sample.request.sampling
+        if is_plain_greedy(sampling):
+            return None
+        return Sampler(sampling, sample.request.seed_of(sample.number), self._model, sample.prompt, sample.need)
+
+    def text(self, sample: Sample) -> PieceText:
+        """Return what joins the bytes of tokens to text."""
+        return PieceText(self._model)
+
+    def is_end(self, token: int) -> bool:
+        """Say whether `token` ends a generation."""
+        return self._model.is_end(token)
+
+
+class PieceText:
+    """Tokens → text: every token stands for some bytes, whatever is beside it."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._stream = Utf8Stream()
+
+    def push(self, token: int) -> str:
+        """Return the characters that `token` completes."""
+        return self._stream.push(self._model.piece(token))
