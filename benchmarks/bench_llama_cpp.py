@@ -1,7 +1,8 @@
 """llmpipe's llama.cpp backend against the ways its users know, on this machine.
 
-    python benchmarks/bench_llama_cpp.py                 # everything; about half an hour on two cores
+    python benchmarks/bench_llama_cpp.py                 # everything; about an hour on two cores
     python benchmarks/bench_llama_cpp.py --models S      # the small model only
+    python benchmarks/bench_llama_cpp.py --contestants llmpipe,server --rounds 5
 
 Contestants run one after another, round by round, each in a process of its own; figures are medians, claims are ratios
 within a round. `llama-server` and `llama-batched-bench` are used where they are on the PATH (or in $LLAMA_BIN).
@@ -9,11 +10,11 @@ within a round. `llama-server` and `llama-batched-bench` are used where they are
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
+import logging
 import os
-import platform
+import re
 import shutil
 import socket
 import statistics
@@ -21,142 +22,114 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import psutil
-from models import SHAPES, write_gguf
+from harness import (
+    THREADS,
+    Benchmark,
+    Contestant,
+    Figures,
+    Line,
+    Setting,
+    Skipped,
+    main,
+    peak_rss_mb,
+    run_llmpipe,
+    speed,
+)
+from models import SHAPES, gguf_path, write_gguf
 from workload import Job, shared, skewed
 
-HERE = Path(__file__).parent
-THREADS = psutil.cpu_count(logical=False) or 1
 ROWS = {"S": 256, "M": 100}
+SLOTS = {"S": 32, "M": 16}
+"""Sequences that the ceiling is measured with: as many as llmpipe chooses."""
 SERVER_SLOTS = 16
+REPEATS = 3
+"""Times that llama-batched-bench measures, after once to warm up."""
+MEMORY_ROWS = 100
 
 
-def main() -> None:
-    """Run all contestants and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="S,M", help="comma-separated: S, M")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/llmpipe-benchmarks"), help="where models are made")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "llama_cpp.json")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        name, model = arguments.one.split(":")
-        print(json.dumps(CONTESTANTS[name](arguments.work / f"{model}.gguf", model)))
-        return
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for model in arguments.models.split(","):
-        write_gguf(arguments.work / f"{model}.gguf", SHAPES[model])
-        results[model] = {name: [] for name in CONTESTANTS}
-        for round_number in range(arguments.rounds):
-            for name in CONTESTANTS:
-                if name in ONCE and round_number:
-                    continue
-                found = in_process(name, model, arguments.work)
-                results[model][name].append(found)
-                print(f"{model} round {round_number + 1} {name}: {found}", file=sys.stderr, flush=True)
-    report = {"machine": machine(), "results": results}
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(table(results))
+def prepare(setting: Setting) -> None:
+    """Make the models."""
+    names = ["S", "S-Q8_0"] if setting.model == "S" else [setting.model]  # in F16 no reproducibility is promised
+    for name in names:
+        write_gguf(gguf_path(setting.work, name), SHAPES[name])
 
 
-def in_process(name: str, model: str, work: Path) -> dict[str, Any]:
-    """Run one contestant in a process of its own."""
-    command = [sys.executable, __file__, "--work", str(work), "--one", f"{name}:{model}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1:]}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+def path_of(setting: Setting) -> str:
+    """Return the model's file."""
+    return str(gguf_path(setting.work, setting.model))
+
+
+def rows_of(setting: Setting) -> int:
+    """Return how many rows a run has."""
+    return setting.rows or ROWS[setting.model]
 
 
 # --- contestants ------------------------------------------------------------------------------------------------------
 
 
-def ours(path: Path, model: str) -> dict[str, Any]:
+def ours(setting: Setting) -> Figures:
     """Run llmpipe, as the pipeline runs it."""
-    return ours_on(path, skewed(ROWS[model]))
+    return ours_on(setting, skewed(rows_of(setting)))
 
 
-def ours_on(path: Path, jobs: list[Job], n: int = 1, temperature: float = 0.0, **options: Any) -> dict[str, Any]:
+def ours_on(setting: Setting, jobs: list[Job], n: int = 1, temperature: float = 0.0, **options: Any) -> Figures:
     """Run jobs through llmpipe's runner."""
-    from llmpipe import LlamaCppRunner, Request, SamplingConfig
-    from llmpipe.config import LlamaCppConfig
+    from llmpipe import LlamaCppRunner
 
-    with LlamaCppRunner(LlamaCppConfig(model=str(path), threads=THREADS, **options), "cpu") as runner:
-        requests = [
-            Request(
-                i,
-                SamplingConfig(temperature=temperature, max_tokens=job.max_tokens, ignore_eos=True, n=n),
-                prompt=job.prompt,
-                samples=tuple(range(n)),
-            )
-            for i, job in enumerate(jobs)
-        ]
-        started = time.perf_counter()
-        done = list(runner.completions(requests))
-        wall = time.perf_counter() - started
+    with LlamaCppRunner({"model": path_of(setting), "threads": THREADS, **options}, "cpu") as runner:
+        figures = run_llmpipe(runner, jobs, n, temperature)
         info = runner.info()
-    tokens = sum(c.completion_tokens or 0 for c in done)
-    return {
-        "wall_s": wall,
-        "tokens_per_s": tokens / wall,
-        "tokens": tokens,
-        "outside_decode": 1 - info["decode_s"] / wall,
-        "slots": info["slots"],
-        "cached": sum(c.cached_prompt_tokens or 0 for c in done),
-        "peak_rss_mb": peak_rss_mb(),
+    inside, contexts = info["decode_s"], info.get("context_s", 0)
+    return figures | {
+        "outside_decode": 1 - inside / figures["wall_s"],
+        "outside_decode_and_contexts": 1 - (inside + contexts) / figures["wall_s"],
     }
 
 
-def loop(path: Path, model: str, **options: Any) -> dict[str, Any]:
+def loop(setting: Setting, **options: Any) -> Figures:
     """Run `Llama.create_completion` row after row."""
     from llama_cpp import Llama
 
-    jobs = skewed(ROWS[model])
-    llama = Llama(str(path), n_ctx=1024, verbose=False, **options)
+    jobs = skewed(rows_of(setting))
+    llama = Llama(path_of(setting), n_ctx=1024, verbose=False, **options)
     started = time.perf_counter()
     tokens = 0
     for job in jobs:
         done: Any = llama.create_completion(list(job.prompt.encode()), max_tokens=job.max_tokens, temperature=0.0)
         tokens += done["usage"]["completion_tokens"]
-    wall = time.perf_counter() - started
-    return {"wall_s": wall, "tokens_per_s": tokens / wall, "tokens": tokens, "peak_rss_mb": peak_rss_mb()}
+    return speed(time.perf_counter() - started, tokens)
 
 
-def loop_matched(path: Path, model: str) -> dict[str, Any]:
+def loop_matched(setting: Setting) -> Figures:
     """Run the loop with our number of threads."""
-    return loop(path, model, n_threads=THREADS, n_threads_batch=THREADS)
+    return loop(setting, n_threads=THREADS, n_threads_batch=THREADS)
 
 
-def server(path: Path, model: str) -> dict[str, Any]:
+def server(setting: Setting) -> Figures:
     """Run llama-server with 16 slots and a client that keeps 16 requests in flight."""
     program = find_program("llama-server")
-    if program is None:
-        return {"skipped": "llama-server is not on the PATH"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [program, "-m", str(path), "-np", str(SERVER_SLOTS), "-c", str(SERVER_SLOTS * 1024), "-t", str(THREADS)]
-    command += ["-tb", str(THREADS), "--host", "127.0.0.1", "--port", str(port), "-ngl", "0", "--no-webui"]
+    command = [program, "-m", path_of(setting), "-np", str(SERVER_SLOTS), "-c", str(SERVER_SLOTS * 1024)]
+    command += ["-t", str(THREADS), "-tb", str(THREADS), "-ngl", "0", "--no-webui"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(f"http://127.0.0.1:{port}/health")
-        jobs = skewed(ROWS[model])
+        jobs = skewed(rows_of(setting))
         started = time.perf_counter()
         tokens = asyncio.run(ask_all(f"http://127.0.0.1:{port}/completion", jobs))
         wall = time.perf_counter() - started
-        memory = psutil.Process(process.pid).memory_info().rss / 1e6
+        return speed(wall, tokens) | {"peak_rss_mb": peak_rss_mb(process.pid)}
     finally:
         process.kill()
         process.wait()
-    return {"wall_s": wall, "tokens_per_s": tokens / wall, "tokens": tokens, "peak_rss_mb": memory}
 
 
 async def ask_all(url: str, jobs: list[Job]) -> int:
@@ -186,69 +159,55 @@ def wait_for(url: str) -> None:
     raise TimeoutError(url)
 
 
-def ceiling(path: Path, model: str) -> dict[str, Any]:
-    """Ask llama-batched-bench what these shapes can reach: prompts and answers in separate phases, always full."""
+def ceiling(setting: Setting) -> Figures:
+    """Ask llama-batched-bench what these shapes can reach: prompts and answers in separate phases, always full.
+
+    It is noisy: the figure is the mean of several measurements in one process, the first of which only warms it up.
+    """
     program = find_program("llama-batched-bench")
-    if program is None:
-        return {"skipped": "llama-batched-bench is not on the PATH"}
-    jobs = skewed(ROWS[model])
+    jobs = skewed(rows_of(setting))
     prompt = round(statistics.mean(len(job.prompt) for job in jobs))
     answer = round(statistics.mean(job.max_tokens for job in jobs))
-    slots = {"S": 32, "M": 16}[model]
-    command = [
-        program,
-        "-m",
-        str(path),
-        "-c",
-        str(slots * 1024),
-        "-npp",
-        str(prompt),
-        "-ntg",
-        str(answer),
-        "-npl",
-        str(slots),
-    ]
-    command += ["-t", str(THREADS), "-tb", str(THREADS), "-ngl", "0", "--output-format", "jsonl"]
+    slots = SLOTS[setting.model]
+    command = [program, "-m", path_of(setting), "-c", str(slots * 1024), "-t", str(THREADS), "-tb", str(THREADS)]
+    command += ["-npp", str(prompt), "-ntg", str(answer), "-npl", ",".join([str(slots)] * (1 + REPEATS))]
+    command += ["-ngl", "0", "--output-format", "jsonl"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    figures = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    measured = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")][1:]
+    prompt_s = statistics.mean(each["t_pp"] for each in measured) / (slots * prompt)
+    answer_s = statistics.mean(each["t_tg"] for each in measured) / (slots * answer)
     prompts, answers = sum(len(job.prompt) for job in jobs), sum(job.max_tokens for job in jobs)
-    wall = prompts / figures["speed_pp"] + answers / figures["speed_tg"]
-    return {"wall_s": wall, "tokens_per_s": answers / wall}
+    wall = prompts * prompt_s + answers * answer_s
+    return {"wall_s": wall, "tokens": answers, "tokens_per_s": answers / wall}
 
 
-def prefix_shared(path: Path, model: str) -> dict[str, Any]:
-    """Rows with one 256-token prefix."""
-    return ours_on(path, shared(ROWS[model], 256, 32, 48, same=True))
+def prefixes(setting: Setting, same: bool, **options: Any) -> Figures:
+    """Rows with one 256-token prefix, or with one each."""
+    return ours_on(setting, shared(rows_of(setting), 256, 32, 48, same), **options)
 
 
-def prefix_own(path: Path, model: str) -> dict[str, Any]:
-    """The same lengths with a prefix each."""
-    return ours_on(path, shared(ROWS[model], 256, 32, 48, same=False))
-
-
-def samples(path: Path, model: str) -> dict[str, Any]:
+def samples(setting: Setting) -> Figures:
     """Eight samples of each of a few 256-token prompts."""
-    return ours_on(path, shared(ROWS[model] // 16, 224, 32, 48, same=False), n=8, temperature=0.8)
+    return ours_on(setting, shared(max(1, rows_of(setting) // 16), 224, 32, 48, same=False), n=8, temperature=0.8)
 
 
-def samples_as_rows(path: Path, model: str) -> dict[str, Any]:
+def sample_rows(setting: Setting) -> Figures:
     """As many answers to prompts that share nothing."""
-    return ours_on(path, shared(ROWS[model] // 16 * 8, 224, 32, 48, same=False), temperature=0.8)
+    return ours_on(setting, shared(max(1, rows_of(setting) // 16) * 8, 224, 32, 48, same=False), temperature=0.8)
 
 
-def reproducible(path: Path, model: str) -> dict[str, Any]:
-    """Count the rows that change with batch size and order, greedy and seeded, in reproducible mode."""
+def reproducible(setting: Setting) -> Figures:
+    """Count the rows that change with batch size and order, greedy and seeded, in reproducible mode, in Q8_0."""
     from llmpipe import LlamaCppRunner, Request, SamplingConfig
-    from llmpipe.config import LlamaCppConfig
 
-    if model == "S":  # in F16 nothing is promised
-        path = write_gguf(path.with_name("S-Q8_0.gguf"), SHAPES["S-Q8_0"])
-    jobs = [Job(job.prompt, min(job.max_tokens, 24)) for job in skewed(100)]
+    path = gguf_path(setting.work, "S-Q8_0" if setting.model == "S" else setting.model)
+    jobs = [Job(job.prompt, min(job.max_tokens, 24)) for job in skewed(setting.rows or 100)]
     changed = {}
+    ways = (("1 slot", 1, 1), ("4 slots", 4, 1), ("16 slots", 16, 1), ("16 slots, reversed", 16, -1))
     for temperature in (0.0, 0.8):
         answers: dict[str, dict[int, str | None]] = {}
-        for label, slots, order in (("1", 1, 1), ("4", 4, 1), ("16", 16, 1), ("16 reversed", 16, -1)):
-            config = LlamaCppConfig(model=str(path), slots=slots, reproducible=True, threads=THREADS)
+        for label, slots, order in ways:
+            config = {"model": str(path), "slots": slots, "reproducible": True, "threads": THREADS}
             with LlamaCppRunner(config, "cpu") as runner:
                 requests = [
                     Request(
@@ -259,93 +218,111 @@ def reproducible(path: Path, model: str) -> dict[str, Any]:
                 done = list(runner.completions(requests[::order]))
                 assert all(c.error is None for c in done)
                 answers[label] = {c.request_id: c.text for c in done}
-        alone = answers["1"]
-        changed[str(temperature)] = {
-            label: sum(found[i] != alone[i] for i in alone) for label, found in answers.items() if label != "1"
-        }
-    return {"rows": len(jobs), "changed": changed}
+        alone = answers.pop("1 slot")
+        for label, found in answers.items():
+            changed[f"temperature {temperature}, {label}"] = sum(found[i] != alone[i] for i in alone)
+    return {"rows": len(jobs), "changed": max(changed.values()), "changed_in": changed}
 
 
-CONTESTANTS: dict[str, Callable[[Path, str], dict[str, Any]]] = {
-    "llmpipe": ours,
-    "loop, threads matched": loop_matched,
-    "loop, defaults": loop,
-    "llama-server": server,
-    "ceiling": ceiling,
-    "shared prefix": prefix_shared,
-    "own prefixes": prefix_own,
-    "8 samples": samples,
-    "8 rows": samples_as_rows,
-    "reproducible": reproducible,
-}
-ONCE = ("reproducible",)
+def memory(setting: Setting, times: int) -> Figures:
+    """Compare what llmpipe's process grows by with the buffers that llama.cpp reports: weights, KV, compute, output."""
+    import llama_cpp  # noqa: F401  loaded before the measuring begins
+
+    import llmpipe.runners.llama_cpp  # noqa: F401
+
+    buffers = BufferLog()
+    logger = logging.getLogger("llmpipe.llama_cpp")
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    logger.addHandler(buffers)
+    before = psutil.Process().memory_info().rss / 1e6
+    figures = ours_on(setting, skewed(times * (setting.rows or MEMORY_ROWS)))
+    grown = figures["peak_rss_mb"] - before
+    found = buffers.peak_mb()
+    return figures | {"interpreter_mb": before, "grown_mb": grown, "buffers_mb": found, "of_buffers": grown / found}
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+class BufferLog(logging.Handler):
+    """Adds up the buffers that llama.cpp reports in its log."""
 
-RATIOS = [
-    ("`Llama.create_completion` loop, threads matched", "llmpipe", "loop, threads matched"),
-    ("the same with its defaults", "llmpipe", "loop, defaults"),
-    (f"`llama-server -np {SERVER_SLOTS}`, async client", "llmpipe", "llama-server"),
-    ("`llama-batched-bench` ceiling", "llmpipe", "ceiling"),
-    ("shared 256-token prefix against none shared", "shared prefix", "own prefixes"),
-    ("8 samples of a 256-token prompt against 8 rows", "8 samples", "8 rows"),
-]
+    SIZE = re.compile(r"(\S+)\s+(model|KV|compute|output) buffer size =\s+([\d.]+) MiB")
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._weights = 0.0
+        self._contexts: list[dict[tuple[str, str], float]] = []
+        """Buffer → MiB, for each context made."""
 
-def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
-    """Return the figures as a Markdown table: medians over rounds of ratios within a round."""
-    lines = ["| generated tokens/s, ratio against | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
-    for label, mine, other in RATIOS:
-        cells = [ratio(found[mine], found[other]) for found in results.values()]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    outside = [median(found["llmpipe"], "outside_decode", "{:.1%}") for found in results.values()]
-    lines.append("| time outside `llama_decode` | " + " | ".join(outside) + " |")
-    speed = [median(found["llmpipe"], "tokens_per_s", "{:,.0f}") for found in results.values()]
-    lines.append("| llmpipe, generated tokens/s on this machine | " + " | ".join(speed) + " |")
-    changes = [str(found["reproducible"][0].get("changed", "failed")) for found in results.values()]
-    lines.append("| rows changed in reproducible mode | " + " | ".join(changes) + " |")
-    return "\n".join(lines)
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take note of one line."""
+        line = record.getMessage()
+        if "constructing llama_context" in line:
+            self._contexts.append({})
+        elif found := self.SIZE.search(line):
+            device, kind, size = found.groups()
+            if kind == "model":
+                self._weights += float(size)
+            else:
+                self._contexts[-1][device, kind] = float(size)  # a compute buffer that is made anew replaces the old
 
-
-def ratio(mine: list[dict[str, Any]], other: list[dict[str, Any]]) -> str:
-    """Return the median over rounds of the ratio of generated tokens per second."""
-    pairs = [
-        m["tokens_per_s"] / o["tokens_per_s"]
-        for m, o in zip(mine, other, strict=True)
-        if "tokens_per_s" in m and "tokens_per_s" in o
-    ]
-    return f"{statistics.median(pairs):.2f} ×" if pairs else "not measured"
+    def peak_mb(self) -> float:
+        """Return the weights and the largest context, in MB; there is one context at a time."""
+        return (self._weights + max(sum(context.values()) for context in self._contexts)) * 2**20 / 1e6
 
 
-def median(runs: list[dict[str, Any]], key: str, pattern: str) -> str:
-    """Return the median of one figure."""
-    values = [run[key] for run in runs if key in run]
-    return pattern.format(statistics.median(values)) if values else "not measured"
+def find_program(name: str) -> str:
+    """Return where a program of llama.cpp is.
+
+    Raises:
+        Skipped: it is not there.
+    """
+    found = shutil.which(name, path=os.environ.get("LLAMA_BIN", "") + os.pathsep + os.environ.get("PATH", ""))
+    if found is None:
+        raise Skipped(f"{name} is not on the PATH")
+    return found
 
 
-def find_program(name: str) -> str | None:
-    """Return where a program of llama.cpp is."""
-    return shutil.which(name, path=os.environ.get("LLAMA_BIN", "") + os.pathsep + os.environ.get("PATH", ""))
-
-
-def peak_rss_mb() -> float:
-    """Return this process's peak resident memory in MB."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-
-
-def machine() -> dict[str, Any]:
-    """Say what this was measured on."""
-    import llama_cpp
-
-    return {
-        "cores": THREADS,
-        "processor": platform.processor() or platform.machine(),
-        "llama_cpp_python": llama_cpp.__version__,
-    }
-
+PERCENT, COUNT, MB = "{:.1%}", "{:,.0f}", "{:,.0f} MB"
+BENCHMARK = Benchmark(
+    description=__doc__,
+    prepare=prepare,
+    models="S,M",
+    contestants={
+        "llmpipe": Contestant(ours),
+        "loop": Contestant(loop_matched),
+        "loop-defaults": Contestant(loop),
+        "server": Contestant(server),
+        "ceiling": Contestant(ceiling),
+        "shared-prefix": Contestant(partial(prefixes, same=True)),
+        "own-prefixes": Contestant(partial(prefixes, same=False)),
+        "shared-prefix-no-flash": Contestant(partial(prefixes, same=True, flash_attention="off")),
+        "own-prefixes-no-flash": Contestant(partial(prefixes, same=False, flash_attention="off")),
+        "samples": Contestant(samples),
+        "sample-rows": Contestant(sample_rows),
+        "memory": Contestant(partial(memory, times=1), once=True),
+        "memory-4x": Contestant(partial(memory, times=4), once=True),
+        "reproducible": Contestant(reproducible, once=True),
+    },
+    lines=[
+        Line("llmpipe, generated tokens/s", "llmpipe", pattern=COUNT),
+        Line("against a `Llama.create_completion` loop, threads matched", "llmpipe", "loop"),
+        Line("against the same with its default threads", "llmpipe", "loop-defaults"),
+        Line(f"against `llama-server -np {SERVER_SLOTS}`, {SERVER_SLOTS} requests in flight", "llmpipe", "server"),
+        Line("against `llama-batched-bench` at the mean lengths", "llmpipe", "ceiling"),
+        Line("a shared 256-token prefix against none shared", "shared-prefix", "own-prefixes"),
+        Line("the same, flash attention off", "shared-prefix-no-flash", "own-prefixes-no-flash"),
+        Line("8 samples of a 256-token prompt against 8 rows", "samples", "sample-rows"),
+        Line("time outside `llama_decode`", "llmpipe", figure="outside_decode", pattern=PERCENT),
+        Line("the same without making contexts", "llmpipe", figure="outside_decode_and_contexts", pattern=PERCENT),
+        Line("memory beyond the interpreter", "memory", figure="grown_mb", pattern=MB),
+        Line("weights, KV cache and buffers that llama.cpp reports", "memory", figure="buffers_mb", pattern=MB),
+        Line("the former against the latter", "memory", figure="of_buffers"),
+        Line("the same with four times the rows", "memory-4x", figure="of_buffers"),
+        Line("memory with four times the rows, against once", "memory-4x", "memory", figure="grown_mb"),
+        Line("the interpreter itself", "memory", figure="interpreter_mb", pattern=MB),
+        Line("most rows changed in reproducible mode", "reproducible", figure="changed", pattern=COUNT),
+    ],
+)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(BENCHMARK))

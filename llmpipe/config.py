@@ -109,6 +109,17 @@ class RopeScaling(str, Enum):
     yarn = "yarn"
 
 
+class Batching(str, Enum):
+    """How rows share the model."""
+
+    auto = "auto"
+    """In slots where the model's attention allows it, else in padded batches."""
+    slots = "slots"
+    """Rows packed to one sequence, each with a cache of its own; a finished row's slot is filled at once."""
+    padded = "padded"
+    """Batches of rows of similar length, filled up to the longest."""
+
+
 class Dtype(str, Enum):
     """Number format of weights and activations."""
 
@@ -139,8 +150,14 @@ def _number(name: str, value: object, low: float, high: float, allowed: str, *, 
     _check(bool(inside), name, value, allowed)
 
 
+def _check_adapters(adapters: Sequence[Any]) -> None:
+    for adapter in adapters:
+        is_named = isinstance(adapter, str) and bool(split_adapter(adapter)[0])
+        _check(is_named, "backend.lora", adapter, "PATH or PATH=SCALE")
+
+
 def split_adapter(text: str) -> tuple[str, float]:
-    """Return file and scale of a LoRA adapter written as FILE or FILE=SCALE."""
+    """Return path and scale of a LoRA adapter written as PATH or PATH=SCALE."""
     name, sign, scale = text.rpartition("=")
     try:
         return (name, float(scale)) if sign else (text, 1.0)
@@ -347,13 +364,7 @@ class LlamaCppConfig(BatchingConfig):
         _number("backend.rope_freq_base", self.rope_freq_base, 0, 1e12, "a number >= 0 (0 is the model's)")
         _number("backend.rope_freq_scale", self.rope_freq_scale, 0, 1e6, "a number >= 0 (0 is the model's)")
         _count("backend.yarn_original_context", self.yarn_original_context, 0, "an integer >= 0 (0 is the model's)")
-        for adapter in self.lora:
-            _check(
-                isinstance(adapter, str) and bool(split_adapter(adapter)[0]),
-                "backend.lora",
-                adapter,
-                "FILE or FILE=SCALE",
-            )
+        _check_adapters(self.lora)
         if self.n_gpu_layers is not None:
             _count("backend.n_gpu_layers", self.n_gpu_layers, -1, "an integer >= -1, or null")
         if self.reproducible and self.flash_attention is Switch.on:
@@ -361,18 +372,26 @@ class LlamaCppConfig(BatchingConfig):
 
 
 @dataclass
-class TransformersConfig(BackendConfig):
+class TransformersConfig(BatchingConfig):
     """Any causal language model of transformers, on PyTorch."""
 
     _target_: str = "llmpipe.runners.TransformersRunner"
     dtype: Dtype = Dtype.auto
     """Number format of weights and activations."""
+    batching: Batching = speed(Batching.auto)
+    """auto, slots or padded: how rows share the model."""
     attn_implementation: str | None = None
-    """eager, sdpa, flash_attention_2, …; by default what transformers chooses."""
+    """eager, sdpa, flash_attention_2, …: transformers' own attention, in padded batches."""
     compile: bool = speed(False)
     """torch.compile the forward pass; pays off on long runs on a GPU."""
     device_map: str | None = speed(None)
-    """Spread the model over devices through accelerate, such as auto; overrides device."""
+    """Spread the model over GPUs, host memory and disk through accelerate, such as auto; overrides device."""
+    max_memory: dict[str, str] = field(default_factory=dict, metadata={"speed": True})
+    """Most memory of the weights per device for device_map, such as {0: 20GiB, cpu: 60GiB}."""
+    offload_folder: str | None = speed(None)
+    """Where device_map puts the weights for which there is no memory."""
+    lora: list[str] = field(default_factory=list)
+    """LoRA adapters of peft, each DIRECTORY or DIRECTORY=SCALE; merged into the weights."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     local_files_only: bool = False
@@ -381,6 +400,15 @@ class TransformersConfig(BackendConfig):
     """Run the Python code that a checkpoint brings. Off: such code can do anything."""
     allow_pickle: bool = False
     """Load weights that are not safetensors. Off: unpickling can run code."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            LLMConfigError: names the option, the value and the bounds.
+        """
+        super().__post_init__()
+        _check_adapters(self.lora)
 
 
 @dataclass

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count, islice
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from strategies import CHATS, LONG, MIXES, QUESTIONS, STORIES, STORY, SURROGATE, alone, answers, requests_of
 
 from llmpipe import BaseLLMRunner, LLMConfigError, LLMInferenceError, LLMRunnerFactory, Request, SamplingConfig
-from llmpipe.config import data_dir
 
 # Arithmetic that does not depend on the batch, and is the same on both backends.
 EXACT: dict[str, dict[str, Any]] = {
     "llama_cpp": {"reproducible": True, "cache_type_k": "f32", "cache_type_v": "f32"},
     "transformers": {},
 }
-STORY = "Tell me a story about a squirrel and an umbrella."
-QUESTIONS = [json.loads(line)["prompt"] for line in (data_dir() / "questions.jsonl").open(encoding="utf-8")]
-CHATS = pq.read_table(data_dir() / "chats.parquet").column("messages").to_pylist()
-STORIES = [json.loads(line)["prompt"] for line in (data_dir() / "open.jsonl").open(encoding="utf-8")]
-LONG = "word " * 3000
-SURROGATE = "half a pair: \ud83d"
-
-Answer = tuple[Any, ...]
 Make = Callable[..., BaseLLMRunner]
 
 
@@ -61,23 +51,6 @@ def make() -> Iterator[Make]:
 @pytest.fixture(params=["llama_cpp", "transformers"])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def answers(runner: BaseLLMRunner, requests: Iterable[Request]) -> dict[tuple[int, int], Answer]:
-    done = list(runner.completions(requests))
-    found = {
-        (c.request_id, c.sample): (c.text, c.finish_reason, c.prompt_tokens, c.completion_tokens, c.error) for c in done
-    }
-    assert len(found) == len(done)
-    return found
-
-
-def alone(runner: BaseLLMRunner, requests: Iterable[Request]) -> dict[tuple[int, int], Answer]:
-    found: dict[tuple[int, int], Answer] = {}
-    for request in requests:
-        for sample in request.samples:
-            found.update(answers(runner, [replace(request, samples=(sample,))]))
-    return found
 
 
 def ids(runner: BaseLLMRunner, text: str) -> list[int]:
@@ -125,35 +98,14 @@ def test_a_batch_gives_what_each_row_gives_alone_whatever_the_slots_and_the_orde
         assert answers(make(backend, slots=slots), reversed(requests)) == expected
 
 
-POOL = [QUESTIONS[0], STORY, "word " * 60, "é日本🙂", CHATS[1], "", LONG, SURROGATE, ()]
-SAMPLINGS = st.fixed_dictionaries(
-    {"max_tokens": st.integers(1, 12), "temperature": st.sampled_from([0, 0.7, 1.5]), "n": st.integers(1, 3)},
-    optional={
-        "stop": st.lists(st.sampled_from(["a", "the", " t", "e w", ".", "\n", "th"]), max_size=3),
-        "seed": st.integers(0, 2**31),
-        "top_k": st.integers(0, 50),
-        "top_p": st.floats(0.1, 1),
-        "repetition_penalty": st.floats(0.8, 1.5),
-        "frequency_penalty": st.floats(-1, 2),
-        "ignore_eos": st.booleans(),
-    },
-)
-
-
 @pytest.mark.parametrize("slots", [3])
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    rows=st.lists(st.tuples(st.sampled_from(POOL), st.sampled_from(["chat", "raw"]), SAMPLINGS), max_size=7),
-    cancel_after=st.integers(0, 6),
-)
+@given(mix=MIXES, cancel_after=st.integers(0, 6))
 def test_any_mix_of_rows_gives_what_they_give_alone_even_after_a_cancelled_stream(
-    backend: str, make: Make, slots: int, rows: list[tuple[Any, str, dict[str, Any]]], cancel_after: int
+    backend: str, make: Make, slots: int, mix: list[tuple[Any, str, dict[str, Any]]], cancel_after: int
 ) -> None:
     runner = make(backend, slots=slots)
-    requests = [
-        runner.request(list(prompt) if isinstance(prompt, tuple) else prompt, i, prompt_format, **sampling)
-        for i, (prompt, prompt_format, sampling) in enumerate(rows)
-    ]
+    requests = requests_of(runner, mix)
     cancelled = runner.stream(iter(requests))
     list(islice(cancelled, cancel_after))
     cancelled.close()  # type: ignore[attr-defined]

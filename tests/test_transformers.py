@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from llmpipe.runners.transformers.sampler import Sampler
 from llmpipe.runners.transformers.text import TokenText
 from llmpipe.runners.weights import BUNDLED_DIR
 
+BATCHING = ["slots", "padded"]
 STORY = "Tell me a story about a fox and a violin."
 PIECES = st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), max_size=12)
 
@@ -136,26 +138,83 @@ def test_rows_at_the_contexts_end_do_not_disturb_a_model_with_learned_positions(
     assert run(6) == run(1)
 
 
-def test_a_model_that_fails_raises_one_readable_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    with LLMRunnerFactory.create_runner({"backend": "transformers", "device": "cpu"}) as runner:
-        for error, says in (
-            (torch.OutOfMemoryError("no\nroom"), "out of memory on cpu with 1 rows .* smaller backend.slots"),
-            (RuntimeError("shapes\ndo not fit"), "the model fails: shapes do not fit"),
-        ):
+@pytest.mark.parametrize("batching", BATCHING)
+def test_a_model_that_fails_raises_one_readable_error(batching: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("shapes\ndo not fit")
 
-            def fail(*_: Any, error: Exception = error, **__: Any) -> None:
-                raise error
+    with LLMRunnerFactory.create_runner(
+        {"backend": "transformers", "device": "cpu", "batching": batching, "reproducible": True}
+    ) as runner:
+        monkeypatch.setattr(runner._model, "forward", fail)  # type: ignore[attr-defined]
+        with pytest.raises(LLMInferenceError, match="the model fails: shapes do not fit"):
+            runner.generate_text(STORY)
 
-            monkeypatch.setattr(runner._model, "forward", fail)  # type: ignore[attr-defined]
-            with pytest.raises(LLMInferenceError, match=says):
-                runner.generate_text(STORY)
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def scarce(runner: Any, monkeypatch: pytest.MonkeyPatch, most_tokens: int, last_position: int = 2**31) -> None:
+    """Let the model run out of memory with more tokens in a call, or with a longer row."""
+    forward = runner._model.forward
+
+    @functools.wraps(forward)
+    def limited(*args: Any, **inputs: Any) -> Any:
+        if inputs["input_ids"].numel() > most_tokens or int(inputs["position_ids"].max()) > last_position:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(runner._model, "forward", limited)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("batching", BATCHING)
+def test_rows_survive_running_out_of_memory_with_the_answers_they_had(
+    batching: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [f"Add {i} and {i + 3}, please." for i in range(24)]
+    options = {"max_tokens": 12, "temperature": temperature}
+    with LLMRunnerFactory.create_runner({"backend": "transformers", "device": "cpu", "batching": batching}) as runner:
+        expected = [c.text for c in runner.run(prompts, **options)]
+        longest = max(c.prompt_tokens or 0 for c in runner.run(prompts, **options))
+        scarce(runner, monkeypatch, max(3 * longest, 40))
+        assert [c.text for c in runner.run(prompts, **options)] == expected
+        assert runner.info()["shrinks"] > 0
+        monkeypatch.undo()
+        assert [c.text for c in runner.run(prompts * 6, **options)][: len(prompts)] == expected
+
+
+@pytest.mark.parametrize("batching", BATCHING)
+def test_a_row_that_does_not_fit_by_itself_is_an_error_and_its_neighbours_finish(
+    batching: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["Add 1 and 2.", STORY * 8, "Add 2 and 3.", "Add 4 and 4."]
+    with LLMRunnerFactory.create_runner({"backend": "transformers", "device": "cpu", "batching": batching}) as runner:
+        expected = [c.text for c in runner.run(prompts, max_tokens=8, temperature=0.0)]
+        scarce(runner, monkeypatch, 10_000, last_position=60)
+        done = runner.run(prompts, max_tokens=8, temperature=0.0)
+    assert "out of memory on cpu for this row alone" in (done[1].error or "")
+    assert [done[i].text for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]
+
+
+def test_more_rows_are_tried_again_after_memory_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"backend": "transformers", "device": "cpu", "slots": 4}
+    with LLMRunnerFactory.create_runner(config) as runner:
+        scarce(runner, monkeypatch, 3)
+        runner.run(["a"] * 4, prompt_format="raw", max_tokens=4, ignore_eos=True, n=1)
+        engine: Any = runner._engine  # type: ignore[attr-defined]
+        assert engine._cap.slots < 4
+        monkeypatch.undo()
+        engine.most_slots = 0
+        runner.run(["a"] * 100, prompt_format="raw", max_tokens=4, ignore_eos=True)
+        assert engine.most_slots == 4
+        assert engine._cap is None or engine._cap.slots >= 4
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers_are_an_error_of_the_row(temperature: float) -> None:
     sampler = Sampler(SamplingConfig(temperature=temperature, presence_penalty=1), 0, [])
-    with pytest.raises(ValueError, match="backend.dtype=float32"):
-        sampler.sample(torch.full((5,), float("nan")))
+    assert sampler.draw(torch.full((5,), float("nan"))) == -1
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -241,7 +300,9 @@ def test_the_number_format_is_what_was_asked_for(dtype: str) -> None:
 def test_reproducible_runs_each_row_by_itself() -> None:
     config = {"backend": "transformers", "device": "cpu", "reproducible": True, "slots": 8}
     with LLMRunnerFactory.create_runner(config) as runner:
+        assert runner.run(["a", "b", "c"], max_tokens=2)[0].error is None
         assert runner.info()["slots"] == 1
+        assert "1 row at a time: backend.reproducible=true" in runner.info()["sizes"]
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def _download_gguf(model: str) -> Path:
 
 
 def find_checkpoint(model: str) -> str:
-    """Return the directory of a transformers checkpoint, or the hub id as it is.
+    """Return the directory of a transformers checkpoint, a GGUF file, or the hub id as it is.
 
     Raises:
         LLMInitializationError: there is no such directory, or it holds no config.json.
@@ -107,10 +107,11 @@ def find_checkpoint(model: str) -> str:
     path = local_path(model)
     if path is None:
         return model
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path)
     if path.is_file():
         raise LLMInitializationError(
-            f"backend.model={model!r} is a file; backend=transformers takes a directory or hub id "
-            f"(for GGUF use backend=llama_cpp)"
+            f"backend.model={model!r} is a file; backend=transformers takes a directory, a GGUF file or a hub id"
         )
     if not (path / "config.json").is_file():
         raise LLMInitializationError(f"backend.model={model!r} has no config.json, so it is no transformers checkpoint")
@@ -143,17 +144,19 @@ def model_digest(model: str) -> str:
 
 
 def content_digest(text: str) -> str:
-    """Return `text` with a file that it names, alone or as FILE=VALUE, replaced by a digest of its content."""
-    name, sign, rest = text.rpartition("=") if "=" in text and not _is_file(text) else (text, "", "")
-    if not _is_file(name):
+    """Return `text` with what it names, a path alone or PATH=VALUE, replaced by a digest of its content."""
+    name, sign, rest = text.rpartition("=") if "=" in text and not _exists(text) else (text, "", "")
+    if not _exists(name):
         return text
+    if Path(name).expanduser().is_dir():
+        return f"{model_digest(name)}{sign}{rest}"
     with Path(name).expanduser().open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}{sign}{rest}"
 
 
-def _is_file(name: str) -> bool:
+def _exists(name: str) -> bool:
     try:
-        return Path(name).expanduser().is_file()
+        return bool(name) and Path(name).expanduser().exists()
     except (OSError, ValueError):  # too long, or with a NUL: it is no name at all
         return False
 

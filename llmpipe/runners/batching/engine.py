@@ -264,8 +264,9 @@ class Engine:
         smaller = self.context.plan.halved()
         if smaller is None:
             row = next(iter(self._prefilling or self._rows))
-            yield row.answer.fail(f"{reason}, even with nothing beside it")
+            yield row.answer.fail(f"{reason} for this row alone: use a smaller sampling.max_tokens or backend.context")
             self._leave(row)
+            self._cap = None  # it was this row
             return
         self.shrinks += 1
         self._finished_since = 0
@@ -275,7 +276,7 @@ class Engine:
 
     def _grow(self) -> None:
         """Try twice the slots again, once enough rows have finished since memory ran out."""
-        if self._cap is None or self._finished_since < PATIENCE * 2**self.shrinks * self._cap.slots:
+        if self._cap is None or self._finished_since < PATIENCE * 2 ** min(self.shrinks, 5) * self._cap.slots:
             return
         self._finished_since = 0
         self._cap = self._cap.doubled()
@@ -401,7 +402,9 @@ class Engine:
     def _take(self, row: Row, token: int) -> Chunk | None:
         """Add a token to its row; return the chunk it completes, if any."""
         if token < 0:
-            chunk: Chunk | None = row.answer.fail("the model computed NaN instead of logits")
+            chunk: Chunk | None = row.answer.fail(
+                "the model computed NaN instead of logits: try a wider number format, or milder penalties"
+            )
         elif self._executor.is_end(token) and not row.sample.request.sampling.ignore_eos:
             chunk = row.answer.end()
         else:

@@ -1,9 +1,13 @@
 """The transformers backend.
 
-runner.py    `TransformersRunner`: the face; loading, placing, tokenising
-engine.py    padded batches: how rows share forward passes
-sampler.py   `SamplingConfig` → transformers' logits processors and a draw
-text.py      tokens → text as they come
+runner.py     `TransformersRunner`: the face
+loading.py    a checkpoint → a model on its device
+executor.py   the model as the engine of `runners.batching` sees it: packed forward passes over slots
+attention.py  attention over packed rows, each with a cache of its own
+padded.py     padded batches, for models whose attention cannot be replaced
+sampler.py    `SamplingConfig` → transformers' logits processors and a draw
+text.py       tokens → text as they come
+memory.py     running out of device memory, and how much there is
 """
 
 from llmpipe.runners.transformers.runner import TransformersRunner

@@ -1,43 +1,46 @@
-"""Padded batches: rows of similar length go through the model together, and leave as they finish.
+"""Padded batches: the path for models whose attention cannot be replaced. Rows go through the model together.
 
 A batch is left-padded, with masked padding and positions counted from each row's first token, so that a row's answer
-is what it would be alone. Knows nothing of files or of how the model was loaded.
+is what it would be alone. Rows of similar length share a batch, and leave as they finish. When memory runs out, the
+rows of a batch go on in two smaller ones. Knows nothing of files or of how the model was loaded.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from llmpipe.exceptions import LLMInferenceError
+from llmpipe.exceptions import LLMOutOfMemoryError
 from llmpipe.records import Chunk, Request
-from llmpipe.runners.base import error_chunks
+from llmpipe.runners.batching.lookahead import Encode, LookAhead, Sample
 from llmpipe.runners.decoding import Answer
+from llmpipe.runners.transformers import memory
 from llmpipe.runners.transformers.sampler import Sampler
 from llmpipe.runners.transformers.text import TokenText
 
+log = logging.getLogger(__name__)
+
 LOOK_AHEAD = 4
-"""Batches' worth of rows that are pulled at once and sorted by prompt length, so that little is padding."""
+"""Batches' worth of rows that are pulled at once and sorted by length, so that little is padding."""
+PATIENCE = 8
+"""Batches that must succeed after memory ran out before twice the rows are tried; doubles each time."""
 
-Encode = Callable[[Request], tuple[list[int], int]]
-"""Request → the prompt's tokens and how many were cut off on the left; a ValueError makes an error row."""
 
-
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One sample in flight: everything about it, in one place."""
 
     answer: Answer
-    prompt: list[int]
+    tokens: list[int]
+    """The prompt's, and all that were generated."""
     sampler: Sampler
     text: TokenText
-    next_token: int = 0
 
 
 class PaddedEngine:
@@ -55,35 +58,69 @@ class PaddedEngine:
         self._model = model
         self._tokenizer = tokenizer
         self._end_tokens = end_tokens
-        self._slots = slots
-        self._context = context
+        self.slots = slots
+        self.limit = context
+        self.cancelled: set[int] = set()
+        """Ids of requests to give up; their rows leave before the next forward pass."""
+        self.shrinks = 0
+        """How often memory ran out and batches were made smaller."""
+        self._most = slots
+        self._batches_since = 0
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
+        # Purely recurrent models, such as Mamba, call their cache by another name.
+        self._is_recurrent = "cache_params" in parameters
+        self._cache_name = "cache_params" if self._is_recurrent else "past_key_values"
 
     def stream(self, requests: Iterable[Request], encode: Encode) -> Iterator[Chunk]:
         """Answer `requests`; see `BaseLLMRunner.stream`."""
-        source = iter(requests)
-        while window := list(islice(source, self._slots * LOOK_AHEAD)):
-            samples: list[tuple[Request, int, list[int], int]] = []
-            for request in window:
-                try:
-                    prompt, truncated = encode(request)
-                except ValueError as error:
-                    yield from error_chunks(request, str(error))
-                    continue
-                samples.extend((request, sample, prompt, truncated) for sample in request.samples)
-            samples.sort(key=lambda item: len(item[2]), reverse=True)
-            for start in range(0, len(samples), self._slots):
-                rows = [self._row(*item) for item in samples[start : start + self._slots]]
-                yield from self._run(rows)
+        ahead = LookAhead(requests, encode, self.limit, share=False)
+        self.cancelled.clear()
+        while True:
+            if len(ahead.waiting) < self._most:
+                yield from ahead.fill(self._most * LOOK_AHEAD)
+            if not ahead.waiting:
+                return
+            count = min(self._most, len(ahead.waiting))
+            yield from self._run([self._row(ahead.waiting.pop()) for _ in range(count)])
+            self._grow()
 
-    def _row(self, request: Request, sample: int, prompt: list[int], truncated: int) -> Row:
-        answer = Answer(request, sample, len(prompt), truncated, self._context)
-        sampler = Sampler(request.sampling, request.seed_of(sample), prompt)
-        return Row(answer, prompt, sampler, TokenText(self._tokenizer, prompt))
+    def _row(self, sample: Sample) -> Row:
+        request = sample.request
+        answer = Answer(request, sample.number, len(sample.prompt), sample.truncated, self.limit)
+        sampler = Sampler(request.sampling, request.seed_of(sample.number), sample.prompt)
+        return Row(answer, list(sample.prompt), sampler, TokenText(self._tokenizer, sample.prompt))
 
     def _run(self, rows: list[Row]) -> Iterator[Chunk]:
+        """Generate until every row has finished; where memory runs out, half of them first."""
+        try:
+            yield from self._run_together(rows)
+        except LLMOutOfMemoryError as error:
+            memory.empty_caches()
+            left = [row for row in rows if not row.answer.finished]
+            if len(left) == 1:
+                self._most = self.slots  # it was this row
+                yield left[0].answer.fail(
+                    f"{error} for this row alone: use a smaller sampling.max_tokens or backend.context"
+                )
+                return
+            self.shrinks += 1
+            self._batches_since = 0
+            self._most = half = max(1, len(left) // 2)
+            log.warning("%s: going on with batches of %d rows", error, half)
+            # Their caches are gone, their tokens are not: those are computed once more.
+            for start in range(0, len(left), half):
+                yield from self._run(left[start : start + half])
+
+    def _grow(self) -> None:
+        """Try twice the rows again, once enough batches have gone well since memory ran out."""
+        self._batches_since += 1
+        if self._most < self.slots and self._batches_since >= PATIENCE * 2 ** min(self.shrinks, 5):
+            self._batches_since = 0
+            self._most = min(self.slots, self._most * 2)
+
+    def _run_together(self, rows: list[Row]) -> Iterator[Chunk]:
         """Generate for one batch until every row has finished."""
         ids, mask = self._pad(rows)
         cache = DynamicCache(config=self._model.config)
@@ -95,20 +132,20 @@ class PaddedEngine:
                 return
             if len(keep) <= len(rows) // 2:  # copying the cache pays once half of it is of no more use
                 index = torch.tensor(keep, device=mask.device)
-                cache.batch_select_indices(index)
+                cache.reorder_cache(index)  # unlike batch_select_indices, recurrent layers have it too
                 mask = mask[index]
                 rows = [rows[i] for i in keep]
-            ids = torch.tensor([[row.next_token] for row in rows], device=mask.device)
+            ids = torch.tensor([[row.tokens[-1]] for row in rows], device=mask.device)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
 
     def _pad(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and mask, each (rows, longest prompt), padded on the left; what the padding is does not matter."""
-        width = max(len(row.prompt) for row in rows)
+        """Return ids and mask, each (rows, most tokens), padded on the left; what the padding is does not matter."""
+        width = max(len(row.tokens) for row in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
-            ids[i, width - len(row.prompt) :] = torch.tensor(row.prompt)
-            mask[i, width - len(row.prompt) :] = 1
+            ids[i, width - len(row.tokens) :] = torch.tensor(row.tokens)
+            mask[i, width - len(row.tokens) :] = 1
         return ids.to(self._model.device), mask.to(self._model.device)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
@@ -117,46 +154,43 @@ class PaddedEngine:
         inputs: dict[str, Any] = {
             "input_ids": ids,
             "attention_mask": mask,
-            "past_key_values": cache,
+            self._cache_name: cache,
             "use_cache": True,
         }
+        if self._is_recurrent and mask.shape[1] > ids.shape[1]:
+            del inputs["attention_mask"]  # its padding is in the state already, and it would apply it to the new token
         if self._takes_positions:
             # Clamped for padding below, and above for rows that have finished at the context's end.
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(0, self._context - 1)[:, -ids.shape[1] :]
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(0, self.limit - 1)[:, -ids.shape[1] :]
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = 1
-        try:
+        with memory.failures_of(self._model):
             logits: torch.Tensor = self._model(**inputs).logits
-        except torch.OutOfMemoryError as error:
-            raise LLMInferenceError(
-                f"out of memory on {self._model.device} with {len(ids)} rows of {mask.shape[1]} tokens: "
-                f"use a smaller backend.slots or backend.context"
-            ) from error
-        except RuntimeError as error:
-            raise LLMInferenceError(f"the model fails: {' '.join(str(error).split())}") from error
         return logits[:, -1].float()
 
     def _take(self, rows: list[Row], logits: torch.Tensor) -> Iterator[Chunk]:
         """Choose a token for every unfinished row and yield the chunks they complete."""
         best, broken = logits.argmax(-1).tolist(), logits.isnan().any(-1).tolist()
+        # All tokens are drawn before the first chunk is given out: whoever takes it may do as he likes meanwhile.
+        chunks: list[Chunk | None] = []
         for i, row in enumerate(rows):
             if row.answer.finished:
                 continue
+            if row.answer.request.id in self.cancelled:
+                chunks.append(row.answer.fail("cancelled"))
+                continue
             if broken[i]:
-                yield row.answer.fail("the model computed NaN instead of logits; try dtype=float32")
-                continue
-            try:
-                token = best[i] if row.sampler.is_plain_greedy else row.sampler.sample(logits[i])
-            except ValueError as error:
-                yield row.answer.fail(str(error))
-                continue
-            chunk = self._add(row, token)
-            if chunk is not None:
-                yield chunk
+                token = -1
+            else:
+                token = best[i] if row.sampler.is_plain_greedy else row.sampler.draw(logits[i])
+            chunks.append(self._add(row, token))
+        yield from (chunk for chunk in chunks if chunk is not None)
 
     def _add(self, row: Row, token: int) -> Chunk | None:
         """Add a token to its row; return the chunk it completes, if any."""
+        if token < 0:
+            return row.answer.fail("the model computed NaN instead of logits: try dtype=float32, or milder penalties")
         if token in self._end_tokens and not row.answer.request.sampling.ignore_eos:
             return row.answer.end()
-        row.next_token = token
+        row.tokens.append(token)
         return row.answer.add(row.text.push(token))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.generation.logits_process import (
@@ -17,6 +18,9 @@ from transformers.generation.logits_process import (
 )
 
 from llmpipe.config import SamplingConfig
+
+if TYPE_CHECKING:
+    from llmpipe.runners.transformers.executor import SlotContext
 
 
 class Sampler:
@@ -56,14 +60,15 @@ class Sampler:
         penalties = self._repetition or s.presence_penalty or s.frequency_penalty
         return s.is_greedy and not penalties and not s.logit_bias
 
-    def sample(self, logits: torch.Tensor) -> int:
-        """Draw a token.
+    def sample(self, context: SlotContext, output: int) -> int:
+        """Draw a token from one of the outputs of a context's last call; see `draw`."""
+        return self.draw(context.logits[output])
+
+    def draw(self, logits: torch.Tensor) -> int:
+        """Draw a token, or return -1 where the logits are no numbers, as after an overflow in the model.
 
         Args:
             logits: Shape (vocabulary,), float32, on any device; not changed.
-
-        Raises:
-            ValueError: the logits are not numbers, as those of a model whose arithmetic has overflowed.
         """
         s = self._sampling
         scores = logits.detach().cpu().clone().unsqueeze(0)
@@ -78,8 +83,11 @@ class Sampler:
             scores[0, ids] -= s.presence_penalty + s.frequency_penalty * counts
         weights = scores[0] if s.is_greedy else self._warpers(None, scores)[0].softmax(-1)
         if weights.isnan().any():
-            raise ValueError("the logits are not finite numbers: try backend.dtype=float32, or milder penalties")
+            return -1
         token = int(weights.argmax() if s.is_greedy else torch.multinomial(weights, 1, generator=self._generator))
         self._tokens.append(token)
         self._counts[token] += 1
         return token
+
+    def close(self) -> None:
+        """Hold nothing: there is nothing to free."""

@@ -1,0 +1,230 @@
+"""A model of transformers as the engine of continuous batching sees it: slots, packed forward passes, logits."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llmpipe.runners.batching import Batch, Footprint, Plan, Sample
+from llmpipe.runners.transformers import memory
+from llmpipe.runners.transformers.attention import NAME, KeyValueCache, Step, Style, running
+from llmpipe.runners.transformers.sampler import Sampler
+from llmpipe.runners.transformers.text import TokenText
+
+GPU_SLOTS = 128
+PROBES = (7, 12)
+"""Lengths of the two rows that show whether a model can be computed in slots."""
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+HALF_TOLERANCE = 0.05
+"""How far logits may be from the model's own, relative to the largest."""
+
+
+class UnsuitableModelError(Exception):
+    """The model cannot be computed in slots; says why."""
+
+
+class SlotContext:
+    """Slots with a key-value cache each; see `Context` in `batching.executor`."""
+
+    def __init__(self, model: Any, plan: Plan) -> None:
+        self.plan = plan
+        self.batch = Batch(max(plan.batch_tokens, plan.slots))
+        self.decode_s = 0.0
+        self.logits: torch.Tensor
+        """Of the last call's outputs: (outputs, vocabulary), float32."""
+        self.styles: dict[int, Style] = {}
+        """What each layer wanted of attention in the last call."""
+        self._model = model
+        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._cache = KeyValueCache(plan.slots + plan.prefixes, plan.context)
+        self._lengths = [0] * (plan.slots + plan.prefixes)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def decode(self) -> None:
+        """Compute the batch in one forward pass, its rows packed to one sequence.
+
+        Raises:
+            LLMOutOfMemoryError: there is too little memory.
+            LLMInferenceError: the model fails.
+        """
+        started = time.perf_counter()
+        batch, device = self.batch, self._model.device
+        step = Step(batch, self._cache)
+        outputs = torch.from_numpy(batch.output_indices).to(device)
+        inputs: dict[str, Any] = {
+            "input_ids": torch.from_numpy(batch.tokens[: batch.size].astype(np.int64))[None].to(device),
+            "position_ids": torch.from_numpy(batch.positions[: batch.size].astype(np.int64))[None].to(device),
+            "use_cache": False,
+        }
+        if self._takes_logits_to_keep:
+            inputs["logits_to_keep"] = outputs
+        with memory.failures_of(self._model), running(step):
+            logits = self._model(**inputs).logits[0]
+            self.logits = (logits if self._takes_logits_to_keep else logits[outputs.to(logits.device)]).float()
+        for slot, position in zip(batch.slots[: batch.size], batch.positions[: batch.size], strict=True):
+            self._lengths[slot] = int(position) + 1
+        self.styles = step.styles
+        self.decode_s += time.perf_counter() - started
+
+    def best_tokens(self) -> npt.NDArray[np.int64]:
+        """Return the token with the largest logit for each of the batch's outputs, in order; -1 where one is NaN."""
+        best = self.logits.argmax(-1)  # which finds a NaN, if there is one
+        found: npt.NDArray[np.int64] = (
+            best.masked_fill(self.logits.gather(-1, best[:, None])[:, 0].isnan(), -1).cpu().numpy()
+        )
+        return found
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def copy(self, source: int, target: int) -> None:
+        """Make `target` what `source` is."""
+        self._cache.copy(source, target, self._lengths[source])
+        self._lengths[target] = self._lengths[source]
+
+    def forget(self, slot: int) -> None:
+        """Empty a slot."""
+        self._lengths[slot] = 0
+
+    def close(self) -> None:
+        """Free the memory."""
+        del self._cache
+        self.logits = torch.empty(0)
+        memory.empty_caches()
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of cache that a token takes."""
+        return self._cache.bytes_per_token
+
+
+class SlotExecutor:
+    """Computes with a model of transformers; see `Executor` in `batching.executor`.
+
+    Args:
+        model: The model, in eval mode; its attention becomes `attention.slot_attention`.
+        tokenizer: Its tokenizer.
+        end_tokens: Ids that end a generation.
+
+    Raises:
+        UnsuitableModelError: its attention cannot be replaced, or it then computes something else.
+    """
+
+    never_alone = False
+
+    def __init__(self, model: Any, tokenizer: Any, end_tokens: set[int]) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._end_tokens = end_tokens
+        self._devices = memory.devices_of(model)
+        on_gpu = any(device.type != "cpu" for device in self._devices)
+        self.footprint = Footprint(
+            parameters=sum(p.numel() for p in model.parameters()),
+            cache_bytes_per_token=adopt(model),
+            gpu_slots=GPU_SLOTS if on_gpu else None,
+        )
+
+    def context(self, plan: Plan) -> SlotContext:
+        """Make a context; its memory is taken when it is first used."""
+        return SlotContext(self._model, plan)
+
+    def free_bytes(self) -> int:
+        """Return the memory that is free where the model is."""
+        return memory.free_bytes(self._devices)
+
+    def used_device_bytes(self) -> int:
+        """Return the device memory in use."""
+        return (memory.used_and_peak_bytes(self._devices) or (0, 0))[0]
+
+    def sampler(self, sample: Sample) -> Sampler | None:
+        """Return transformers' logits processors and a random stream; None where the likeliest token is wanted."""
+        sampler = Sampler(sample.request.sampling, sample.request.seed_of(sample.number), sample.prompt)
+        return None if sampler.is_plain_greedy else sampler
+
+    def text(self, sample: Sample) -> TokenText:
+        """Return what turns the sample's tokens into text."""
+        return TokenText(self._tokenizer, sample.prompt)
+
+    def is_end(self, token: int) -> bool:
+        """Say whether `token` ends a generation."""
+        return token in self._end_tokens
+
+
+def adopt(model: Any) -> int:
+    """Let a model attend over slots, if it then computes what it did before; return its cache's bytes per token.
+
+    Two short rows go through it alone, then together in pieces: a packed prefill, a chunk that continues a prompt, and
+    a decode step.
+
+    Raises:
+        UnsuitableModelError: says why not; the model is as it was.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if others := kinds - {"full_attention", "sliding_attention"}:
+        raise UnsuitableModelError(f"it has layers of {', '.join(sorted(others))}")
+    if not model._supports_attention_backend:
+        raise UnsuitableModelError("its attention cannot be replaced")
+    before = model.config._attn_implementation
+    try:
+        expected = [_alone(model, _probe(model, length)) for length in PROBES]
+        model.set_attn_implementation(NAME)
+        context = SlotContext(model, Plan(slots=2, prefixes=0, context=32, batch_tokens=64))
+        found = _in_pieces(context, *(_probe(model, length) for length in PROBES))
+        _check_windows(model, context.styles)
+        limit = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
+        for alone, together in zip(expected, found, strict=True):
+            difference = float((alone - together).abs().max() / alone.abs().max().clamp(min=1e-6))
+            if not difference <= limit:
+                raise UnsuitableModelError(f"in slots its logits are off by {difference:.2g} of the largest")
+        return context.bytes_per_token
+    except UnsuitableModelError:
+        model.set_attn_implementation(before)
+        raise
+    except Exception as error:  # a model is a program of someone else's: it may fail in any way
+        model.set_attn_implementation(before)
+        raise UnsuitableModelError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _probe(model: Any, length: int) -> list[int]:
+    """Return some tokens."""
+    size = model.config.get_text_config().vocab_size
+    return [(7919 * i + 31 * length) % size for i in range(length)]
+
+
+@torch.inference_mode()  # type: ignore[untyped-decorator]
+def _alone(model: Any, tokens: list[int]) -> torch.Tensor:
+    """Return the logits after `tokens`, (vocabulary,), as the model computes them by itself."""
+    logits: torch.Tensor = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits
+    return logits[0, -1].float()
+
+
+def _in_pieces(context: SlotContext, one: list[int], other: list[int]) -> torch.Tensor:
+    """Return the logits after two rows, (2, vocabulary), each computed in pieces beside the other."""
+    batch = context.batch
+    batch.add(one[:4], 0, 0, False)
+    batch.add(other[:-1], 0, 1, True)
+    context.decode()
+    batch.clear()
+    batch.add(one[4:-1], 4, 0, True)
+    context.decode()
+    batch.set_columns([one[-1], other[-1]], [len(one) - 1, len(other) - 1], [0, 1])
+    context.decode()
+    return context.logits
+
+
+def _check_windows(model: Any, styles: dict[int, Style]) -> None:
+    """See to it that sliding windows, which the short rows do not fill, are told to attention.
+
+    Raises:
+        UnsuitableModelError: the config has a window that attention does not hear of.
+    """
+    config = model.config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return
+    for layer, style in styles.items():
+        if style.window is None and (kinds is None or kinds[layer] == "sliding_attention"):
+            raise UnsuitableModelError(f"its sliding window of {window} tokens is not told to attention")
