@@ -99,7 +99,7 @@ def write_gguf(path: Path, shape: Shape) -> None:
     writer.add_rope_dimension_count(shape.head)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{shape.gguf_weights}"])
-    _add_vocabulary(writer, shape.vocabulary)
+    add_vocabulary(writer, shape.vocabulary)
 
     def add(name: str, rows: int, columns: int) -> None:
         tensor = random.normal(0, 0.7 / np.sqrt(columns), (rows, columns)).astype(np.float32)
@@ -130,7 +130,7 @@ def write_gguf(path: Path, shape: Shape) -> None:
     path.with_suffix(".tmp").rename(path)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
     """Add the 256 bytes, in the spelling of byte-level BPE, fillers without merges, and an end token."""
     import gguf
 

@@ -154,6 +154,7 @@ def _check_adapters(adapters: Sequence[Any]) -> None:
     for adapter in adapters:
         is_named = isinstance(adapter, str) and bool(split_adapter(adapter)[0])
         _check(is_named, "backend.lora", adapter, "PATH or PATH=SCALE")
+        _number(f"the scale in backend.lora={adapter!r}", split_adapter(adapter)[1], -1e6, 1e6, "a finite number")
 
 
 def split_adapter(text: str) -> tuple[str, float]:

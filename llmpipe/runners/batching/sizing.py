@@ -41,6 +41,12 @@ class Footprint:
     """Where more rows at once stop paying on a GPU; None on a CPU."""
     mapped_bytes: int = 0
     """Weights that are mapped from a file: the system counts their memory as free, and they need it all the same."""
+    state_bytes: int = 0
+    """What a slot takes beside its tokens: the state of recurrent layers."""
+
+    def slot_bytes(self, context: int) -> int:
+        """Return what a slot of `context` tokens takes; at least 1."""
+        return max(context * self.cache_bytes_per_token + self.state_bytes, 1)
 
 
 @dataclass(frozen=True)
@@ -174,10 +180,10 @@ def plan(
     if free_bytes is None:
         free_bytes = UNKNOWN_BYTES if model.gpu_slots is not None else psutil.virtual_memory().available
     free = free_bytes + held_tokens * model.cache_bytes_per_token - model.mapped_bytes
-    budget = int(free * (MEMORY_SHARE if config.slots == "auto" else 1) / max(model.cache_bytes_per_token, 1))
-    if (slots + prefixes) * context > budget:
+    budget = int(free * (MEMORY_SHARE if config.slots == "auto" else 1))
+    if (slots + prefixes) * model.slot_bytes(context) > budget:
         context = min(_round_up(longest), _round_up(limit))
-        room = max(1, budget // context)
+        room = max(1, budget // model.slot_bytes(context))
         prefixes = min(prefixes, 1) if room > 1 else 0
         slots = min(slots, room - prefixes)
         reasons.append(f"{slots} slots and {prefixes} for prefixes instead: {free / 1e6:,.0f} MB of memory are free")

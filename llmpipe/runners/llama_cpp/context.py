@@ -72,6 +72,7 @@ class LlamaContext:
         params.rope_freq_base, params.rope_freq_scale = config.rope_freq_base, config.rope_freq_scale
         params.yarn_orig_ctx = config.yarn_original_context
         params.kv_unified = False
+        params.swa_full = False  # sequences are copied and removed whole, so what a window left behind is not needed
         params.offload_kqv = params.op_offload = on_gpu
         params.no_perf = True
         log.clear()

@@ -39,6 +39,7 @@ class LlamaExecutor:
             cache_bytes_per_token=int(per_token),
             gpu_slots=GPU_SLOTS if offload else None,
             mapped_bytes=model.size_bytes if config.mmap and not offload else 0,
+            state_bytes=model.state_bytes,
         )
 
     def context(self, plan: Plan) -> LlamaContext:

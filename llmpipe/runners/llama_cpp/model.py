@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,23 @@ class Model:
         self._ends: dict[int, bool] = {}
         if not self.n_vocab:
             raise LLMInitializationError(f"{path} has no vocabulary, so it cannot read text")
-        if llama_cpp.llama_model_has_encoder(self.handle) or not llama_cpp.llama_model_has_decoder(self.handle):
-            raise LLMInitializationError(f"{path} ({self.describe()}) has an encoder; llmpipe runs decoder-only models")
+        if obstacle := self._obstacle():
+            raise LLMInitializationError(f"{path} ({self.describe()}) {obstacle}; llmpipe runs decoder-only models")
         self.train_context: int = llama_cpp.llama_model_n_ctx_train(self.handle)
         source = template or self._metadata_template()
         self.chat = ChatTemplate(source, self._special_tokens()) if source else None
+
+    def _obstacle(self) -> str | None:
+        """Say why the model cannot write on from a text; None where it can."""
+        if llama_cpp.llama_model_has_encoder(self.handle) or not llama_cpp.llama_model_has_decoder(self.handle):
+            return "has an encoder"
+        if llama_cpp.llama_model_is_diffusion(self.handle):
+            return "writes by diffusion"
+        arch = self.metadata("general.architecture")
+        # EmbeddingGemma's files do not say so.
+        if arch == "gemma-embedding" or self.metadata(f"{arch}.attention.causal") == "false":
+            return "reads in both directions, to embed text"
+        return None
 
     def describe(self) -> str:
         """Return llama.cpp's short description, such as `llama 7B Q4_K - Medium`."""
@@ -85,14 +98,45 @@ class Model:
     @property
     def cache_values_per_token(self) -> tuple[int, int]:
         """Numbers that the cache holds per token, as keys and as values; (0, 0) where its size does not grow."""
-        if llama_cpp.llama_model_is_recurrent(self.handle):
-            return 0, 0
+        if self._has_states:
+            numbers = self._measured_cache[0] // 4
+            return numbers // 2, numbers - numbers // 2
         heads = llama_cpp.llama_model_n_head_kv(self.handle) * llama_cpp.llama_model_n_layer(self.handle)
         size = llama_cpp.llama_model_n_embd(self.handle) // max(llama_cpp.llama_model_n_head(self.handle), 1)
         arch = self.metadata("general.architecture")
         key = self.metadata(f"{arch}.attention.key_length") or size
         value = self.metadata(f"{arch}.attention.value_length") or size
         return heads * int(key), heads * int(value)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that recurrent layers keep per sequence, however long it is."""
+        return self._measured_cache[1] if self._has_states else 0
+
+    @property
+    def _has_states(self) -> bool:
+        return bool(llama_cpp.llama_model_is_recurrent(self.handle) or llama_cpp.llama_model_is_hybrid(self.handle))
+
+    @cached_property
+    def _measured_cache(self) -> tuple[int, int]:
+        """Bytes of F32 cache per token and per sequence: measured, as layers differ and the API tells the first one."""
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = 2
+        params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+        params.flash_attn_type, params.offload_kqv, params.no_perf = 0, False, True
+        log.clear()
+        context = llama_cpp.llama_init_from_model(self.handle, params)
+        token = (llama_cpp.llama_token * 1)(0)
+        try:
+            sizes = []
+            for _ in range(2):
+                if not context or llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(token, 1)):
+                    raise LLMInitializationError(f"llama.cpp cannot compute: {log.last_errors() or 'no reason given'}")
+                sizes.append(llama_cpp.llama_state_seq_get_size(context, 0))
+        finally:
+            if context:
+                llama_cpp.llama_free(context)
+        return sizes[1] - sizes[0], 2 * sizes[0] - sizes[1]
 
     def metadata(self, key: str) -> str | None:
         """Return a value of the file's metadata as text, or None."""
@@ -161,6 +205,11 @@ class Model:
             reason = log.last_errors() or "no reason given"
             raise LLMInitializationError(f"llama.cpp cannot load the adapter {path}: {reason}")
         self._adapters.append((handle, scale))
+        if llama_cpp.llama_adapter_get_alora_n_invocation_tokens(handle):
+            raise LLMInitializationError(
+                f"backend.lora: {path} is an activated LoRA, switched on by tokens of the prompt; llmpipe applies an "
+                "adapter to all tokens"
+            )
 
     def close(self) -> None:
         """Free the weights and the adapters."""
