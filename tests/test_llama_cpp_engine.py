@@ -188,3 +188,29 @@ def test_rows_of_a_later_block_reuse_a_prefix_and_evict_the_oldest(runner: Llama
     with make(reproducible=True) as alone:
         again = [next(iter(alone.completions([requests(prompts, max_tokens=2)[i]]))).text for i in some]
     assert [done[i].text for i in some] == again
+
+
+def test_a_token_that_is_computed_by_itself_has_the_same_logits_beside_other_rows_in_reproducible_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last token of 17, in micro-batches of 16, is a product of one row, which is rounded as no other is."""
+    import llama_cpp
+    import numpy as np
+
+    from llmpipe.runners.llama_cpp.context import LlamaContext
+
+    seen: list[Any] = []
+    best_tokens = LlamaContext.best_tokens
+
+    def spy(context: LlamaContext) -> Any:
+        shape = (len(context.batch.output_indices), context._model.n_vocab)
+        seen.extend(np.ctypeslib.as_array(llama_cpp.llama_get_logits(context.handle), shape).copy())
+        return best_tokens(context)
+
+    monkeypatch.setattr(LlamaContext, "best_tokens", spy)
+    for slots, rows in ((1, 1), (8, 8)):
+        asked = [Request(i, SamplingConfig(temperature=0, max_tokens=1), prompt=" a" * 17) for i in range(rows)]
+        with make(reproducible=True, slots=slots, micro_batch_tokens=16) as runner:
+            assert {c.prompt_tokens for c in runner.completions(asked)} == {17}
+    assert len(seen) == 9
+    assert all((logits == seen[0]).all() for logits in seen)
