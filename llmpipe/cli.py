@@ -1,7 +1,7 @@
 """The command line: argv → Hydra → pipeline → exit code.
 
-Exit codes: 0 every row ok; 1 the run could not start or was refused; 3 finished, some rows are errors; 130 and 143
-interrupted by SIGINT and SIGTERM, resumable.
+Exit codes: 0 every row ok; 1 the run could not start, was refused, or was stopped by a fault or by errors, resumable; 3
+finished, some rows are errors; 130 and 143 interrupted by SIGINT and SIGTERM, resumable.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from llmpipe.config import BACKENDS, BackendConfig, RunConfig, conf_dir, field_docs, register_schemas, unknown_name
 from llmpipe.exceptions import LLMError
 from llmpipe.ledger import saved_arguments
+from llmpipe.records import harmless
 
 log = logging.getLogger("llmpipe")
 
@@ -34,14 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     program = Program()
+    logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     try:
-        sys.argv[1:] = resumed(arguments)
+        sys.argv[1:] = without_traces(resumed(arguments))
         register_schemas()
         OmegaConf.register_new_resolver("llmpipe.help", help_text, replace=True)
         # Otherwise Hydra prints errors by itself, with a stack trace, and exits.
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(program.job)()
-    except (LLMError, HydraException, OmegaConfBaseException, ValueError) as error:
+    except (LLMError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
         from llmpipe.pipeline import RunInterrupted
 
         if type(error) is ValueError and "--" not in str(error):
@@ -64,14 +66,24 @@ class Program:
 
     def job(self, composed: DictConfig) -> dict[str, Any] | None:
         """Run one composed configuration; Hydra calls this for each job, and a failed one does not end a sweep."""
+        from llmpipe.export import export
         from llmpipe.pipeline import RunInterrupted, run, to_run_config
-        from llmpipe.report import ProgressBar, show_summary
+        from llmpipe.plan import plan
+        from llmpipe.report import ProgressBar, show_export, show_plan, show_summary
 
         job = HydraConfig.get()
         directory = Path(job.runtime.output_dir)
         try:
             config = to_run_config(composed)
             config.trusted_modules = trusted_modules()
+            if config.export is not None:
+                show_export(*export(config, config.export, config.export_to))
+                return None
+            if config.plan:
+                found = plan(config, directory)
+                show_plan(found, directory)
+                self._note_errors(found)
+                return found
             with ProgressBar() as bar:
                 metrics = run(config, directory, bar.update, arguments=composed_from(job))
         except RunInterrupted:
@@ -82,9 +94,12 @@ class Program:
             return None
         show_summary(metrics, directory)
         self._jobs.append((list(job.overrides.task), metrics))
-        if metrics["rows_error"] and self.exit_code == OK:
-            self.exit_code = SOME_ERRORS
+        self._note_errors(metrics)
         return metrics
+
+    def _note_errors(self, found: dict[str, Any]) -> None:
+        if found["rows_error"] and self.exit_code == OK:
+            self.exit_code = SOME_ERRORS
 
     def show_sweep(self) -> None:
         """Print the jobs of a sweep beside each other."""
@@ -95,20 +110,31 @@ class Program:
 
 
 def resumed(arguments: list[str]) -> list[str]:
-    """Put the arguments of an earlier run in place of `resume=DIRECTORY`; new ones stand above them.
+    """Put the arguments of a run beside `resume=DIRECTORY` or `export=DIRECTORY`; new ones stand above them.
 
     Raises:
         LedgerError: the directory holds no run.
     """
-    places = [i for i, argument in enumerate(arguments) if argument.startswith("resume=")]
-    if not places or arguments[places[-1]] in ("resume=", "resume=null"):
+    places = [i for i, argument in enumerate(arguments) if argument.startswith(("resume=", "export="))]
+    if not places or arguments[places[-1]].partition("=")[2] in ("", "null"):
         return arguments
-    directory = Path(arguments[places[-1]].partition("=")[2]).expanduser()
+    verb, _, name = arguments[places[-1]].partition("=")
+    directory = Path(name).expanduser()
     given = [argument for i, argument in enumerate(arguments) if i not in places]
-    names = {_key(argument) for argument in given} | {"resume", "hydra.run.dir"}
+    names = {_key(argument) for argument in given} | {"resume", "export", "hydra.run.dir"}
     before = [text for text in saved_arguments(directory) if _key(text) not in names]
     # The directory keeps the config files that Hydra wrote when the run began.
-    return [*before, *given, f"resume={directory}", f"hydra.run.dir={directory}", "hydra.output_subdir=null"]
+    return [*before, *given, f"{verb}={directory}", f"hydra.run.dir={directory}", "hydra.output_subdir=null"]
+
+
+def without_traces(arguments: list[str]) -> list[str]:
+    """Keep Hydra from writing into the run directory where nothing is run: with `plan=true` and `export=`."""
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    plans = given.get("plan", "").lower() in ("true", "yes", "on", "1")
+    if not plans and given.get("export", "") in ("", "null"):
+        return arguments
+    quiet = {"hydra.output_subdir": "null", "hydra/job_logging": "terminal"}
+    return [*arguments, *(f"{name}={value}" for name, value in quiet.items() if name not in given)]
 
 
 def composed_from(job: Any) -> list[str]:
@@ -153,7 +179,7 @@ def one_line(error: Exception) -> str:
             where = str(cause.full_key).rpartition(".")[0]
             return unknown_name(cause.key, map(str, known), f"key in {where}" if where else "key")
         return f"{cause.full_key}: {(cause.msg or str(cause)).splitlines()[0]}"
-    return " ".join(str(error).split())
+    return harmless(" ".join(str(error).split()))
 
 
 def help_text() -> str:
@@ -164,7 +190,9 @@ def help_text() -> str:
         "  llmpipe backend=transformers device=cuda",
         "  llmpipe dataset.path=prompts.jsonl sampling.max_tokens=100 output=parquet",
         "  llmpipe -m sampling.temperature=0,0.7,1.2",
+        "  llmpipe plan=true dataset.path=prompts.jsonl",
         "  llmpipe resume=outputs/2026-01-31/12-00-00",
+        "  llmpipe export=outputs/2026-01-31/12-00-00 export_to=so-far.parquet",
         "",
         "Choose one option per group (group=option):",
         "",

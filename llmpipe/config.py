@@ -274,6 +274,10 @@ class BackendConfig:
     """Give up speed so that a row's answer does not depend on the rows beside it."""
     chat_template: str | None = None
     """A Jinja chat template, or a file that holds one, instead of the model's own."""
+    isolation: bool = speed(False)
+    """Load the model in a process of its own, so that a row that crashes or hangs it becomes an error row."""
+    row_timeout_s: float | None = speed(None)
+    """With isolation: seconds without any progress after which the backend hangs, and is started again."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -293,6 +297,11 @@ class BackendConfig:
             _count("backend.threads", self.threads, 1, "an integer >= 1, or null")
         if self.context is not None:  # a token of the prompt, and one of the completion
             _count("backend.context", self.context, 2, "an integer >= 2, or null")
+        _check(isinstance(self.isolation, bool), "backend.isolation", self.isolation, "true or false")
+        if self.row_timeout_s is not None:
+            _number("backend.row_timeout_s", self.row_timeout_s, 0, 1e9, "a number > 0, or null", open_low=True)
+            if not self.isolation:
+                raise LLMConfigError("backend.row_timeout_s needs backend.isolation=true")
 
 
 @dataclass
@@ -580,8 +589,16 @@ class RunConfig:
     """quarantine error rows in errors.jsonl, or stop at the first one; the run can be resumed."""
     max_error_rate: float | None = None
     """End the run, resumable, when more than this share of 100 or more answers (or of all) are errors; null: never."""
+    run_timeout_s: float | None = None
+    """End the run, resumable, after so many seconds of generating; a row that hangs can only be left if isolated."""
     resume: str | None = None
     """A run directory to continue, with its own configuration."""
+    plan: bool = False
+    """Check config and dataset without loading weights, and say what a run would do and take."""
+    export: str | None = None
+    """A run directory, also of a run that is under way or was killed, whose answers so far are written to a file."""
+    export_to: str | None = None
+    """The file to write them to, .jsonl or .parquet; by default partial.jsonl or .parquet in that directory."""
     trusted_modules: list[str] = field(default_factory=list)
     """Modules outside llmpipe whose classes a backend's _target_ may name."""
 
@@ -592,8 +609,12 @@ class RunConfig:
             LLMConfigError: names the option and the bounds.
         """
         _count("seed", self.seed, 0, "an integer >= 0")
+        _check(self.export_to is None or self.export is not None, "export_to", self.export_to, "given with export=")
+        _check(not (self.plan and self.export), "plan", self.plan, "false with export=")
         if self.max_error_rate is not None:
             _number("max_error_rate", self.max_error_rate, 0, 1, "a number in (0, 1], or null", open_low=True)
+        if self.run_timeout_s is not None:
+            _number("run_timeout_s", self.run_timeout_s, 0, 1e9, "a number > 0, or null", open_low=True)
 
 
 @dataclass

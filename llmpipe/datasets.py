@@ -16,11 +16,12 @@ import io
 import json
 import re
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import orjson
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 PARQUET_BATCH_ROWS = 1024
 MAX_LEVELS = 200
 """How deep objects and lists of a row may nest, so that every writer can walk them."""
+MAX_ROW_LINES = 2**16
+"""Most lines that the quoted cells of a CSV row may span; what goes on longer is a quote that was never closed."""
 
 
 class Record(NamedTuple):
@@ -61,6 +64,7 @@ class Scan:
 
 _LONG_NUMBER = re.compile(rb"\d{16}")
 _BOM = b"\xef\xbb\xbf"
+_BLANKS = b" \t\r\n"
 
 
 def read_jsonl(path: Path) -> Iterator[Record]:
@@ -69,11 +73,15 @@ def read_jsonl(path: Path) -> Iterator[Record]:
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(_BOM)
-            line = line.strip(b" \t\r\n")
+            indent = len(line) - len(line.lstrip(_BLANKS))
+            line = line.strip(_BLANKS)
             if not line:
                 continue
             try:
                 values = parse_json(line)
+            except json.JSONDecodeError as error:
+                yield Record(number, {}, line, f"not valid JSON at column {indent + error.colno}: {error.msg}")
+                continue
             except (ValueError, RecursionError) as error:
                 yield Record(number, {}, line, f"not valid JSON: {error}")
                 continue
@@ -85,7 +93,7 @@ def _problem(values: Any, text: bytes) -> str | None:
     """Say why a JSON value is no row, or None."""
     if not isinstance(values, dict):
         return f"a JSON {type(values).__name__}, not an object"
-    if not all(is_utf8(name) for name in values):
+    if b"\\u" in text and not all(is_utf8(name) for name in values):
         return "a column's name holds a lone surrogate, which no UTF-8 text can"
     if text.count(b"{") + text.count(b"[") > MAX_LEVELS and _levels(values) > MAX_LEVELS:
         return f"nested more than {MAX_LEVELS} levels deep"
@@ -123,45 +131,89 @@ def read_csv(path: Path) -> Iterator[Record]:
     """Yield one record per row of a CSV file with a header; all values are text, and an empty cell is null."""
     csv.field_size_limit(2**31 - 1)
     with _open(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        taken: list[str] = []  # the lines of the row at hand: a quoted cell may span several
-        reader = csv.reader(_noting(text, taken), strict=True)
+        lines = _Lines(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""))
+        reader = csv.reader(lines, strict=True)
         header = next((cells for cells in reader if cells), [])
         if len(set(header)) != len(header):
             raise DatasetError(f"{path}: the header names a column twice: {', '.join(header)}")
         if not all(is_utf8(name) for name in header):
             raise DatasetError(f"{path}: the header is not valid UTF-8")
         while True:
-            line = reader.line_num + 1
-            taken.clear()
+            line = lines.begin_row()
             error: str | None
             try:
-                cells = next(reader, None)
+                cells = next(reader)
+            except StopIteration:
+                return
             except csv.Error as problem:
-                cells, error = [], f"not valid CSV: {problem}"
+                error = f"not valid CSV: {problem}"
             else:
-                if cells is None:
-                    return
                 if not cells:
                     continue
-                error = _problem_of_cells(cells, len(header))
-            if error is not None:
-                raw = "".join(taken).rstrip("\r\n").encode("utf-8", "surrogateescape")
-                yield Record(line, {}, raw, error)
-            else:
+                error = _problem_of_cells(cells, header)
+            if error is None:
                 yield Record(line, {name: cell or None for name, cell in zip(header, cells, strict=True)})
+                continue
+            if lines.give_back():
+                error = f"not valid CSV: a quote that opens on line {line} is never closed"
+            raw = "".join(lines.taken).rstrip("\r\n").encode("utf-8", "surrogateescape")
+            yield Record(line, {}, raw, error)
 
 
-def _noting(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
-    for line in lines:
-        taken.append(line)
-        yield line
+_NEXT_QUOTE = re.compile(r'(?:^|([^"]))(?:"")*"(?!")')
+"""The first quote that is no half of an escaped one; the group is the character before it and quotes that touch it."""
+_BEFORE_CELL = (None, ",", "\r", "\n")
 
 
-def _problem_of_cells(cells: list[str], count: int) -> str | None:
-    if len(cells) != count:
-        return f"{len(cells)} cells, and the header has {count}"
-    return None if all(map(is_utf8, cells)) else "not valid UTF-8"
+class _Lines:
+    """The lines of a CSV file. A quote that is never closed takes the rows after it; they can be given back."""
+
+    def __init__(self, text: Iterator[str]) -> None:
+        self._text = text
+        self._given_back: deque[str] = deque()
+        self._before = 0
+        self._cut = False
+        self.taken: list[str] = []
+        """The lines of the row at hand."""
+
+    def begin_row(self) -> int:
+        """Forget the lines of the row before, and return the number of the next one."""
+        self._before += len(self.taken)
+        self._cut = False
+        self.taken.clear()
+        return self._before + 1
+
+    def give_back(self) -> bool:
+        """Give all but the first line back if that one left a quote open, and say whether it did."""
+        later = self.taken[1:]
+        quote = _NEXT_QUOTE.search("".join(later))
+        # Of a cell that is closed, the next quote ends it, after text; else it opens another cell, after a comma.
+        if not self._cut and (quote is None or quote[1] not in _BEFORE_CELL):
+            return False
+        self._given_back.extendleft(reversed(later))
+        del self.taken[1:]
+        return True
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        line = self._given_back.popleft() if self._given_back else next(self._text, None)
+        self._cut = line is None or len(self.taken) == MAX_ROW_LINES
+        if line is None:
+            raise StopIteration
+        if self._cut:
+            self._given_back.appendleft(line)
+            raise csv.Error(f"a row of more than {MAX_ROW_LINES} lines")
+        self.taken.append(line)
+        return line
+
+
+def _problem_of_cells(cells: list[str], header: list[str]) -> str | None:
+    if len(cells) != len(header):
+        return f"{len(cells)} cells, and the header has {len(header)}"
+    wrong = next((name for name, cell in zip(header, cells, strict=True) if not is_utf8(cell)), None)
+    return wrong and f"the column {wrong!r} is not valid UTF-8"
 
 
 def read_parquet(path: Path) -> Iterator[Record]:
@@ -172,15 +224,42 @@ def read_parquet(path: Path) -> Iterator[Record]:
     for batch in file.iter_batches(PARQUET_BATCH_ROWS):
         for i, cells in enumerate(zip(*map(_plain, batch.columns), strict=True)):
             number += 1
-            yield Record(number, dict(zip(names, cells, strict=True)), batch=(batch, i))
+            values = dict(zip(names, cells, strict=True))
+            bad = [name for name, cell in values.items() if isinstance(cell, _Unreadable)]
+            if bad:
+                raw = json.dumps(values, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+                yield Record(number, {}, raw, f"the column {bad[0]!r} cannot be read: {values[bad[0]].reason}")
+            else:
+                yield Record(number, values, batch=(batch, i))
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """A cell of which no value can be made."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"unreadable: {self.reason}"
 
 
 def _plain(column: pa.Array[Any]) -> list[Any]:
-    """Return an Arrow column as Python values; as text where Python has none, such as dates after the year 9999."""
+    """Return an Arrow column as Python values."""
     try:
         return list(column.to_pylist())
     except (ValueError, OverflowError):
-        return list(column.cast("string").to_pylist())
+        return [_plain_cell(cell) for cell in column]
+
+
+def _plain_cell(cell: pa.Scalar[Any]) -> Any:
+    """Return one value; as text where Python has none, such as dates after the year 9999."""
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError) as error:
+        try:
+            return cell.cast("string").as_py()
+        except Exception:  # text that is no UTF-8, lists of such dates
+            return _Unreadable(" ".join(str(error).split()))
 
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
@@ -302,7 +381,7 @@ class Dataset:
             self._check_columns(name, list(found), template)
         self._check_ids(np.array(id_hashes, np.int64))
         every = dict.fromkeys(name for found in columns.values() for name in found)
-        return Scan(len(id_hashes), unreadable, list(every), self._digest())
+        return Scan(len(id_hashes), unreadable, list(every), self.digest())
 
     def _check_types(self, file: Path, schema: pa.Schema, template: list[str] | None) -> None:
         allowed = {"id": "text or integers", "messages": "lists or JSON text", "sampling": "structs or JSON text"}
@@ -346,11 +425,19 @@ class Dataset:
                     )
                 seen[name] = row
 
-    def _digest(self) -> str:
+    def digest(self) -> str:
+        """Return a digest of all files.
+
+        Raises:
+            DatasetError: a file cannot be read.
+        """
         digest = hashlib.sha256()
         for file in self.files:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            try:
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+            except OSError as error:
+                raise DatasetError(f"{file} cannot be read: {error.strerror or error}") from error
         return f"sha256:{digest.hexdigest()[:32]}"
 
 

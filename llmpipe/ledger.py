@@ -2,6 +2,8 @@
 
 A completion counts as done once it is committed here; commits are made in small groups, each synced to disk. A process
 killed at any instant loses at most the group that was not committed, and starting again does those rows.
+
+SQLite notices damage to its own structure only, so every completion and fact carries a checksum of what it says.
 """
 
 from __future__ import annotations
@@ -9,22 +11,42 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import asdict, fields
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
 import filelock
+import orjson
 
 from llmpipe.exceptions import LedgerError
 from llmpipe.records import Completion
 
 FILE = "ledger.sqlite"
-VERSION = 1
+VERSION = 2
 COMMIT_EVERY_S = 0.5
 COMMIT_EVERY_ROWS = 2000
-_FIELDS = {f.name for f in fields(Completion)}
+_FIELDS = tuple(f.name for f in fields(Completion) if f.name not in ("request_id", "sample", "scores"))
+_values = attrgetter(*_FIELDS)
+_TABLES = (
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE completions (row INTEGER, sample INTEGER, data BLOB NOT NULL, crc INTEGER NOT NULL, "
+    "PRIMARY KEY (row, sample)) WITHOUT ROWID",
+    f"PRAGMA user_version = {VERSION}",
+)
+_OF_THE_DISK = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_READONLY,
+}
+"""Faults that leave the file as it was."""
 
 
 class Ledger:
@@ -42,7 +64,9 @@ class Ledger:
         self.path = directory / FILE
         self.noted = 0
         """Completions added since the ledger was opened."""
-        self._pending: list[tuple[int, int, bytes]] = []
+        self.alongside: Callable[[], dict[str, Any]] = dict
+        """Gives the facts that each commit notes with its completions."""
+        self._pending: list[tuple[int, int, bytes, int]] = []
         self._committed_at = time.monotonic()
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -56,35 +80,40 @@ class Ledger:
         except OSError as error:
             raise LedgerError(f"cannot write to the run directory {directory}: {error.strerror or error}") from error
         try:
-            self._open(fingerprint)
-        except (sqlite3.Error, ValueError) as error:
-            self.close()
-            raise LedgerError(
-                f"{self.path} is damaged or not a ledger ({error}); move it away to start again"
-            ) from error
+            with _faults_named(self.path):
+                self._db = sqlite3.connect(self.path, isolation_level=None)
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=FULL")
+                begun = self._db.execute("SELECT 1 FROM sqlite_schema").fetchone()
+            if begun:
+                self._check(fingerprint)
+            else:
+                self._create(fingerprint)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, fingerprint: dict[str, Any]) -> None:
-        self._db = sqlite3.connect(self.path, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    def _create(self, fingerprint: dict[str, Any]) -> None:
+        """Make the tables and note the fingerprint, all at once: a ledger has everything or nothing."""
+        with self._transaction():
+            for statement in _TABLES:
+                self._db.execute(statement)
+            self._note({"fingerprint": fingerprint})
+
+    def _check(self, fingerprint: dict[str, Any]) -> None:
+        """Refuse a ledger that is damaged or belongs to another run."""
+        (version,) = self._query("PRAGMA user_version")[0]
+        if version != VERSION:
+            raise LedgerError(f"{self.path} was written by another version of llmpipe; finish it with that one")
+        (found,) = self._query("PRAGMA quick_check(1)")[0]
         if found != "ok":
-            what = " ".join(found.split())
-            raise LedgerError(f"{self.path} is damaged ({what}); move it away to start again")
-        self._db.execute("CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS completions (row INTEGER, sample INTEGER, data BLOB NOT NULL, "
-            "PRIMARY KEY (row, sample)) WITHOUT ROWID"
-        )
+            raise _damaged(self.path, " ".join(found.split()))
+        for _ in self._verified():  # now, and not when hours of work have been added
+            pass
         known = self.get("fingerprint")
         if known is None:
-            self.set(version=VERSION, fingerprint=fingerprint)
-        elif self.get("version") != VERSION:
-            raise LedgerError(f"{self.path} was written by another version of llmpipe; finish it with that one")
-        elif known != json.loads(json.dumps(fingerprint)):
+            raise _damaged(self.path, "the fingerprint is gone")
+        if known != json.loads(json.dumps(fingerprint)):
             changes = "; ".join(differences(known, fingerprint))
             raise LedgerError(
                 f"{self.path.parent} holds a run of another configuration: {changes}. Use another hydra.run.dir"
@@ -94,9 +123,10 @@ class Ledger:
         """Note completions; they are committed within half a second of further work, or by `commit`."""
         for completion in completions:
             self.noted += 1
-            data = {name: value for name, value in asdict(completion).items() if value is not None}
-            del data["request_id"], data["sample"]
-            self._pending.append((completion.request_id, completion.sample, json.dumps(data).encode()))
+            values = zip(_FIELDS, _values(completion), strict=True)
+            data = _dump({name: value for name, value in values if value is not None})
+            row, sample = completion.request_id, completion.sample
+            self._pending.append((row, sample, data, _crc(data, row, sample)))
         if len(self._pending) >= COMMIT_EVERY_ROWS or time.monotonic() - self._committed_at >= COMMIT_EVERY_S:
             self.commit()
 
@@ -109,12 +139,13 @@ class Ledger:
         self._committed_at = time.monotonic()
         if not self._pending:
             return
-        self._write("INSERT OR REPLACE INTO completions VALUES (?, ?, ?)", self._pending)
+        with self._transaction():
+            self._db.executemany("INSERT OR REPLACE INTO completions VALUES (?, ?, ?, ?)", self._pending)
+            self._note(self.alongside())
         self._pending.clear()
 
     def done(self, first: int, last: int) -> dict[int, frozenset[int]]:
-        """Return the samples that are done of each row in [first, last]; rows without any are left out."""
-        self.commit()
+        """Return the samples of each row in [first, last] that were committed; rows without any are left out."""
         found: dict[int, set[int]] = {}
         for row, sample in self._query("SELECT row, sample FROM completions WHERE row BETWEEN ? AND ?", first, last):
             found.setdefault(row, set()).add(sample)
@@ -127,12 +158,15 @@ class Ledger:
             LedgerError: the file is damaged.
         """
         self.commit()
-        try:
-            for row, sample, data in self._db.execute("SELECT row, sample, data FROM completions ORDER BY row, sample"):
-                values = {name: value for name, value in json.loads(data).items() if name in _FIELDS}
-                yield Completion(row, sample, **{"text": None, **values})
-        except (sqlite3.Error, ValueError) as error:
-            raise LedgerError(f"{self.path} is damaged: {error}") from error
+        for row, sample, data in self._verified():
+            yield Completion(row, sample, **{"text": None, **_load(data)})
+
+    def _verified(self) -> Iterator[tuple[int, int, bytes]]:
+        with _faults_named(self.path):
+            for row, sample, data, crc in self._db.execute("SELECT * FROM completions ORDER BY row, sample"):
+                if not isinstance(data, bytes) or crc != _crc(data, row, sample):
+                    raise _damaged(self.path, f"row {row}, sample {sample} is not as it was written")
+                yield row, sample, data
 
     def count(self) -> int:
         """Return how many completions are noted."""
@@ -149,10 +183,24 @@ class Ledger:
         self.commit()
         return int(self._query("SELECT coalesce(max(sample), -1) FROM completions")[0][0]) + 1
 
+    def finish(self) -> None:
+        """Note that every row has its completions."""
+        self.set(complete=self.count())
+
+    def finished(self) -> bool:
+        """Say whether every row has its completions.
+
+        Raises:
+            LedgerError: it had, and some are gone.
+        """
+        complete = self.get("complete")
+        if complete is not None and complete != self.count():
+            raise _damaged(self.path, f"of {complete} answers {self.count()} are left")
+        return complete is not None
+
     def get(self, key: str) -> Any:
         """Return a noted fact about the run, or None."""
-        found = self._query("SELECT value FROM meta WHERE key = ?", key)
-        return json.loads(found[0][0]) if found else None
+        return _fact(self.path, key, self._query("SELECT value, crc FROM meta WHERE key = ?", key))
 
     def set(self, **facts: Any) -> None:
         """Note facts about the run, durably and all together.
@@ -160,13 +208,26 @@ class Ledger:
         Raises:
             LedgerError: the disk is full or cannot be written.
         """
-        self._write("INSERT OR REPLACE INTO meta VALUES (?, ?)", [(k, json.dumps(v)) for k, v in facts.items()])
+        with self._transaction():
+            self._note(facts)
+
+    def note_suspects(self, suspects: dict[int, int]) -> None:
+        """Note how often rows that may end the process have been tried, after all that is finished."""
+        self.commit()
+        self.set(suspects=list(suspects.items()))
+
+    def _note(self, facts: dict[str, Any]) -> None:
+        texts = ((key, json.dumps(value)) for key, value in facts.items())
+        rows = [(key, text, _crc(text.encode(), key)) for key, text in texts]
+        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", rows)
 
     def close(self) -> None:
         """Commit nothing, close the file, let others at the directory."""
-        if hasattr(self, "_db"):
-            self._db.close()
-        self._lock.release()
+        try:
+            if hasattr(self, "_db"):
+                self._db.close()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -175,18 +236,64 @@ class Ledger:
         self.close()
 
     def _query(self, sql: str, *values: Any) -> list[Any]:
-        try:
+        with _faults_named(self.path):
             return self._db.execute(sql, values).fetchall()
-        except sqlite3.Error as error:
-            raise LedgerError(f"{self.path} is damaged or cannot be read: {error}") from error
 
-    def _write(self, sql: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        """Write rows in one transaction, synced to disk."""
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Write all that happens inside, synced to disk, or nothing of it."""
+        with _faults_named(self.path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+
+
+class LedgerSnapshot(Ledger):
+    """What a ledger says at one moment, also while a run goes on. Takes no lock, waits for nobody, changes nothing.
+
+    Args:
+        directory: The run directory.
+        fingerprint: What is asked now, where the run must have been asked the same.
+
+    Raises:
+        LedgerError: the directory holds no run, or a damaged one, or one of another fingerprint.
+    """
+
+    def __init__(self, directory: Path, fingerprint: dict[str, Any] | None = None) -> None:
+        self.path = directory / FILE
+        with _faults_named(self.path):
+            self._db = _read_only(self.path)
         try:
-            with _Transaction(self._db):
-                self._db.executemany(sql, rows)
-        except sqlite3.Error as error:
-            raise LedgerError(f"cannot write to {self.path}: {error}; what was committed before is safe") from error
+            self._query("BEGIN")
+            if not self._query("SELECT 1 FROM sqlite_schema"):
+                raise LedgerError(f"{directory} holds no run yet: it has only just begun")
+            self._check(self.get("fingerprint") if fingerprint is None else fingerprint)
+        except BaseException:
+            self.close()
+            raise
+
+    def commit(self) -> None:
+        """Nothing is ever added here."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+
+def _read_only(path: Path) -> sqlite3.Connection:
+    """Open a ledger for reading; beside one at rest, SQLite would leave files of its own.
+
+    Raises:
+        LedgerError: there is none.
+    """
+    if not path.is_file():
+        raise LedgerError(f"{path.parent} is no run directory: there is no {FILE} in it")
+    mode = "mode=ro" if path.with_name(f"{FILE}-wal").exists() else "immutable=1"
+    return sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, isolation_level=None)
 
 
 def saved_arguments(directory: Path) -> list[str]:
@@ -196,33 +303,53 @@ def saved_arguments(directory: Path) -> list[str]:
         LedgerError: the directory holds no run, or a damaged one.
     """
     path = directory / FILE
-    if not path.is_file():
-        raise LedgerError(f"{directory} is no run directory: there is no {FILE} in it")
+    with _faults_named(path), closing(_read_only(path)) as db:
+        found = _fact(path, "arguments", db.execute("SELECT value, crc FROM meta WHERE key = 'arguments'").fetchall())
+    return [str(argument) for argument in found or []]
+
+
+def _fact(path: Path, key: str, found: list[tuple[str, int]]) -> Any:
+    """Return a fact as it was noted, from what the file says of it."""
+    if not found:
+        return None
+    value, crc = found[0]
+    if not isinstance(value, str) or crc != _crc(value.encode(), key):
+        raise _damaged(path, f"{key} is not as it was written")
+    return json.loads(value)
+
+
+def _crc(data: bytes, *key: object) -> int:
+    return zlib.crc32(data, zlib.crc32(b"%a" % (key,)))
+
+
+def _dump(values: dict[str, Any]) -> bytes:
     try:
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
-            found = db.execute("SELECT value FROM meta WHERE key = 'arguments'").fetchone()
-        return [] if found is None else [str(argument) for argument in json.loads(found[0])]
-    except (sqlite3.Error, ValueError) as error:
-        raise LedgerError(f"{path} is damaged or not a ledger ({error})") from error
+        return orjson.dumps(values)
+    except TypeError:  # half of a surrogate pair, which only an escape can hold
+        return json.dumps(values).encode()
 
 
-class _Transaction:
-    """BEGIN … COMMIT, or ROLLBACK where something failed."""
+def _load(data: bytes) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = orjson.loads(data)
+    except ValueError:
+        values = json.loads(data)
+    return values
 
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
 
-    def __enter__(self) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
+@contextmanager
+def _faults_named(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into one line; only a damaged file is to be moved away, not one on a full disk."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_THE_DISK:
+            raise LedgerError(f"cannot read or write {path}: {error}; what was committed before is safe") from error
+        raise _damaged(path, str(error)) from error
 
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        try:
-            self._db.execute("COMMIT" if kind is None else "ROLLBACK")
-        except sqlite3.Error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            if kind is None:
-                raise
+
+def _damaged(path: Path, what: str) -> LedgerError:
+    return LedgerError(f"{path} is damaged or not a ledger ({what}); move it away to start again")
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

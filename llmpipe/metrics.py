@@ -135,6 +135,11 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
     return {name: float(figure) for name, figure in zip(names, figures, strict=True)}
 
 
+def own_rss_bytes() -> int:
+    """Return the resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
 class MemorySampler:
     """Watches the resident memory of this process from a thread of its own, while its `with` block runs.
 
@@ -144,7 +149,8 @@ class MemorySampler:
 
     def __init__(self, interval_s: float) -> None:
         self._interval_s = interval_s
-        self._process = psutil.Process()
+        self.rss_bytes: Callable[[], int] = own_rss_bytes
+        """What is watched: this process, unless its user knows of others."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="llmpipe-memory", daemon=True)
         self._peak_bytes = 0
@@ -165,7 +171,7 @@ class MemorySampler:
         self._thread.join()
 
     def _look(self) -> None:
-        self._peak_bytes = max(self._peak_bytes, self._process.memory_info().rss)
+        self._peak_bytes = max(self._peak_bytes, self.rss_bytes())
 
     def _watch(self) -> None:
         while not self._over.wait(self._interval_s):

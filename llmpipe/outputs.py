@@ -1,6 +1,6 @@
 """Rows and their completions → the files of a run directory, in input order, whole or not at all.
 
-Each file is written under a temporary name, synced, then renamed. A row's own columns come out as they went in: text
+Files are written under temporary names, synced, then renamed. A row's own columns come out as they went in: text
 rows are spliced as they stand, Arrow columns are passed on as Arrow.
 
 To add a format: write a class like `JsonlWriter` and name it in `WRITERS`.
@@ -9,12 +9,11 @@ To add a format: write a class like `JsonlWriter` and name it in `WRITERS`.
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,9 +21,10 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import orjson
 
+from llmpipe.arrow_types import AS_JSON, infer_schema
 from llmpipe.config import OutputConfig, OutputFormat
-from llmpipe.exceptions import DatasetError, LLMError, MissingDependencyError
-from llmpipe.records import Completion, Row, is_utf8
+from llmpipe.exceptions import DatasetError, LedgerError, LLMError, MissingDependencyError
+from llmpipe.records import Completion, Row
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,8 +34,6 @@ METRICS_FILE = "metrics.json"
 ERRORS_FILE = "errors.jsonl"
 PARQUET_GROUP_ROWS = 8192
 ID = "id"
-AS_JSON = {b"llmpipe": b"json"}
-"""Metadata of a Parquet column whose values are JSON text."""
 
 COLUMNS = {
     "completion": "string",
@@ -158,7 +156,7 @@ class JsonlWriter:
         else:
             own = row.raw
         comma = b"," if own[1:-1].strip() else b""
-        self._file.write(own[:-1] + comma + dump_json(added)[1:] + b"\n")
+        self._file.write(own[:-1] + comma + _dump_added(added)[1:] + b"\n")
 
     def finish(self) -> None:
         """Nothing is held."""
@@ -242,115 +240,6 @@ WRITERS: dict[OutputFormat, type[Writer]] = {
 }
 
 
-# --- types of columns -------------------------------------------------------------------------------------------------
-
-MAX_TYPED_LEVELS, MAX_TYPED_FIELDS = 16, 256
-"""Values nested deeper, and objects with more different keys, are kept as JSON text."""
-
-Kind = Any
-"""What the JSON values of a column have in common: a key of `_ARROW`, `[kind of the items]`, or `{key: kind}`."""
-
-_ARROW = {"null": "null", "bool": "bool", "exact": "int64", "int": "int64", "float": "float64", "str": "string"}
-_WIDER = {frozenset({"exact", "int"}): "int", frozenset({"exact", "float"}): "float"}
-_SCALARS = {type(None): "null", bool: "bool", float: "float"}
-
-
-def infer_schema(rows: Iterable[Row]) -> pa.Schema:
-    """Return the Arrow schema that holds every row's own columns exactly.
-
-    Parquet rows have their types. A column of text rows that fits no Arrow type (numbers and text mixed, integers
-    beyond 64 bits, empty objects) is kept as JSON text, and its field says so in its metadata.
-    """
-    import pyarrow as pa
-
-    typed: dict[str, Any] = {}
-    kinds: dict[str, Kind] = {}
-    last_batch: Any = None
-    for row in rows:
-        if row.batch is None:
-            for name, value in row.values.items():
-                kinds[name] = _wider(kinds.get(name, "null"), _kind_of(value))
-        elif row.batch[0] is not last_batch:
-            last_batch = row.batch[0]
-            for field in last_batch.schema:
-                typed[field.name] = _unified(typed.get(field.name, pa.null()), field.type)
-    for name, kind in kinds.items():
-        typed[name] = _unified(typed.get(name, pa.null()), _arrow_type(kind))
-    return pa.schema([_field(name, kind) for name, kind in typed.items()])
-
-
-def _field(name: str, kind: Any) -> pa.Field[Any]:
-    import pyarrow as pa
-
-    if kind is None:
-        return pa.field(name, pa.string(), metadata=AS_JSON)
-    return pa.field(name, pa.string() if pa.types.is_null(kind) else kind)
-
-
-def _kind_of(value: Any, levels: int = MAX_TYPED_LEVELS) -> Kind:
-    """Return the kind of one JSON value; `json` is what no Arrow type holds."""
-    if isinstance(value, str):
-        return "str" if is_utf8(value) else "json"
-    if type(value) is int:
-        return "exact" if abs(value) <= 2**53 else "int" if -(2**63) <= value < 2**63 else "json"
-    if isinstance(value, (list, dict)) and not levels:
-        return "json"
-    if isinstance(value, list):
-        return [functools.reduce(_wider, (_kind_of(item, levels - 1) for item in value), "null")]
-    if isinstance(value, dict):
-        return {name: _kind_of(inner, levels - 1) for name, inner in value.items()}
-    return _SCALARS.get(type(value), "json")
-
-
-def _wider(one: Kind, other: Kind) -> Kind:
-    """Return the kind that holds both; integers that a float would round do not become floats."""
-    if one == other or other == "null":
-        return one
-    if one == "null":
-        return other
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one | {name: _wider(one.get(name, "null"), kind) for name, kind in other.items()}
-    if isinstance(one, list) and isinstance(other, list):
-        return [_wider(one[0], other[0])]
-    both_plain = isinstance(one, str) and isinstance(other, str)
-    return _WIDER.get(frozenset({one, other}), "json") if both_plain else "json"
-
-
-def _arrow_type(kind: Kind) -> Any:
-    """Return the Arrow type of a kind, or None where there is none that Parquet can hold."""
-    import pyarrow as pa
-
-    if isinstance(kind, list):
-        items = _arrow_type(kind[0])
-        return items and pa.list_(items)
-    if isinstance(kind, dict):
-        fields = {name: _arrow_type(inner) for name, inner in kind.items() if is_utf8(name)}
-        storable = len(fields) == len(kind) and 0 < len(fields) <= MAX_TYPED_FIELDS and None not in fields.values()
-        return pa.struct(list(fields.items())) if storable else None
-    return pa.type_for_alias(_ARROW[kind]) if kind in _ARROW else None
-
-
-def _unified(one: Any, other: Any) -> Any:
-    """Return the Arrow type that holds the values of both, or None where there is none."""
-    import pyarrow as pa
-
-    if one is None or other is None:
-        return None
-    if one == other or pa.types.is_null(other):
-        return one
-    if pa.types.is_null(one):
-        return other
-    one, other = (kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (one, other))
-    for is_kind in (pa.types.is_integer, pa.types.is_unsigned_integer, pa.types.is_binary):
-        if is_kind(one) != is_kind(other):
-            return None  # Arrow would round or guess
-    try:
-        schemas = [pa.schema([("", one)]), pa.schema([("", other)])]
-        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
-    except pa.ArrowException:
-        return None
-
-
 def dump_json(values: Any) -> bytes:
     """Write values as one line of JSON, exactly: integers of any size, NaN, Infinity; other types as text."""
     options: dict[str, Any] = {"separators": (",", ":"), "default": _json_default}
@@ -358,6 +247,13 @@ def dump_json(values: Any) -> bytes:
         return json.dumps(values, ensure_ascii=False, **options).encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
         return json.dumps(values, **options).encode("utf-8")
+
+
+def _dump_added(values: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(values)  # ten times faster, and exact for what llmpipe itself adds
+    except TypeError:  # half of a surrogate pair in an answer or an id
+        return dump_json(values)
 
 
 def _json_default(value: Any) -> Any:
@@ -371,28 +267,69 @@ def _json_default(value: Any) -> Any:
 # --- files of a run ---------------------------------------------------------------------------------------------------
 
 
+def output_file(config: OutputConfig) -> str:
+    """Return the name of the file with a run's answers."""
+    return f"outputs.{config.format.value}"
+
+
+def output_files(config: OutputConfig) -> tuple[str, str, str]:
+    """Return the names of the files that a run ends with."""
+    return output_file(config), ERRORS_FILE, METRICS_FILE
+
+
+def found_files(directory: Path, names: Iterable[str], known: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return the digest of each file that is there already, having made sure that it is the run's own.
+
+    Args:
+        directory: The run directory.
+        names: The files to look for, besides the known ones.
+        known: The digests that a file may have, by name.
+
+    Raises:
+        LedgerError: a file is of another origin or was changed.
+    """
+    there = {name: file_digest(directory / name) for name in {*names, *known} if os.path.lexists(directory / name)}
+    for name, digest in sorted(there.items()):
+        if name not in known:
+            raise LedgerError(f"{directory / name} is not of this run; move it away, or choose another hydra.run.dir")
+        if digest not in known[name]:
+            raise LedgerError(f"{directory / name} was changed since the run; move it away to have it written again")
+    return there
+
+
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that appears under its name complete and synced, or not at all.
+def new_files(directory: Path, names: Iterable[str]) -> Iterator[dict[str, IO[bytes]]]:
+    """Open files that get their names when the block ends without an error; `seal` them first.
 
     Raises:
         LLMError: the disk is full or cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporaries = {name: directory / f".{name}.tmp" for name in names}
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_directory(path.parent)
+        with ExitStack() as stack:
+            yield {name: stack.enter_context(_fresh(path)) for name, path in temporaries.items()}
+        for name, temporary in temporaries.items():
+            os.replace(temporary, directory / name)
+        _sync_directory(directory)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        # Files are written side by side, so it need not be this one that failed.
-        raise LLMError(f"cannot write to {path.parent}: {error.strerror or error}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        raise LLMError(f"cannot write to {directory}: {error.strerror or error}") from error
+    finally:
+        for temporary in temporaries.values():
+            with suppress(OSError):  # where nothing can be written, nothing can be removed
+                temporary.unlink(missing_ok=True)
+
+
+def _fresh(path: Path) -> IO[bytes]:
+    path.unlink(missing_ok=True)  # of a run that was killed
+    return path.open("xb")
+
+
+def seal(files: Mapping[str, IO[bytes]]) -> dict[str, str]:
+    """Make the content of open files durable, and return the digest of each."""
+    for file in files.values():
+        file.flush()
+        os.fsync(file.fileno())
+    return {name: file_digest(Path(file.name)) for name, file in files.items()}
 
 
 def _sync_directory(directory: Path) -> None:
@@ -405,41 +342,30 @@ def _sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def output_file(directory: Path, config: OutputConfig) -> Path:
-    """Return where a run's answers go."""
-    return directory / f"outputs.{config.format.value}"
-
-
-def write_outputs(
-    directory: Path,
+def write_answers(
+    files: Mapping[str, IO[bytes]],
     config: OutputConfig,
     layout: Layout,
     rows: Callable[[], Iterator[Row]],
     answered: Iterable[Answered],
-) -> dict[str, str]:
-    """Write the answers and `errors.jsonl`; return the digest of each file.
+) -> None:
+    """Write the answers, and the rows that failed to `errors.jsonl`.
 
     Args:
-        directory: The run directory.
+        files: The open files by name.
         config: Format of the answers.
         layout: Columns to add.
         rows: Reads the dataset anew.
         answered: Every output row, in order; read once.
-
-    Raises:
-        LLMError: a file cannot be written.
     """
-    path, errors = output_file(directory, config), directory / ERRORS_FILE
-    with atomic_file(path) as file, atomic_file(errors) as error_file:
-        writer = WRITERS[config.format](file, layout, rows)
-        try:
-            for one in answered:
-                writer.write(one)
-                if one.completion.error is not None:
-                    error_file.write(dump_json(_error_record(one, layout)) + b"\n")
-        finally:
-            writer.finish()
-    return {file.name: file_digest(file) for file in (path, errors)}
+    writer = WRITERS[config.format](files[output_file(config)], layout, rows)
+    try:
+        for one in answered:
+            writer.write(one)
+            if one.completion.error is not None:
+                files[ERRORS_FILE].write(dump_json(_error_record(one, layout)) + b"\n")
+    finally:
+        writer.finish()
 
 
 def _error_record(answered: Answered, layout: Layout) -> dict[str, Any]:
@@ -457,18 +383,22 @@ def _error_record(answered: Answered, layout: Layout) -> dict[str, Any]:
     }
 
 
-def write_metrics(directory: Path, metrics: dict[str, Any]) -> dict[str, str]:
-    """Write `metrics.json`; return its digest."""
-    path = directory / METRICS_FILE
-    with atomic_file(path) as file:
-        file.write(orjson.dumps(metrics, option=orjson.OPT_INDENT_2) + b"\n")
-    return {METRICS_FILE: file_digest(path)}
+def write_metrics(files: Mapping[str, IO[bytes]], metrics: dict[str, Any]) -> None:
+    """Write `metrics.json`."""
+    files[METRICS_FILE].write(orjson.dumps(metrics, option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a file.
+
+    Raises:
+        LLMError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise LLMError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 class RunFiles(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -12,24 +13,38 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from llmpipe.config import BackendConfig, RunConfig, answer_fields, conf_dir, describe, register_schemas
+from llmpipe.config import BackendConfig, OnError, RunConfig, answer_fields, conf_dir, describe, register_schemas
 from llmpipe.datasets import Dataset, Scan
-from llmpipe.exceptions import LedgerError, LLMConfigError, LLMError
-from llmpipe.ledger import Ledger
+from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError, LLMInferenceError
+from llmpipe.ledger import FILE, Ledger
 from llmpipe.metrics import MemorySampler, Totals, environment, scorers
-from llmpipe.outputs import Answered, Layout, file_digest, join, output_file, write_metrics, write_outputs
+from llmpipe.outputs import (
+    Answered,
+    Layout,
+    found_files,
+    join,
+    new_files,
+    output_file,
+    output_files,
+    seal,
+    write_answers,
+    write_metrics,
+)
 from llmpipe.prompts import PromptBuilder, template_columns
-from llmpipe.records import Request, failed
+from llmpipe.records import Completion, Request, Row, failed
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.factory import LLMRunnerFactory, check_trusted
+from llmpipe.runners.isolated import IsolatedRunner
 from llmpipe.runners.weights import content_digest, model_digest
 
 log = logging.getLogger(__name__)
 
-ROUNDING_OPTIONS = ("n_gpu_layers", "tensor_split", "batch_tokens", "micro_batch_tokens")
+ROUNDING_OPTIONS = ("n_gpu_layers", "tensor_split", "batching", "batch_tokens", "micro_batch_tokens")
 """Options that change an answer's last digits, and so count in reproducible mode only."""
 BLOCK_ROWS = 512
 """Rows that are looked up in the ledger together when a run is resumed."""
+RATED_FROM = 100
+"""Answers that must have been asked for before their error rate means anything."""
 
 Progress = Callable[[int, int, int], None]
 """Called with completions done, completions expected, and tokens generated so far."""
@@ -46,6 +61,18 @@ class RunInterrupted(LLMError):
     def __init__(self, directory: Path, signum: int) -> None:
         self.signum = signum
         super().__init__(f"interrupted by {signal.Signals(signum).name}; continue with: llmpipe resume={directory}")
+
+
+class RunStopped(LLMError):
+    """Error rows ended the run, as `on_error` or `max_error_rate` asked; they and what was finished are in the ledger.
+
+    Args:
+        directory: The run directory, which can be resumed; rows that are errors stay errors.
+        why: Which errors.
+    """
+
+    def __init__(self, directory: Path, why: str) -> None:
+        super().__init__(f"{why}. Errors stay recorded; to go on with the rows after them: llmpipe resume={directory}")
 
 
 def run(
@@ -65,114 +92,162 @@ def run(
     Raises:
         LLMConfigError, DatasetError, LLMInitializationError, LedgerError: the run cannot start; nothing was generated.
         LLMInferenceError: the runner failed; what was finished is in the ledger.
-        RunInterrupted: a signal ended the run; what was finished is in the ledger.
+        RunInterrupted, RunStopped: a signal or errors ended the run; what was finished is in the ledger.
     """
     directory = Path(directory)
-    dataset = Dataset(config.dataset)
-    check_trusted(_backend_values(config).get("_target_", "???"), config.trusted_modules)
-    scan = dataset.scan(None if config.prompt.template is None else template_columns(config.prompt.template))
-    _layout(config, scan, config.sampling.n).check(scan.columns)
-    scorers(config.metrics.scorers)
+    if config.plan or config.export is not None:
+        raise LLMConfigError("plan=true and export= generate nothing: call llmpipe.plan.plan or llmpipe.export.export")
+    dataset, scan = look_through(config)
+    if not (directory / FILE).exists():  # a fresh run: it leaves nothing where it may not write at its end
+        found_files(directory, output_files(config.output), {})
     with Ledger(directory, fingerprint(config, scan)) as ledger:
         if ledger.get("arguments") is None:
             ledger.set(arguments=list(arguments))
-        if not ledger.get("complete"):
+        if not ledger.finished():
+            found_files(directory, output_files(config.output), ledger.get("files") or {})
             generate(config, dataset, scan, ledger, directory, progress or (lambda *_: None))
         return conclude(config, dataset, scan, ledger, directory)
+
+
+def look_through(config: RunConfig) -> tuple[Dataset, Scan]:
+    """Refuse what can be refused before anything is loaded or written; return the dataset and what is in it.
+
+    Raises:
+        LLMConfigError, DatasetError: the run cannot start.
+    """
+    dataset = Dataset(config.dataset)
+    check_trusted(_backend_values(config).get("_target_", "???"), config.trusted_modules)
+    scan = dataset.scan(None if config.prompt.template is None else template_columns(config.prompt.template))
+    layout_of(config, scan, config.sampling.n).check(scan.columns)
+    scorers(config.metrics.scorers)
+    return dataset, scan
 
 
 def generate(
     config: RunConfig, dataset: Dataset, scan: Scan, ledger: Ledger, directory: Path, progress: Progress
 ) -> None:
     """Run every row that the ledger lacks."""
-    attempt = _Attempt(ledger)
+    errors = _Errors(config, rated_from=min(RATED_FROM, scan.rows))
     with (
         MemorySampler(config.metrics.memory_interval_s) as memory,
         LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules) as runner,
         _Signals() as signals,
     ):
-        chat = runner.is_chat(config.prompt.format)
-        if config.prompt.system is not None and not chat and config.dataset.columns.messages not in scan.columns:
-            raise LLMConfigError("prompt.system= needs chats, and these prompts go in raw: use prompt=chat, or drop it")
+        chat = runs_chats(config, scan, runner)
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
-        attempt.began(runner, prompt_format="chat" if chat else "raw")
+        attempt = _Attempt(ledger, runner, memory, prompt_format="chat" if chat else "raw")
         before, expected, tokens = ledger.count(), scan.rows * config.sampling.n, 0
-        completions = runner.completions(_requests(dataset, prompts, ledger, signals))
+        overtime, check = False, _watch(signals, config.run_timeout_s)
+        if isinstance(runner, IsolatedRunner):
+            runner.suspects = dict(ledger.get("suspects") or [])
+            runner.note = ledger.note_suspects
+            runner.check, memory.rss_bytes = check, runner.rss_bytes
+        completions = runner.completions(_requests(islice(dataset.rows(), scan.rows), prompts, ledger, signals, errors))
         try:
             for completion in completions:
                 ledger.add([completion])
+                errors.note(completion)
                 tokens += completion.completion_tokens or 0
                 progress(before + ledger.noted, expected, tokens)
-                if signals.received:
+                if errors.too_many():
                     break
+                check()
+        except _Overtime:
+            overtime = True
         finally:
             completions.close()  # type: ignore[attr-defined]
             ledger.commit()
-            attempt.ended(runner, memory.peak_rss_mb)
+            attempt.ended()
     if signals.received:
         raise RunInterrupted(directory, signals.received)
+    if overtime:
+        raise LLMInferenceError(
+            f"run_timeout_s={config.run_timeout_s} is over; continue with: llmpipe resume={directory}"
+        )
+    if errors.too_many():
+        raise RunStopped(directory, errors.verdict(dataset))
+    if dataset.digest() != scan.digest:
+        raise DatasetError("the dataset was changed while it was run: its answers are those of no one dataset")
     if ledger.rows() != scan.rows:
         raise LedgerError(
             f"{scan.rows} rows went in and {ledger.rows()} came out; this is a bug of llmpipe, please report it"
         )
-    ledger.set(complete=True)
+    ledger.finish()
 
 
-def _requests(dataset: Dataset, prompts: PromptBuilder, ledger: Ledger, signals: _Signals) -> Iterator[Request]:
+def runs_chats(config: RunConfig, scan: Scan, runner: BaseLLMRunner) -> bool:
+    """Say whether plain prompts become chats.
+
+    Raises:
+        LLMConfigError: the model has no chat template, and is asked for chats or for a system message.
+    """
+    chat = runner.is_chat(config.prompt.format)
+    if config.prompt.system is not None and not chat and config.dataset.columns.messages not in scan.columns:
+        raise LLMConfigError("prompt.system= needs chats, and these prompts go in raw: use prompt=chat, or drop it")
+    return chat
+
+
+def _requests(
+    rows: Iterator[Row], prompts: PromptBuilder, ledger: Ledger, signals: _Signals, errors: _Errors
+) -> Iterator[Request]:
     """Yield the requests for what is not done; rows that cannot be run go to the ledger at once."""
     resuming = ledger.count() > 0
-    rows = dataset.rows()
     while block := list(islice(rows, BLOCK_ROWS)):
         done = ledger.done(block[0].index, block[-1].index) if resuming else {}
         for row in block:
-            if signals.received:
+            if signals.received or errors.too_many():
                 return
             finished = done.get(row.index, frozenset())
             try:
                 request = prompts.build(row, finished)
             except (ValueError, RecursionError) as error:
                 if not finished:
-                    ledger.add([failed(row.index, str(error))])
+                    completion = failed(row.index, str(error))
+                    ledger.add([completion])
+                    errors.asked += 1
+                    errors.note(completion)
                 continue
             if request is not None:
+                errors.asked += len(request.samples)
                 yield request
 
 
 def conclude(config: RunConfig, dataset: Dataset, scan: Scan, ledger: Ledger, directory: Path) -> dict[str, Any]:
     """Write outputs and metrics from the ledger, unless they are there and whole."""
     wanted = {"output": describe(config.output), "metrics": describe(config.metrics)}
-    files: dict[str, str] = ledger.get("files") or {}
-    there = [name for name in files if (directory / name).is_file()]
-    for name in there:
-        if file_digest(directory / name) != files[name]:
-            raise LedgerError(f"{directory / name} was changed since the run; move it away to have it written again")
-    if there and len(there) == len(files) and ledger.get("written_as") == wanted:
+    names = output_files(config.output)
+    known: dict[str, list[str]] = ledger.get("files") or {}
+    there = found_files(directory, names, known)
+    if ledger.get("written_as") == wanted and all(there.get(name) == known[name][0] for name in names):
         return dict(ledger.get("summary"))
-    layout = _layout(config, scan, max(config.sampling.n, ledger.most_samples()))
+    layout = layout_of(config, scan, max(config.sampling.n, ledger.most_samples()))
     layout.check(scan.columns)
     totals = Totals()
-    answered = _scored(join(dataset.rows(), ledger.completions()), config, totals)
-    ledger.set(files={})  # if this is cut short, nothing is expected to be there
-    files = write_outputs(directory, config.output, layout, dataset.rows, answered)
-    metrics = {
-        **totals.summary(ledger.get("wall_s") or 0.0),
-        "load_s": ledger.get("load_s"),
-        "peak_rss_mb": ledger.get("peak_rss_mb"),
-        "peak_device_mb": ledger.get("peak_device_mb"),
-        "prompt_format": ledger.get("prompt_format"),
-        "seed": config.seed,
-        "model_digest": ledger.get("fingerprint")["model"],
-        "dataset_digest": scan.digest,
-        "runner": ledger.get("runner"),
-        "environment": environment(),
-        "output": output_file(directory, config.output).name,
-    }
-    files |= write_metrics(directory, metrics)
-    ledger.set(files=files, written_as=wanted, summary=metrics)
+    answered = scored(join(dataset.rows(), ledger.completions()), config, totals)
+    with new_files(directory, names) as files:
+        write_answers(files, config.output, layout, dataset.rows, answered)
+        metrics = {
+            **totals.summary(ledger.get("wall_s") or 0.0),
+            "load_s": ledger.get("load_s"),
+            "peak_rss_mb": ledger.get("peak_rss_mb"),
+            "peak_device_mb": ledger.get("peak_device_mb"),
+            "prompt_format": ledger.get("prompt_format"),
+            "seed": config.seed,
+            "model_digest": ledger.get("fingerprint")["model"],
+            "dataset_digest": scan.digest,
+            "runner": ledger.get("runner"),
+            "environment": environment(),
+            "output": output_file(config.output),
+        }
+        write_metrics(files, metrics)
+        # Known before they have their names, so that a run that is killed here knows them; until all have theirs,
+        # those of before may stand there.
+        new = {name: list(dict.fromkeys([digest, there.get(name, digest)])) for name, digest in seal(files).items()}
+        ledger.set(files=known | new, written_as=wanted, summary=metrics)
     return metrics
 
 
-def _scored(answered: Iterator[Answered], config: RunConfig, totals: Totals) -> Iterator[Answered]:
+def scored(answered: Iterator[Answered], config: RunConfig, totals: Totals) -> Iterator[Answered]:
     """Score each completion whose row has a reference, and count it."""
     chosen = scorers(config.metrics.scorers)
     for row, completion in answered:
@@ -185,7 +260,8 @@ def _scored(answered: Iterator[Answered], config: RunConfig, totals: Totals) -> 
         yield Answered(row, completion)
 
 
-def _layout(config: RunConfig, scan: Scan, samples: int) -> Layout:
+def layout_of(config: RunConfig, scan: Scan, samples: int) -> Layout:
+    """Return the columns that the answers gain, for rows of at most so many samples."""
     scored = config.dataset.columns.reference in scan.columns
     return Layout(
         prefix=config.output.prefix,
@@ -211,6 +287,7 @@ def fingerprint(config: RunConfig, scan: Scan) -> dict[str, Any]:
 def _backend_fingerprint(config: RunConfig) -> dict[str, Any]:
     values = _backend_values(config)
     if not str(values.get("_target_")).startswith("llmpipe."):  # nobody here knows what its options mean
+        values = {name: value for name, value in values.items() if name not in ("isolation", "row_timeout_s")}
         return {"model": values.get("model"), "backend": values}
     values = answer_fields(config.backend)
     model = values.pop("model", None)
@@ -230,24 +307,77 @@ def _backend_values(config: RunConfig) -> dict[str, Any]:
     return describe(config.backend) if isinstance(config.backend, BackendConfig) else dict(config.backend)
 
 
+class _Overtime(Exception):
+    """Nothing more is waited for."""
+
+
+def _watch(signals: _Signals, timeout_s: float | None) -> Callable[[], None]:
+    """Return what raises once nothing more is to be waited for."""
+    until = math.inf if timeout_s is None else time.monotonic() + timeout_s
+
+    def check() -> None:
+        if signals.received or time.monotonic() > until:
+            raise _Overtime
+
+    return check
+
+
 class _Attempt:
-    """Notes in the ledger what this attempt took, on top of the attempts before it."""
+    """Notes in the ledger what this attempt takes, on top of the attempts before it."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-        self._wall_before: float = ledger.get("wall_s") or 0.0
+    def __init__(self, ledger: Ledger, runner: BaseLLMRunner, memory: MemorySampler, prompt_format: str) -> None:
+        self._ledger, self._runner, self._memory = ledger, runner, memory
+        self._before = {name: ledger.get(name) or 0.0 for name in ("wall_s", "peak_rss_mb", "peak_device_mb")}
+        ledger.set(load_s=runner.load_s, prompt_format=prompt_format)
         self._started = time.perf_counter()
+        ledger.alongside = self._figures  # so that an attempt that is killed counts too
 
-    def began(self, runner: BaseLLMRunner, prompt_format: str) -> None:
-        self._started = time.perf_counter()
-        self._ledger.set(load_s=runner.load_s, prompt_format=prompt_format)
-
-    def ended(self, runner: BaseLLMRunner, peak_rss_mb: float) -> None:
-        peaks = {"peak_rss_mb": peak_rss_mb, "peak_device_mb": runner.memory_usage()["peak_device_mb"]}
-        known = {
-            name: max(filter(None, (value, self._ledger.get(name))), default=None) for name, value in peaks.items()
+    def _figures(self) -> dict[str, Any]:
+        return {
+            "wall_s": self._before["wall_s"] + time.perf_counter() - self._started,
+            "peak_rss_mb": max(self._before["peak_rss_mb"], self._memory.peak_rss_mb),
         }
-        self._ledger.set(runner=runner.info(), wall_s=self._wall_before + time.perf_counter() - self._started, **known)
+
+    def ended(self) -> None:
+        device = self._runner.memory_usage()["peak_device_mb"] or 0.0
+        peak = max(self._before["peak_device_mb"], device) or None
+        self._ledger.set(runner=self._runner.info(), peak_device_mb=peak, **self._figures())
+
+
+class _Errors:
+    """Counts error rows, of this attempt alone, and says when they end the run."""
+
+    def __init__(self, config: RunConfig, rated_from: int) -> None:
+        self._stops = config.on_error is OnError.stop
+        self._max_rate = config.max_error_rate
+        self._rated_from = rated_from
+        self.asked = 0
+        """Answers asked for; those still under way count as good, so that no early error is given undue weight."""
+        self._count = 0
+        self._last: Completion | None = None
+
+    def note(self, completion: Completion) -> None:
+        if completion.error is not None:
+            self._count += 1
+            self._last = completion
+
+    def too_many(self) -> bool:
+        if self._stops:
+            return self._count > 0
+        if self._max_rate is None or self.asked < self._rated_from:
+            return False
+        return self._count > self._max_rate * self.asked
+
+    def verdict(self, dataset: Dataset) -> str:
+        """Say why the run ended; the row is looked up in the dataset."""
+        assert self._last is not None
+        row = next(islice(dataset.rows(), self._last.request_id, None))
+        last = f"{row.file} line {row.line}: {self._last.error}"
+        if self._stops:
+            return f"on_error=stop, and there is an error: {last}"
+        return (
+            f"{self._count} of {self.asked} answers are errors, over max_error_rate={self._max_rate}; the last: {last}"
+        )
 
 
 class _Signals:

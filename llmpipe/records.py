@@ -37,6 +37,11 @@ def is_utf8(text: str) -> bool:
     return True
 
 
+def harmless(text: str) -> str:
+    r"""Return text in which what a terminal would obey, or not show, is spelt out, such as `\x1b`."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row of the dataset, readable or not."""
@@ -105,6 +110,8 @@ class Chunk:
     """Generated tokens, the end token not counted."""
     started_at: float | None = None
     """`time.perf_counter()` at which the runner began to work on the sample."""
+    restarts: bool = False
+    """The sample is begun again: the text before this chunk does not count."""
 
 
 @dataclass(slots=True)
@@ -160,6 +167,9 @@ class Stopwatch:
         if key not in self._open:
             self._open[key] = (Completion(*key), [])
         completion, texts = self._open[key]
+        if chunk.restarts:
+            texts.clear()
+            completion.first_token_s = None
         if chunk.text:
             texts.append(chunk.text)
         if completion.first_token_s is None and (chunk.text or chunk.finish_reason):

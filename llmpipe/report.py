@@ -1,10 +1,11 @@
-"""Metrics → what a person sees in the terminal: a progress bar, a table for a run, a table for a sweep.
+"""Metrics → what a person sees in the terminal: a progress bar, a table for a run, for a plan, for a sweep.
 
-Shows figures and paths only; no generated text reaches the terminal from here.
+No generated text reaches the terminal from here; of a plan's prompts, what a terminal would obey is spelt out.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+from llmpipe.records import harmless
+
+BAR_WIDTH = 40
 
 
 class ProgressBar:
@@ -54,15 +60,43 @@ class ProgressBar:
 
 def show_summary(metrics: dict[str, Any], directory: Path) -> None:
     """Print the figures of one run and where its files are."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in _figures(metrics):
-        table.add_row(name, value)
     console = _console()
-    console.print(table)
+    console.print(_table(_figures(metrics)))
     console.print()
     for name in (metrics["output"], "metrics.json", "errors.jsonl"):
         if name != "errors.jsonl" or metrics["rows_error"]:
             console.print(str(_short(directory / name)), markup=False, highlight=False)
+
+
+def show_plan(found: dict[str, Any], directory: Path) -> None:
+    """Print what a run would do and take."""
+    console = _console()
+    console.print(_table(_plan_figures(found)))
+    for row in found["errors"]:
+        _say(console, f"  {row['file']} line {row['line']}: {row['reason']}")
+    if found["rows_error"] > len(found["errors"]):
+        _say(console, f"  and {found['rows_error'] - len(found['errors'])} more")
+    if found["prompt_tokens_histogram"]:
+        _say(console, "\nprompt tokens")
+        most = max(one["rows"] for one in found["prompt_tokens_histogram"])
+        for one in found["prompt_tokens_histogram"]:
+            bar = "█" * -(-one["rows"] * BAR_WIDTH // most)
+            _say(console, f"  {one['from']:>9,} to {one['to']:<9,} {one['rows']:>9,} {bar}".rstrip())
+        _say(console, "\nlongest rows")
+        for row in found["longest"]:
+            tokens = f"{row['prompt_tokens']:,} prompt tokens, up to {row['max_tokens']:,} generated"
+            _say(console, f"  {row['file']} line {row['line']} ({row['id']}): {tokens}")
+    for row in found["prompts"]:
+        cut = f" (the first {len(row['text']):,} of {row['characters']:,} characters)"
+        _say(console, f"\nprompt of {row['id']}{cut if row['characters'] > len(row['text']) else ''}")
+        _say(console, row["text"])
+    if found["rows_done"] is None:
+        _say(console, f"\n{_short(directory / 'plan.json')}")
+
+
+def show_export(path: Path, rows: int, of: int) -> None:
+    """Say how much of a run was written, and where."""
+    _say(_console(), f"{rows:,} of {of:,} rows\n{_short(path)}")
 
 
 def show_comparison(jobs: Sequence[tuple[list[str], dict[str, Any]]]) -> None:
@@ -84,6 +118,41 @@ def show_comparison(jobs: Sequence[tuple[list[str], dict[str, Any]]]) -> None:
             _number(m["peak_rss_mb"], "{:,.0f}"),
         )
     _console().print(table)
+
+
+def _plan_figures(p: dict[str, Any]) -> list[tuple[str, str]]:
+    model, tokens, sizes, memory = p["model"], p["prompt_tokens"], p["sizes"], p["memory_mb"]
+    place = f": {model['model_type']} on {model['device']}, not loaded" if sizes else ""
+    figures = [("model", f"{model['model']}{place}"), ("prompts", p["prompt_format"])]
+    figures.append(("rows", f"{p['rows']:,} ({p['rows_ok']:,} ok, {p['rows_error']:,} errors)"))
+    if p["rows_done"] is not None:
+        figures.append(("done", f"{p['rows_done']:,} of them, in the run that is there"))
+    figures.append(("ids", f"unique, {p['rows_without_id']:,} by position"))
+    if tokens is None:
+        figures.append(("prompt tokens", "unknown without the weights"))
+    else:
+        shares = ", ".join(f"{name} {tokens[name]:,.0f}" for name in ("p50", "p90", "p99", "max"))
+        sampled = f", in {p['counted_rows']:,} rows: 1 of {p['counted_every']}" if p["counted_every"] > 1 else ""
+        figures.append(("prompt tokens", f"{tokens['total']:,}{sampled}; {shares}"))
+    if "context" in model:
+        figures.append(("context", f"{model['context']:,} tokens, {p['rows_over_context']:,} rows over it"))
+    if sizes:
+        slots = f"{sizes['slots']} of {sizes['slot_tokens']:,} tokens, {sizes['prefix_slots']} for shared prefixes"
+        figures += [("slots", slots), *(("", reason) for reason in sizes["reasons"])]
+        needed = [f"{_number(memory[name], '{:,.0f}')} MB {name}" for name in ("weights", "cache", "total")]
+        figures.append(("memory", f"about {needed[0]} and {needed[1]}: {needed[2]}"))
+    return figures
+
+
+def _table(figures: Sequence[tuple[str, str]]) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in figures:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _figures(m: dict[str, Any]) -> list[tuple[str, str]]:
@@ -135,3 +204,11 @@ def _short(path: Path) -> Path:
         return path.resolve().relative_to(Path.cwd())
     except ValueError:
         return path
+
+
+class TerminalFormatter(logging.Formatter):
+    """Formats the log for a terminal, which must not obey what a model or a dataset says."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record's text."""
+        return harmless(super().format(record))

@@ -14,6 +14,15 @@ from llmpipe import BaseLLMRunner, LLMRunnerFactory, RunConfig, compose
 BACKENDS = ["llama_cpp", "transformers"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep what is remembered of models away from the user's own cache."""
+    directory = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(directory))
+        yield directory
+
+
 @pytest.fixture(scope="session")
 def llama_cpp_runner() -> Iterator[BaseLLMRunner]:
     with LLMRunnerFactory.create_runner({"backend": "llama_cpp", "temperature": 0.0, "threads": 1}) as runner:

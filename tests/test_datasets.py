@@ -142,7 +142,7 @@ def test_a_bad_csv_row_is_an_error_row_as_it_stands_between_unchanged_neighbours
     ]
     assert [row.error.split(":")[0] for row in rows if row.error] == [
         "3 cells, and the header has 2",
-        "not valid UTF-8",
+        "the column 'prompt' is not valid UTF-8",
         "not valid CSV",
         "not valid CSV",
     ]

@@ -30,10 +30,10 @@ def in_another_process(code: str, directory: Path) -> subprocess.Popen[str]:
 def test_completions_come_back_as_they_were_by_row_and_sample(tmp_path: Path) -> None:
     full = Completion(1, 1, "é\u2028\0\ud800", "stop", 3, 1, 2, 4, 0.1, 0.25, 1 / 3, None)
     with Ledger(tmp_path, ASKED) as ledger:
-        ledger.add([failed(2, "why\n"), full, Completion(1, 0, "", "length")])
+        ledger.add([failed(2, "why\n"), full, Completion(1, 0, "\0é", "length")])
         ledger.commit()
     with Ledger(tmp_path, ASKED) as ledger:
-        assert list(ledger.completions()) == [Completion(1, 0, "", "length"), full, failed(2, "why\n")]
+        assert list(ledger.completions()) == [Completion(1, 0, "\0é", "length"), full, failed(2, "why\n")]
         assert (ledger.count(), ledger.rows(), ledger.most_samples()) == (3, 2, 2)
         assert ledger.done(0, 1) == {1: frozenset({0, 1})}
         assert ledger.done(2, 99) == {2: frozenset({0})}
@@ -146,11 +146,14 @@ def damaged(directory: Path, what: str) -> Path:
         data = bytearray(b"this is no database\n" * 100)
     elif what == "pages":
         data[8192:24576] = b"\xa5" * 16384
+    elif what == "rows":  # a page full of rows that says it has one row less
+        page = next(at for at in range(8192, len(data), 4096) if data[at] == 10 and data[at + 4] > 9)
+        data[page + 4] -= 1
     path.write_bytes(data)
     return path
 
 
-@pytest.mark.parametrize("what", ["cut", "text", "pages"])
+@pytest.mark.parametrize("what", ["cut", "text", "pages", "rows"])
 def test_a_damaged_ledger_is_refused_by_name_and_left_as_it_is(tmp_path: Path, what: str) -> None:
     path = damaged(tmp_path, what)
     before = path.read_bytes()
@@ -161,29 +164,67 @@ def test_a_damaged_ledger_is_refused_by_name_and_left_as_it_is(tmp_path: Path, w
     Ledger(tmp_path, ASKED).close()  # the lock was given back
 
 
-@pytest.mark.parametrize("statement", ["UPDATE completions SET data = X'7B'", "UPDATE completions SET data = X'FF'"])
-def test_a_damaged_completion_is_found_when_it_is_read(tmp_path: Path, statement: str) -> None:
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE completions SET data = replace(data, 'text 7t', 'text 8t')",
+        "UPDATE completions SET data = X'FF' WHERE row = 7",
+        "UPDATE completions SET row = 1000 WHERE row = 7",
+        "UPDATE completions SET sample = 1 WHERE row = 7",
+        "UPDATE meta SET value = replace(value, '0.0', '0.1') WHERE key = 'fingerprint'",
+        "UPDATE meta SET value = '{' WHERE key = 'fingerprint'",
+        "UPDATE meta SET key = 'print' WHERE key = 'fingerprint'",
+        "DELETE FROM meta",
+        "DROP TABLE meta",
+        "DROP TABLE completions",
+    ],
+)
+def test_a_ledger_that_says_other_things_than_were_written_is_refused(tmp_path: Path, statement: str) -> None:
     path = damaged(tmp_path, "not")
     with sqlite3.connect(path) as db:
-        db.execute(statement)
-    with Ledger(tmp_path, ASKED) as ledger, pytest.raises(LedgerError, match=r"ledger\.sqlite is damaged"):
-        list(ledger.completions())
-
-
-def test_damaged_facts_are_refused(tmp_path: Path) -> None:
-    path = damaged(tmp_path, "not")
-    with sqlite3.connect(path) as db:
-        db.execute("UPDATE meta SET value = '{' WHERE key = 'fingerprint'")
-        db.execute("INSERT INTO meta VALUES ('arguments', '{')")
-    with pytest.raises(LedgerError, match="damaged"):
+        assert db.execute(statement).rowcount
+    with pytest.raises(LedgerError, match=r"ledger\.sqlite is damaged.*move it away to start again"):
         Ledger(tmp_path, ASKED)
+
+
+def test_damage_while_the_ledger_is_open_is_found_when_it_is_read(tmp_path: Path) -> None:
+    with Ledger(tmp_path, ASKED) as ledger:
+        ledger.add([Completion(0, text="one")])
+        ledger.finish()
+        with sqlite3.connect(tmp_path / FILE) as db:
+            db.execute("UPDATE completions SET data = replace(data, 'one', 'two')")
+        with pytest.raises(LedgerError, match=r"ledger\.sqlite is damaged.*row 0, sample 0"):
+            list(ledger.completions())
+        assert ledger.finished()
+        with sqlite3.connect(tmp_path / FILE) as db:
+            db.execute("DELETE FROM completions")
+        with pytest.raises(LedgerError, match="of 1 answers 0 are left"):
+            ledger.finished()
+
+
+def test_damaged_arguments_are_refused(tmp_path: Path) -> None:
+    with Ledger(tmp_path, ASKED) as ledger:
+        ledger.set(arguments=["seed=1"])
+    with sqlite3.connect(tmp_path / FILE) as db:
+        db.execute("UPDATE meta SET value = replace(value, '1', '2') WHERE key = 'arguments'")
     with pytest.raises(LedgerError, match="damaged"):
         saved_arguments(tmp_path)
 
 
-def test_a_ledger_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_each_commit_is_synced_and_notes_the_facts_beside_it(tmp_path: Path) -> None:
     with Ledger(tmp_path, ASKED) as ledger:
-        ledger.set(version=0)
+        assert ledger._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+        ledger.alongside = lambda: {"wall_s": 1.5}
+        ledger.add([Completion(0)])
+        ledger.commit()
+        with sqlite3.connect(tmp_path / FILE) as other:
+            assert other.execute("SELECT value FROM meta WHERE key = 'wall_s'").fetchone() == ("1.5",)
+
+
+def test_a_ledger_of_another_version_is_refused(tmp_path: Path) -> None:
+    Ledger(tmp_path, ASKED).close()
+    with sqlite3.connect(tmp_path / FILE) as db:
+        db.execute("PRAGMA user_version = 1")
     with pytest.raises(LedgerError, match="another version of llmpipe"):
         Ledger(tmp_path, ASKED)
 
@@ -200,7 +241,7 @@ def test_a_full_disk_is_reported_and_what_was_committed_is_safe(tmp_path: Path) 
     ledger.commit()
     pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
     ledger._db.execute(f"PRAGMA max_page_count = {pages}")  # as if the disk ended here
-    with pytest.raises(LedgerError, match="cannot write to .*what was committed before is safe"):
+    with pytest.raises(LedgerError, match="cannot read or write .*what was committed before is safe"):
         ledger.add(Completion(i, text="x" * 1000) for i in range(1, COMMIT_EVERY_ROWS + 1))
     ledger.close()
     with Ledger(tmp_path, ASKED) as reopened:

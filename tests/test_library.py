@@ -318,7 +318,10 @@ def test_a_wrong_configuration_is_refused_in_one_line(config: dict[str, Any], sa
         ({"device": "mps"}, "use device=cpu"),
         ({"device": "cuda", "backend": "transformers"}, "use one of auto, cpu"),
         ({"device": "mps", "backend": "transformers"}, "use one of auto, cpu"),
-        ({"model_path": str(BUNDLED_DIR / "tiny-chat.gguf"), "backend": "transformers"}, "use backend=llama_cpp"),
+        (
+            {"model_path": str(BUNDLED_DIR / "model.safetensors"), "backend": "transformers"},
+            "takes a directory, a GGUF",
+        ),
         ({"model_path": str(BUNDLED_DIR / "model.safetensors")}, "use backend=transformers"),
         ({"slots": 100_000}, "backend.slots=100000 is more than"),
     ],

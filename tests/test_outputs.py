@@ -19,20 +19,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import llmpipe
+from llmpipe.arrow_types import infer_schema
 from llmpipe.config import DatasetConfig, OutputConfig, OutputFormat
 from llmpipe.datasets import Dataset
-from llmpipe.exceptions import DatasetError, LLMError
+from llmpipe.exceptions import DatasetError, LedgerError, LLMError
 from llmpipe.outputs import (
     COLUMNS,
     METRICS_FILE,
     Answered,
     Layout,
-    atomic_file,
-    infer_schema,
+    found_files,
     join,
+    new_files,
+    output_files,
     read_run,
+    seal,
+    write_answers,
     write_metrics,
-    write_outputs,
 )
 from llmpipe.records import Completion, Row, failed
 
@@ -50,7 +53,9 @@ def write(directory: Path, *files: Path, format: str = "jsonl", layout: Layout =
 
     directory.mkdir(exist_ok=True)
     config = OutputConfig(format=OutputFormat(format))
-    write_outputs(directory, config, layout, dataset.rows, answered())
+    with new_files(directory, output_files(config)) as files:
+        write_answers(files, config, layout, dataset.rows, answered())
+        write_metrics(files, {"output": f"outputs.{format}"})
     return directory / f"outputs.{format}"
 
 
@@ -118,7 +123,6 @@ def test_rows_without_an_id_are_given_one_where_others_have_theirs(
 ) -> None:
     path = write_jsonl({"id": "own", "p": 1}, {"p": 2}, {"id": None, "p": 3}, b"{bad", {"id": 7, "p": 4})
     write(tmp_path / "run", path, format=format, layout=own_id())
-    write_metrics(tmp_path / "run", {"output": f"outputs.{format}"})
     rows = read_run(tmp_path / "run").rows
     assert list(map(str, rows["id"])) == ["own", "row-1", "row-2", "row-3", "7"]
     assert rows["p"].dropna().tolist() == [1, 2, 3, 4]
@@ -223,7 +227,6 @@ def test_parquet_files_whose_types_differ_are_joined_without_losing_a_value(tmp_
         pq.write_table(pa.table(columns), tmp_path / name)
         files.append(tmp_path / name)
     write(tmp_path / "run", *files, format="parquet")
-    write_metrics(tmp_path / "run", {"output": "outputs.parquet"})
     rows = read_run(tmp_path / "run").rows
     assert rows["widened"].tolist() == [1, 2**40]
     assert rows["text"].tolist() == rows["category"].tolist() == ["x", "y"]
@@ -238,7 +241,6 @@ def test_files_of_several_types_make_one_output(tmp_path: Path, write_jsonl: Cal
     pq.write_table(pa.table({"prompt": ["a"], "n": pa.array([1], pa.int32()), "own": [0.5]}), tmp_path / "a.parquet")
     text = write_jsonl({"prompt": "b", "n": 2, "text": "x"})
     write(tmp_path / "run", tmp_path / "a.parquet", text, format=format)
-    write_metrics(tmp_path / "run", {"output": f"outputs.{format}"})
     rows = read_run(tmp_path / "run").rows
     assert (rows["prompt"].tolist(), rows["n"].tolist()) == (["a", "b"], [1, 2])
     assert (rows["own"].tolist()[0], rows["text"].tolist()[1]) == (0.5, "x")
@@ -307,8 +309,7 @@ def test_added_columns_have_their_types_even_where_all_is_null(
 def test_an_empty_parquet_file_gives_an_empty_output(tmp_path: Path, format: str) -> None:
     none = pa.array([], pa.string())
     pq.write_table(pa.table({"prompt": none, "id": none}), tmp_path / "a.parquet")
-    out = write(tmp_path / "run", tmp_path / "a.parquet", format=format, layout=own_id())
-    write_metrics(tmp_path / "run", {"output": out.name})
+    write(tmp_path / "run", tmp_path / "a.parquet", format=format, layout=own_id())
     assert len(read_run(tmp_path / "run").rows) == 0
 
 
@@ -437,19 +438,60 @@ def test_rows_and_completions_are_joined_in_order_and_a_gap_is_an_error() -> Non
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_bytes(b"before")
-    with pytest.raises(RuntimeError), atomic_file(path) as file:
-        file.write(b"half")
-        raise RuntimeError
-    with pytest.raises(LLMError, match="cannot write to .*: No space left"), atomic_file(path) as file:
-        raise OSError(28, "No space left on device")
-    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [("a", b"before")]
-    with atomic_file(path) as file:
-        file.write(b"after")
-        assert path.read_bytes() == b"before"
-    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [("a", b"after")]
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_files_appear_together_and_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"before")
+    for error, expected in ((RuntimeError(), RuntimeError), (OSError(28, "No space left on device"), LLMError)):
+        with pytest.raises(expected) as caught, new_files(tmp_path, ["a", "b"]) as files:
+            files["a"].write(b"half")
+            raise error
+        assert content(tmp_path) == {"a": b"before"}
+    assert str(caught.value) == f"cannot write to {tmp_path}: No space left on device"
+    (tmp_path / ".b.tmp").write_bytes(b"of a run that was killed")
+    with new_files(tmp_path, ["a", "b"]) as files:
+        files["a"].write(b"after")
+        digests = seal(files)
+        assert (tmp_path / "a").read_bytes() == b"before" and not (tmp_path / "b").exists()
+    assert content(tmp_path) == {"a": b"after", "b": b""}
+    assert found_files(tmp_path, ["c"], {name: [digest] for name, digest in digests.items()}) == digests
+
+
+def test_a_directory_that_turns_read_only_is_named_although_nothing_can_be_removed_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with pytest.raises(LLMError, match="cannot write to .*: Read-only file system"), new_files(tmp_path, ["a"]):
+        monkeypatch.setattr(Path, "unlink", refuse)
+        monkeypatch.setattr("os.replace", refuse)
+
+
+def test_nothing_is_written_through_a_link_that_lies_in_the_way(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".a.tmp").symlink_to(outside)
+    with new_files(tmp_path / "run", ["a"]) as files:
+        files["a"].write(b"answers")
+    assert (outside.read_bytes(), content(tmp_path / "run")) == (b"mine", {"a": b"answers"})
+
+
+def test_files_of_another_origin_and_changed_ones_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    known = {"a": ["0" * 64]}
+    with pytest.raises(LedgerError, match="a is not of this run; move it away, or choose another hydra.run.dir"):
+        found_files(tmp_path, ["a"], {})
+    with pytest.raises(LedgerError, match="a was changed since the run; move it away to have it written again"):
+        found_files(tmp_path, [], known)
+    (tmp_path / "a").unlink()
+    assert found_files(tmp_path, ["a"], known) == {}
+    (tmp_path / "a").mkdir()
+    with pytest.raises(LLMError, match="cannot read .*a: Is a directory"):
+        found_files(tmp_path, ["a"], known)
 
 
 def test_a_writer_that_fails_leaves_no_file(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
@@ -461,8 +503,12 @@ def test_a_writer_that_fails_leaves_no_file(tmp_path: Path, write_jsonl: Callabl
         raise LLMError("the ledger is damaged")
 
     for kind in OutputFormat:
-        with pytest.raises(LLMError, match="the ledger is damaged"):
-            write_outputs(tmp_path / "run", OutputConfig(kind), PLAIN, rows, answered())
+        config = OutputConfig(kind)
+        with (
+            pytest.raises(LLMError, match="the ledger is damaged"),
+            new_files(tmp_path / "run", output_files(config)) as f,
+        ):
+            write_answers(f, config, PLAIN, rows, answered())
         assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -482,7 +528,6 @@ def test_a_directory_without_a_finished_run_is_refused_naming_what_lacks(
 ) -> None:
     with pytest.raises(LLMError, match=f"holds no finished run: there is no {METRICS_FILE}"):
         llmpipe.read_run(tmp_path)
-    write_metrics(tmp_path, {"output": "outputs.parquet"})
-    write(tmp_path, write_jsonl({"prompt": "a"}))  # outputs.jsonl is of another run
-    with pytest.raises(LLMError, match=r"there is no outputs\.parquet"):
+    write(tmp_path, write_jsonl({"prompt": "a"})).unlink()
+    with pytest.raises(LLMError, match=r"there is no outputs\.jsonl"):
         llmpipe.read_run(tmp_path)

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import Any, ClassVar, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import psutil
 
@@ -35,6 +35,9 @@ from llmpipe.records import Chunk, Completion, Message, Request, complete, deriv
 from llmpipe.runners.chat import ChatTemplateError
 from llmpipe.runners.decoding import StopStrings
 from llmpipe.runners.openai_format import chat_chunks, chat_completion
+
+if TYPE_CHECKING:
+    from llmpipe.runners.preview import Preview
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ class BaseLLMRunner(ABC):
         config: A backend config, a flat `ModelConfig`, or a dictionary of the backend's options.
         device: Where to run; by default the best device there is.
         sampling: What the conveniences use where a call does not say otherwise.
+        weights: Whether to load them. Without, the runner renders and encodes prompts, and `preview` tells of it.
 
     Raises:
         LLMConfigError: an option is unknown or out of range.
@@ -71,6 +75,7 @@ class BaseLLMRunner(ABC):
         config: BackendConfig | ModelConfig | Mapping[str, Any],
         device: DeviceConfig | DeviceType | str | None = None,
         sampling: SamplingConfig | None = None,
+        weights: bool = True,
     ) -> None:
         if isinstance(config, ModelConfig):
             device = device or config.device
@@ -88,7 +93,9 @@ class BaseLLMRunner(ABC):
         self._lock = threading.Lock()
         self._holder: int | None = None
         self._open_stream: weakref.ref[Generator[Any]] | None = None
-        self._load()
+        self.preview: Preview | None = None
+        """What is known without the weights, where they are not loaded and the backend can say."""
+        self._load(weights)
 
     # --- what a backend implements --------------------------------------------------------------------------------
 
@@ -99,6 +106,14 @@ class BaseLLMRunner(ABC):
         Raises:
             LLMInitializationError: it cannot be found or loaded, or the device is not there.
         """
+
+    def _preview_model(self) -> Preview | None:
+        """Read what can be known without the weights; after it, `chat_template`, `render` and `encode` must work.
+
+        Raises:
+            LLMInitializationError: as `_initialize_model`.
+        """
+        return None
 
     def _release_model(self) -> None:  # noqa: B027  a backend without memory of its own has nothing to do
         """Drop everything `_initialize_model` made."""
@@ -176,6 +191,17 @@ class BaseLLMRunner(ABC):
         if not request.messages:
             raise ChatTemplateError("the chat is empty: it has no messages")
         return self.render(request.messages)
+
+    def encode(self, request: Request) -> tuple[list[int], int] | None:
+        """Return a request's prompt tokens, and how many were cut off on the left to fit; None where nobody can tell.
+
+        Raises:
+            ValueError: the request cannot be run.
+        """
+        if type(self).stream is BaseLLMRunner.stream:
+            self._check_simple(request.sampling)
+        self.prompt_text(request)
+        return None
 
     def info(self) -> dict[str, Any]:
         """Say what was loaded and where, and what was chosen automatically; goes into a run's metrics."""
@@ -301,6 +327,8 @@ class BaseLLMRunner(ABC):
         for chunk in self._exclusively(self.stream([request])):
             if chunk.finish_reason == "error":
                 raise LLMInferenceError(chunk.error)
+            if chunk.restarts:  # what was streamed cannot be taken back
+                raise LLMInferenceError("the backend crashed or hung in the middle of the answer; ask again")
             yield chunk
 
     # --- state ----------------------------------------------------------------------------------------------------
@@ -336,10 +364,14 @@ class BaseLLMRunner(ABC):
         """Return resident memory of this process and, where the model is on a device, memory there, in MB (10^6 B)."""
         device = self._device_memory_mb() if self.is_loaded else None
         return {
-            "rss_mb": psutil.Process().memory_info().rss / 1e6,
+            "rss_mb": self.rss_bytes() / 1e6,
             "device_mb": device[0] if device else None,
             "peak_device_mb": device[1] if device else None,
         }
+
+    def rss_bytes(self) -> int:
+        """Return the resident memory of this process, and of another that the model may be in."""
+        return int(psutil.Process().memory_info().rss)
 
     def __enter__(self) -> Self:
         return self
@@ -348,15 +380,18 @@ class BaseLLMRunner(ABC):
         self.close()
 
     def _unload(self) -> None:
-        if self.is_loaded:
-            self.is_loaded = False
+        if self.is_loaded or self.preview is not None:
+            self.is_loaded, self.preview = False, None
             self._release_model()
             gc.collect()
 
-    def _load(self) -> None:
+    def _load(self, weights: bool = True) -> None:
         started = time.perf_counter()
         try:
-            self._initialize_model()
+            if weights:
+                self._initialize_model()
+            else:
+                self.preview = self._preview_model()
         except LLMError:
             self._release_model()
             raise
@@ -365,7 +400,7 @@ class BaseLLMRunner(ABC):
             message = f"{type(self).__name__} cannot load {self.config.model!r}: {_one_line(error)}"
             raise LLMInitializationError(message) from error
         self.load_s = time.perf_counter() - started
-        self.is_loaded = True
+        self.is_loaded = weights
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

@@ -1,6 +1,6 @@
-"""Messages → prompt text, by a model's own Jinja template, in a sandbox.
+"""Messages → prompt text, by a model's own Jinja template, in a sandbox with limits on time and size.
 
-For backends that bring no renderer of their own. Gives the text that `tokenizer.apply_chat_template` of transformers
+Gives the text that `tokenizer.apply_chat_template` of transformers
 gives for the same template. Text from a dataset is only ever a value, never a template.
 """
 
@@ -16,10 +16,10 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Message
+from llmpipe.runners.template_limits import BoundedEnvironment
 
 
 class ChatTemplateError(ValueError):
@@ -51,12 +51,11 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: dict[str, str] | None = None) -> None:
         self.source = source
         self._special_tokens = special_tokens or {}
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
-        )
-        environment.filters["tojson"] = _tojson
+        environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag])
+        environment.bound("tojson", _tojson)
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+        environment.globals["strftime_now"] = strftime_now
+        self._environment = environment
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -71,13 +70,15 @@ class ChatTemplate:
             ChatTemplateError: the template refuses the messages, or fails on them.
         """
         try:
-            return self._template.render(
-                messages=list(messages),
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-                **self._special_tokens,
-            )
+            with self._environment.limits():
+                pieces = self._template.generate(
+                    messages=list(messages),
+                    add_generation_prompt=True,
+                    tools=None,
+                    documents=None,
+                    **self._special_tokens,
+                )
+                return "".join(self._environment.at_most(pieces))
         except Exception as error:  # a template is a program of the model's: it may fail in any way
             raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
 
@@ -94,6 +95,11 @@ def read_template(text_or_file: str) -> str:
         return Path(text_or_file).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise LLMConfigError(f"backend.chat_template={text_or_file!r} is neither Jinja nor a readable file") from error
+
+
+def strftime_now(pattern: str) -> str:
+    """Return the time of day, as templates ask for it."""
+    return datetime.now().strftime(pattern)
 
 
 def _raise_exception(message: str) -> None:

@@ -31,6 +31,10 @@ class EchoRunner(BaseLLMRunner):
         """Return the last message."""
         return str(messages[-1].get("content", ""))
 
+    def encode(self, request: Request) -> tuple[list[int], int]:
+        """Return a number for each word of the prompt."""
+        return list(range(len(self.prompt_text(request).split(" ")))), 0
+
     def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
         """Answer each request with its prompt's words, up to max_tokens and the stop strings."""
         for request in requests:

@@ -51,13 +51,17 @@ class LLMRunnerFactory:
             config = ModelConfig.from_dict(config)
         name = str(getattr(config.backend, "value", config.backend))
         builtin = _builtin(name)
+        if builtin is not None and config.options.get("isolation"):
+            return _isolated(BACKENDS[builtin]._target_, BACKENDS[builtin], config)
         if builtin is not None:
-            runner = _import_class(BACKENDS[builtin]._target_)
+            runner = import_class(BACKENDS[builtin]._target_)
         elif name in cls._registered:
             runner = cls._registered[name]
         else:
             names = [backend.value for backend in BackendType] + list(cls._registered)
             raise LLMConfigError(unknown_name(name, names, "backend"))
+        if config.options.get("isolation"):
+            return _isolated(f"{runner.__module__}.{runner.__qualname__}", runner.config_type, config)
         return runner(config)
 
     @classmethod
@@ -66,8 +70,9 @@ class LLMRunnerFactory:
         backend: BackendConfig | Mapping[str, Any],
         device: DeviceConfig,
         trusted_modules: Sequence[str] = (),
+        weights: bool = True,
     ) -> BaseLLMRunner:
-        """Load the runner that `backend._target_` names, with the options beside it.
+        """Load the runner that `backend._target_` names, with the options beside it; with or without the weights.
 
         Raises:
             LLMConfigError: the target is outside llmpipe and not trusted, cannot be imported, or is no runner.
@@ -76,9 +81,21 @@ class LLMRunnerFactory:
         values = describe(backend) if isinstance(backend, BackendConfig) else dict(backend)
         target = str(values.get("_target_", "???"))
         check_trusted(target, trusted_modules)
-        runner = _import_class(target)
+        own = any(type(backend) is schema and target == schema._target_ for schema in BACKENDS.values())
+        if own and weights and values.get("isolation"):  # then nothing of it is imported here
+            return _isolated(target, type(backend), backend, device)
+        runner = import_class(target)
         config = backend if type(backend) is runner.config_type else build(runner.config_type, values, "backend option")
-        return runner(config, device)
+        if weights and config.isolation:
+            return _isolated(target, runner.config_type, config, device)
+        return runner(config, device) if weights else runner(config, device, weights=False)
+
+
+def _isolated(target: str, config_type: type[Any], *arguments: Any) -> BaseLLMRunner:
+    """Load the runner in a process of its own; this one then needs no class of a backend of llmpipe's."""
+    from llmpipe.runners.isolated import IsolatedRunner
+
+    return IsolatedRunner(target, config_type, *arguments)
 
 
 def check_trusted(target: str, trusted_modules: Sequence[str]) -> None:
@@ -104,7 +121,12 @@ def _builtin(name: str) -> BackendType | None:
         return None
 
 
-def _import_class(target: str) -> type[BaseLLMRunner]:
+def import_class(target: str) -> type[BaseLLMRunner]:
+    """Return the runner class of that import path.
+
+    Raises:
+        LLMConfigError: it cannot be imported, or is no runner.
+    """
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)

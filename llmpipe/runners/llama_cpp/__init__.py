@@ -5,6 +5,7 @@ model.py     a GGUF file: loading, tokens, text, chat template
 executor.py  the model as the engine of `runners.batching` sees it
 context.py   sequences, decode calls, logits
 sampler.py   `SamplingConfig` → a chain of llama.cpp samplers
+probe.py     a file that was never loaded → first into a process of its own
 devices.py   the memory of GPUs
 log.py       llama.cpp's log → Python's logging
 """

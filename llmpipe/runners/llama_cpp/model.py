@@ -29,8 +29,11 @@ class Model:
         LLMInitializationError: the file is no model that can generate text, or does not fit in memory.
     """
 
+    vocab_only = False
+
     def __init__(self, path: Path, config: LlamaCppConfig, offload: bool, gpu: int | None = None) -> None:
         params = llama_cpp.llama_model_default_params()
+        params.vocab_only = self.vocab_only
         params.n_gpu_layers = (-1 if config.n_gpu_layers is None else config.n_gpu_layers) if offload else 0
         params.main_gpu = config.main_gpu
         if offload and gpu is not None:  # device=cuda:1 means there and nowhere else
@@ -62,7 +65,6 @@ class Model:
             raise LLMInitializationError(f"{path} has no vocabulary, so it cannot read text")
         if obstacle := self._obstacle():
             raise LLMInitializationError(f"{path} ({self.describe()}) {obstacle}; llmpipe runs decoder-only models")
-        self.train_context: int = llama_cpp.llama_model_n_ctx_train(self.handle)
         source = template or self._metadata_template()
         self.chat = ChatTemplate(source, self._special_tokens()) if source else None
 
@@ -84,6 +86,11 @@ class Model:
         llama_cpp.llama_model_desc(self.handle, buffer, len(buffer))
         # llama.cpp names only the sizes it knows.
         return buffer.value.decode("utf-8", "replace").replace("?B", f"{self.parameters / 1e6:.1f}M")
+
+    @property
+    def train_context(self) -> int:
+        """Most tokens of a text that the model was trained for."""
+        return int(llama_cpp.llama_model_n_ctx_train(self.handle))
 
     @property
     def size_bytes(self) -> int:
@@ -196,10 +203,7 @@ class Model:
             raise LLMInitializationError(f"llama.cpp refuses the LoRA adapters: {log.last_errors()}")
 
     def _load_adapter(self, text: str) -> None:
-        name, scale = split_adapter(text)
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise LLMInitializationError(f"backend.lora: {name!r} does not exist (from {Path.cwd()})")
+        path, scale = adapter_file(text)
         handle = llama_cpp.llama_adapter_lora_init(self.handle, str(path).encode())
         if not handle:
             reason = log.last_errors() or "no reason given"
@@ -232,6 +236,19 @@ class Model:
         }
         texts = {name: llama_cpp.llama_vocab_get_text(self.vocab, i) for name, i in ids.items() if i >= 0}
         return {name: text.decode("utf-8", "replace") for name, text in texts.items()}
+
+
+def adapter_file(text: str) -> tuple[Path, float]:
+    """Return file and scale of a LoRA adapter.
+
+    Raises:
+        LLMInitializationError: there is no such file.
+    """
+    name, scale = split_adapter(text)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise LLMInitializationError(f"backend.lora: {name!r} does not exist (from {Path.cwd()})")
+    return path, scale
 
 
 def can_offload(device: DeviceConfig) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from llmpipe.config import LlamaCppConfig
@@ -21,6 +23,9 @@ try:
     from llmpipe.runners.llama_cpp import log as llama_log
     from llmpipe.runners.llama_cpp.executor import LlamaExecutor
     from llmpipe.runners.llama_cpp.model import Model, can_offload
+    from llmpipe.runners.llama_cpp.probe import probe
+    from llmpipe.runners.llama_cpp.vocabulary import Vocabulary
+    from llmpipe.runners.preview import Preview
 except ImportError as error:
     raise MissingDependencyError("llama-cpp-python", "llama-cpp", "backend=llama_cpp") from error
 except (OSError, RuntimeError) as error:  # what llama-cpp-python raises when its shared library does not load
@@ -44,6 +49,32 @@ class LlamaCppRunner(BaseLLMRunner):
     _engine: Engine | None = None
 
     def _initialize_model(self) -> None:
+        path = self._find_model()
+        probe(path, self.config)
+        self._device_bytes_before = devices.gpu_memory()[0]
+        self._model = model = Model(path, self.config, self._offload, self.device.index)
+        executor = self._executor(model)
+        self._engine = Engine(executor, self.config, self._limit)
+        log.info("%s: %s on %s, rows of at most %d tokens", path.name, model.describe(), self._where, self._limit)
+        self._caveat = self._reproducibility_caveat()
+        if self.config.reproducible and self._caveat:
+            log.warning("backend.reproducible=true, but %s", self._caveat)
+
+    def _preview_model(self) -> Preview:
+        self._model = model = Vocabulary(self._find_model(), self.config, self._offload, self.device.index)
+        executor = self._executor(model)
+        footprint = replace(executor.footprint, mapped_bytes=model.size_bytes)
+        free_bytes = executor.free_bytes()
+        return Preview(
+            model_type=model.describe(),
+            device=self._where,
+            context=self._limit,
+            footprint=footprint,
+            sizes=lambda waiting: sizing.plan(self.config, footprint, waiting, self._limit, free_bytes=free_bytes),
+        )
+
+    def _find_model(self) -> Path:
+        """Return the model's file, having checked what can be checked before it is read."""
         llama_log.capture()
         llama_cpp.llama_backend_init()
         config = self.config
@@ -54,17 +85,14 @@ class LlamaCppRunner(BaseLLMRunner):
         if config.slots != "auto" and config.slots + sizing.PREFIX_SLOTS > limit:
             most = limit - sizing.PREFIX_SLOTS
             raise LLMInitializationError(f"backend.slots={config.slots} is more than {most}, llama.cpp's most")
-        path = find_gguf(config.model)
-        self._device_bytes_before = devices.gpu_memory()[0]
-        self._model = model = Model(path, config, self._offload, self.device.index)
-        self._threads = sizing.threads(config)
-        executor = LlamaExecutor(model, config, self._threads, self._offload)
-        context = config.context or min(model.train_context, sizing.most_tokens(executor.footprint))
-        self._engine = Engine(executor, config, context)
-        log.info("%s: %s on %s, rows of at most %d tokens", path.name, model.describe(), self._where, context)
-        self._caveat = self._reproducibility_caveat()
-        if config.reproducible and self._caveat:
-            log.warning("backend.reproducible=true, but %s", self._caveat)
+        return find_gguf(config.model)
+
+    def _executor(self, model: Model) -> LlamaExecutor:
+        """Return what computes with the model, and set how many tokens a row may have."""
+        self._threads = sizing.threads(self.config)
+        executor = LlamaExecutor(model, self.config, self._threads, self._offload)
+        self._limit = self.config.context or min(model.train_context, sizing.most_tokens(executor.footprint))
+        return executor
 
     @property
     def _where(self) -> str:
@@ -102,10 +130,10 @@ class LlamaCppRunner(BaseLLMRunner):
         Raises:
             ValueError: the prompt is empty, exceeds the context, is no text, or the template refuses it.
         """
-        assert self._model is not None and self._engine is not None
+        assert self._model is not None
         check_bias(request.sampling, self._model.n_vocab)
         tokens = self._model.tokenize(self.prompt_text(request), add_special=request.messages is None)
-        return fit_prompt(tokens, self._engine.limit, request.truncate)
+        return fit_prompt(tokens, self._limit, request.truncate)
 
     @property
     def chat_template(self) -> str | None:

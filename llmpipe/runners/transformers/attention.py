@@ -82,6 +82,12 @@ class KeyValueCache:
             for tensor in layer:
                 tensor[target, :, :tokens] = tensor[source, :, :tokens]
 
+    def clear(self, slot: int, tokens: int) -> None:
+        """Make the first `tokens` of a slot zeros again: a NaN that a row left behind would spoil the next one."""
+        for layer in self._layers.values():
+            for tensor in layer:
+                tensor[slot, :, :tokens] = 0
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one more token in one slot takes, all layers together."""
@@ -250,6 +256,7 @@ def slot_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend over the slots of the running step; arguments and result as transformers' attention functions have them.
@@ -257,7 +264,7 @@ def slot_attention(
     Raises:
         UnsupportedAttentionError: the layer wants what is not done here.
     """
-    if attention_mask is not None or not getattr(module, "is_causal", True):
+    if attention_mask is not None or not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise UnsupportedAttentionError("its attention has a mask of its own")
     for name, other in others.items():
         if isinstance(other, torch.Tensor) and name not in TENSORS_WITHOUT_EFFECT:

@@ -42,7 +42,7 @@ class SlotContext:
         self._model = model
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._cache = KeyValueCache(plan.slots + plan.prefixes, plan.context)
-        self._lengths = [0] * (plan.slots + plan.prefixes)
+        self._lengths = np.zeros(plan.slots + plan.prefixes, np.int64)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def decode(self) -> None:
@@ -53,7 +53,7 @@ class SlotContext:
             LLMInferenceError: the model fails.
         """
         started = time.perf_counter()
-        batch, device = self.batch, self._model.device
+        batch, device = self.batch, memory.input_device(self._model)
         step = Step(batch, self._cache)
         outputs = torch.from_numpy(batch.output_indices).to(device)
         inputs: dict[str, Any] = {
@@ -66,8 +66,8 @@ class SlotContext:
         with memory.failures_of(self._model), running(step):
             logits = self._model(**inputs).logits[0]
             self.logits = (logits if self._takes_logits_to_keep else logits[outputs.to(logits.device)]).float()
-        for slot, position in zip(batch.slots[: batch.size], batch.positions[: batch.size], strict=True):
-            self._lengths[slot] = int(position) + 1
+        # Of a slot's tokens the last one counts: numpy assigns in order.
+        self._lengths[batch.slots[: batch.size]] = batch.positions[: batch.size] + 1
         self.styles = step.styles
         self.decode_s += time.perf_counter() - started
 
@@ -85,8 +85,10 @@ class SlotContext:
         self._cache.copy(source, target, self._lengths[source])
         self._lengths[target] = self._lengths[source]
 
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def forget(self, slot: int) -> None:
         """Empty a slot."""
+        self._cache.clear(slot, self._lengths[slot])
         self._lengths[slot] = 0
 
     def close(self) -> None:
@@ -162,11 +164,7 @@ def adopt(model: Any) -> int:
     Raises:
         UnsuitableModelError: says why not; the model is as it was.
     """
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if others := kinds - {"full_attention", "sliding_attention"}:
-        raise UnsuitableModelError(f"it has layers of {', '.join(sorted(others))}")
-    if not model._supports_attention_backend:
-        raise UnsuitableModelError("its attention cannot be replaced")
+    refuse_unsuitable(model)
     before = model.config._attn_implementation
     try:
         expected = [_alone(model, _probe(model, length)) for length in PROBES]
@@ -188,6 +186,19 @@ def adopt(model: Any) -> int:
         raise UnsuitableModelError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
+def refuse_unsuitable(model: Any) -> None:
+    """Refuse what a model's class and config already say.
+
+    Raises:
+        UnsuitableModelError: says why not.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if others := kinds - {"full_attention", "sliding_attention"}:
+        raise UnsuitableModelError(f"it has layers of {', '.join(sorted(others))}")
+    if not model._supports_attention_backend:
+        raise UnsuitableModelError("its attention cannot be replaced")
+
+
 def _probe(model: Any, length: int) -> list[int]:
     """Return some tokens."""
     size = model.config.get_text_config().vocab_size
@@ -197,7 +208,8 @@ def _probe(model: Any, length: int) -> list[int]:
 @torch.inference_mode()  # type: ignore[untyped-decorator]
 def _alone(model: Any, tokens: list[int]) -> torch.Tensor:
     """Return the logits after `tokens`, (vocabulary,), as the model computes them by itself."""
-    logits: torch.Tensor = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits
+    ids = torch.tensor([tokens], device=memory.input_device(model))
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits[0, -1].float()
 
 
@@ -216,15 +228,16 @@ def _in_pieces(context: SlotContext, one: list[int], other: list[int]) -> torch.
 
 
 def _check_windows(model: Any, styles: dict[int, Style]) -> None:
-    """See to it that sliding windows, which the short rows do not fill, are told to attention.
+    """See to it that attention hears of the sliding windows in the config, which the short rows do not fill.
 
     Raises:
-        UnsuitableModelError: the config has a window that attention does not hear of.
+        UnsuitableModelError: a layer's window is not the one that the config gives it.
     """
     config = model.config.get_text_config()
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
-        return
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
     for layer, style in styles.items():
-        if style.window is None and (kinds is None or kinds[layer] == "sliding_attention"):
-            raise UnsuitableModelError(f"its sliding window of {window} tokens is not told to attention")
+        expected = window if kinds is None or kinds[layer] == "sliding_attention" else None
+        if style.window != expected:
+            raise UnsuitableModelError(f"layer {layer} is told of a window of {style.window} tokens, not {expected}")

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from textwrap import shorten
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.utils import logging as transformers_logging
 
 from llmpipe.config import DeviceConfig, Dtype, TransformersConfig, split_adapter
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
+from llmpipe.runners.batching import Footprint
 from llmpipe.runners.chat import read_template
+from llmpipe.runners.transformers.executor import GPU_SLOTS
 
+log = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()  # llmpipe shows its own
 
 DEFAULT_CONTEXT = 4096
 """For models that do not say what they were trained for."""
+MOST_LAYERS = 2000
+"""A config with more is damaged."""
 STATEFUL = ("recurrent_gemma",)
 """Models that transformers' caches know nothing of."""
+GGUF_ENDS = {
+    *("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<end_of_turn>"),
+    *("<|end|>", "<|return|>", "<|call|>", "<EOT>", "_<EOT>"),
+}
+"""Tokens that end a generation by their text, as for llama.cpp: a GGUF file names only one or two of a model's."""
 
 
 @dataclass
@@ -49,41 +64,113 @@ def load(config: TransformersConfig, path: str, device: torch.device) -> Loaded:
     Raises:
         LLMInitializationError: it is no causal language model, or needs a package that is not installed.
     """
-    source: dict[str, Any] = {"local_files_only": config.local_files_only}
-    if path.endswith(".gguf"):
-        source["gguf_file"] = Path(path).name
-        path = str(Path(path).parent)
-    else:
-        source |= {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
-    try:
-        model_config = AutoConfig.from_pretrained(path, **source)
-        _refuse_what_does_not_generate(config.model, model_config)
-        tokenizer = AutoTokenizer.from_pretrained(path, **source)
-        dtype, choices = choose_dtype(config, model_config, device)
+    checkpoint = Checkpoint(config, path)
+    model_config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    dtype, choices = choose_dtype(config, model_config, device)
+    with _packages_named(config.model):
         model, details = AutoModelForCausalLM.from_pretrained(
-            path,
+            checkpoint.path,
+            config=model_config,
             dtype=dtype,
-            use_safetensors=None if config.allow_pickle or "gguf_file" in source else True,
+            use_safetensors=None if config.allow_pickle or "gguf_file" in checkpoint.source else True,
             attn_implementation=config.attn_implementation,
-            device_map=config.device_map,
+            # A map puts quantised weights on the device as well, which cannot all be moved there afterwards.
+            device_map=config.device_map or (None if device.type == "cpu" else {"": device}),
             max_memory={_device_key(name): size for name, size in config.max_memory.items()} or None,
             offload_folder=config.offload_folder,
             output_loading_info=True,
-            **source,
+            **checkpoint.source,
         )
+    _refuse_what_would_be_random(config.model, model, details["missing_keys"])
+    for adapter in config.lora:
+        model = _with_adapter(model, adapter, config.allow_pickle)
+    ends = _end_tokens(model, tokenizer)
+    if "gguf_file" in checkpoint.source:
+        ends |= {id for text, id in tokenizer.get_vocab().items() if text in GGUF_ENDS}
+    return Loaded(model.eval(), tokenizer, ends, checkpoint.context, choices)
+
+
+class Checkpoint:
+    """What a checkpoint says of itself: its config and its tokenizer, without the weights.
+
+    Args:
+        config: How to load it.
+        path: A directory, a GGUF file, or a hub id.
+
+    Raises:
+        LLMInitializationError: it is no causal language model, or needs a package that is not installed.
+    """
+
+    def __init__(self, config: TransformersConfig, path: str) -> None:
+        self._asked = config
+        self.path = path
+        self.source: dict[str, Any] = {"local_files_only": config.local_files_only}
+        if path.endswith(".gguf"):
+            self.path = str(Path(path).parent)
+            self.source["gguf_file"] = Path(path).name
+        else:
+            self.source |= {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
+        with _packages_named(config.model):
+            self.config = AutoConfig.from_pretrained(self.path, **self.source)
+            _refuse_what_does_not_generate(config.model, self.config)
+            _settle_rope(self.config.get_text_config(), config.context)
+            self.tokenizer = self._tokenizer()
+        if config.chat_template:
+            self.tokenizer.chat_template = read_template(config.chat_template)
+
+    def _tokenizer(self) -> Any:
+        if "gguf_file" not in self.source:
+            return AutoTokenizer.from_pretrained(self.path, **self.source)
+        # Apart from the files beside it: transformers would take a tokenizer.json, and no chat template at all.
+        with TemporaryDirectory() as apart:
+            name = self.source["gguf_file"]
+            (Path(apart) / name).symlink_to((Path(self.path) / name).resolve())
+            return AutoTokenizer.from_pretrained(apart, **self.source)
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and completion that the model is good for."""
+        return _context(self.config)
+
+    def outline(self, device: torch.device) -> tuple[Any, Footprint]:
+        """Return the model without its weights, and what it will take of `device` with them."""
+        with torch.device("meta"), _packages_named(self._asked.model):
+            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self._asked.trust_remote_code)
+        dtype = choose_dtype(self._asked, self.config, device)[0]
+        size = (dtype if isinstance(dtype, torch.dtype) else self.config.dtype or torch.float32).itemsize
+        parameters = sum(p.numel() for p in model.parameters())
+        files = Path(self.path).glob("*.safetensors") if getattr(self.config, "quantization_config", None) else ()
+        return model, Footprint(
+            parameters=parameters,
+            cache_bytes_per_token=_cache_values_per_token(model) * size,
+            gpu_slots=None if device.type == "cpu" else GPU_SLOTS,
+            # Of quantised weights only the files tell the size.
+            mapped_bytes=sum(file.stat().st_size for file in files) or parameters * size,
+        )
+
+
+@torch.inference_mode()  # type: ignore[untyped-decorator]
+def _cache_values_per_token(model: Any) -> int:
+    """Return how many numbers a model without weights puts into its cache for a token; 0 where that cannot be told."""
+    cache = DynamicCache(config=model.config)
+    token = torch.zeros(1, 1, dtype=torch.long, device="meta")
+    try:
+        model(input_ids=token, past_key_values=cache, use_cache=True)
+    except Exception as error:  # a model is a program of someone else's: without numbers it may fail in any way
+        log.debug("%s cannot be sized without its weights: %s", type(model).__name__, error)
+        return 0
+    kept = [(layer.keys, layer.values) for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return sum(keys.numel() + values.numel() for keys, values in kept)
+
+
+@contextmanager
+def _packages_named(model: str) -> Iterator[None]:
+    """Turn the want of a package into an error that names it."""
+    try:
+        yield
     except ImportError as error:
         text = " ".join(str(error).split())
-        raise LLMInitializationError(f"{config.model} needs a package that is not installed: {text}") from error
-    _refuse_what_would_be_random(config.model, model, details["missing_keys"])
-    if config.chat_template:
-        tokenizer.chat_template = read_template(config.chat_template)
-    if config.device_map is None and getattr(model, "hf_quantizer", None) is None:
-        model = model.to(device)
-    for adapter in config.lora:
-        model = _with_adapter(model, adapter)
-    if config.compile:
-        model.forward = torch.compile(model.forward, dynamic=True)
-    return Loaded(model.eval(), tokenizer, _end_tokens(model, tokenizer), _context(model_config), choices)
+        raise LLMInitializationError(f"{model} needs a package that is not installed: {text}") from error
 
 
 def _refuse_what_does_not_generate(name: str, model_config: Any) -> None:
@@ -93,6 +180,9 @@ def _refuse_what_does_not_generate(name: str, model_config: Any) -> None:
         LLMInitializationError: names the model's class.
     """
     kind, model_type = type(model_config).__name__, model_config.model_type
+    layers = getattr(model_config.get_text_config(), "num_hidden_layers", None) or 0
+    if not isinstance(layers, int) or layers > MOST_LAYERS:  # they would be made one by one, for ever
+        raise LLMInitializationError(f"{name}: num_hidden_layers={layers!r} in config.json is no model's")
     if getattr(model_config, "is_encoder_decoder", False):
         raise LLMInitializationError(
             f"{name} is an encoder-decoder model ({kind}); llmpipe runs causal language models"
@@ -157,8 +247,13 @@ def _device_key(name: str) -> int | str:
     return int(name) if name.isdecimal() else name
 
 
-def _with_adapter(model: Any, text: str) -> Any:
-    """Merge a LoRA adapter into a model's weights."""
+def _with_adapter(model: Any, text: str, allow_pickle: bool) -> Any:
+    """Merge a LoRA adapter into a model's weights.
+
+    Raises:
+        LLMInitializationError: there is none, it is pickled, or it is not for this model.
+        MissingDependencyError: peft is not installed.
+    """
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -166,11 +261,21 @@ def _with_adapter(model: Any, text: str) -> Any:
     name, scale = split_adapter(text)
     if not (Path(name) / "adapter_config.json").is_file():
         raise LLMInitializationError(f"backend.lora: {name!r} is no directory with an adapter_config.json")
-    adapted = PeftModel.from_pretrained(model, name)
-    for module in adapted.modules():
-        if isinstance(getattr(module, "scaling", None), dict):
-            module.scaling = {key: value * scale for key, value in module.scaling.items()}
-    return adapted.merge_and_unload()
+    if not (allow_pickle or (Path(name) / "adapter_model.safetensors").is_file()):
+        raise LLMInitializationError(
+            f"backend.lora: {name!r} has no adapter_model.safetensors; pickled weights need backend.allow_pickle=true"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # those would be left without effect
+            adapted = PeftModel.from_pretrained(model, name)
+        for module in adapted.modules():
+            if isinstance(getattr(module, "scaling", None), dict):
+                module.scaling = {key: value * scale for key, value in module.scaling.items()}
+        return adapted.merge_and_unload()
+    except Exception as error:  # peft has an error of another type for each thing that does not fit
+        text = shorten(str(error), 300, placeholder=" …")
+        raise LLMInitializationError(f"backend.lora: {name!r} cannot be merged into the model: {text}") from error
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
@@ -184,16 +289,34 @@ def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _context(model_config: Any) -> int:
-    """Return the most tokens a row can have so that its positions do not depend on the rows beside it.
-
-    Models with LongRoPE rotate all positions by other factors once any is beyond the original context.
-    """
+    """Return the most tokens a row can have; with LongRoPE, those before other factors apply, unless set by hand."""
     text_config = model_config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or DEFAULT_CONTEXT
     rope = getattr(text_config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return int(rope.get("original_max_position_embeddings") or limit)
     return int(limit)
+
+
+def _settle_rope(text_config: Any, context: int | None) -> None:
+    """See to it that a row's positions do not depend on how long it is, or the rows beside it are.
+
+    Models with LongRoPE rotate all positions by other factors once any is beyond the original context: where a longer
+    one is asked for, those factors apply from the start.
+
+    Raises:
+        LLMInitializationError: the factors are computed anew for every length beyond the original context.
+    """
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    limit = rope.get("original_max_position_embeddings") or getattr(text_config, "max_position_embeddings", None)
+    if context is None or limit is None or context <= limit:
+        return
+    if rope.get("rope_type") == "longrope":
+        rope["short_factor"] = rope["long_factor"]
+    elif rope.get("rope_type") == "dynamic":
+        raise LLMInitializationError(
+            f"backend.context={context}, but with dynamic RoPE a row of more than {limit} tokens changes the others"
+        )
 
 
 def torch_device(device: DeviceConfig) -> torch.device:

@@ -28,8 +28,14 @@ def failures_of(model: Any) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in SIGNS):
-            raise LLMOutOfMemoryError(f"out of memory on {model.device}") from error
+            raise LLMOutOfMemoryError(f"out of memory on {input_device(model)}") from error
         raise LLMInferenceError(f"the model fails: {text}") from error
+
+
+def input_device(model: Any) -> torch.device:
+    """Return where a model takes its tokens; one whose embeddings are on disk takes them from the host."""
+    device: torch.device = model.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def devices_of(model: Any) -> list[torch.device]:

@@ -146,7 +146,8 @@ class PaddedEngine:
         for i, row in enumerate(rows):
             ids[i, width - len(row.tokens) :] = torch.tensor(row.tokens)
             mask[i, width - len(row.tokens) :] = 1
-        return ids.to(self._model.device), mask.to(self._model.device)
+        device = memory.input_device(self._model)
+        return ids.to(device), mask.to(device)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:

@@ -6,14 +6,16 @@ import gc
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from llmpipe.config import Batching, TransformersConfig
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
 from llmpipe.records import Chunk, Message, Request
 from llmpipe.runners.base import BaseLLMRunner, check_bias, fit_prompt
-from llmpipe.runners.batching import Engine
-from llmpipe.runners.chat import ChatTemplateError
+from llmpipe.runners.batching import Engine, Plan, Sample, sizing
+from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
+from llmpipe.runners.preview import Preview
 from llmpipe.runners.weights import find_checkpoint
 
 try:
@@ -21,7 +23,7 @@ try:
     import transformers
 
     from llmpipe.runners.transformers import loading, memory
-    from llmpipe.runners.transformers.executor import SlotExecutor, UnsuitableModelError
+    from llmpipe.runners.transformers.executor import SlotExecutor, UnsuitableModelError, refuse_unsuitable
     from llmpipe.runners.transformers.padded import PaddedEngine
 except ImportError as error:
     raise MissingDependencyError("transformers and torch", "transformers", "backend=transformers") from error
@@ -32,6 +34,16 @@ transformers.utils.logging.disable_progress_bar()  # llmpipe shows its own
 PADDED_SLOTS = 16
 
 
+def _padded_slots(config: TransformersConfig) -> int:
+    return PADDED_SLOTS if config.slots == "auto" else int(config.slots)
+
+
+def _padded_plan(config: TransformersConfig, waiting: Sequence[Sample]) -> Plan:
+    """Return the sizes of a batch whose rows are as long as the longest."""
+    longest = max(sample.need for sample in waiting)
+    return Plan(min(_padded_slots(config), len(waiting)), 0, longest, config.batch_tokens)
+
+
 class TransformersRunner(BaseLLMRunner):
     """Runs a causal language model: in slots where its attention allows it, else in padded batches."""
 
@@ -39,6 +51,7 @@ class TransformersRunner(BaseLLMRunner):
     config: TransformersConfig
     _model: Any = None
     _tokenizer: Any = None
+    _chat: ChatTemplate | None = None
     _engine: Engine | PaddedEngine | None = None
 
     def _initialize_model(self) -> None:
@@ -49,29 +62,73 @@ class TransformersRunner(BaseLLMRunner):
         self._model, self._tokenizer, self._choices = loaded.model, loaded.tokenizer, loaded.choices
         self._devices = memory.devices_of(self._model)
         self._vocabulary: int = self._model.config.get_text_config().vocab_size
-        self._engine = self._make_engine(loaded.end_tokens, config.context or loaded.context)
-        log.info("%s: %s in %s on %s", config.model, type(self._model).__name__, self._model.dtype, self._model.device)
+        self._limit = config.context or loaded.context
+        self._engine = self._make_engine(loaded.end_tokens)
+        if config.compile:  # now that it is known how it is computed
+            self._model.compile(dynamic=True)
+        log.info(
+            "%s: %s in %s on %s",
+            config.model,
+            type(self._model).__name__,
+            self._model.dtype,
+            memory.input_device(self._model),
+        )
         for choice in self._choices:
             log.info("%s", choice)
 
-    def _make_engine(self, end_tokens: set[int], context: int) -> Engine | PaddedEngine:
-        config = self.config
-        if config.reproducible and config.slots != 1:
-            # The kernels that multiply matrices are chosen by their shapes: only a row alone is sure to be the same.
-            self._choices.append("1 row at a time: backend.reproducible=true")
-            config = replace(config, slots=1)
+    def _preview_model(self) -> Preview:
+        device = loading.torch_device(self.device)
+        checkpoint = loading.Checkpoint(self.config, find_checkpoint(self.config.model))
+        self._tokenizer = checkpoint.tokenizer
+        self._vocabulary = checkpoint.config.get_text_config().vocab_size
+        self._limit = self.config.context or checkpoint.context
+        model, footprint = checkpoint.outline(device)
+        self._choices = []
+        config = self._sized(self.config)
         try:
-            if config.batching is Batching.padded:
-                raise UnsuitableModelError("backend.batching=padded")
-            if config.attn_implementation is not None:
-                raise UnsuitableModelError(f"backend.attn_implementation={config.attn_implementation}")
-            return Engine(SlotExecutor(self._model, self._tokenizer, end_tokens), config, context)
+            self._refuse_slots()
+            refuse_unsuitable(model)
+            plan = partial(sizing.plan, config, footprint, limit=self._limit, free_bytes=memory.free_bytes([device]))
         except UnsuitableModelError as error:
-            if config.batching is Batching.slots:
-                raise LLMInitializationError(f"backend.batching=slots, but {config.model} cannot: {error}") from error
-            self._choices.append(f"padded batches: {error}")
-        slots = PADDED_SLOTS if config.slots == "auto" else int(config.slots)
-        return PaddedEngine(self._model, self._tokenizer, end_tokens, slots, context)
+            self._choose_padded(error)
+            plan = partial(_padded_plan, config)
+        return Preview(
+            model_type=type(model).__name__,
+            device=str(device),
+            context=self._limit,
+            footprint=footprint,
+            sizes=lambda waiting: replace(found := plan(waiting), reasons=(*self._choices, *found.reasons)),
+        )
+
+    def _make_engine(self, end_tokens: set[int]) -> Engine | PaddedEngine:
+        config = self._sized(self.config)
+        try:
+            self._refuse_slots()
+            return Engine(SlotExecutor(self._model, self._tokenizer, end_tokens), config, self._limit)
+        except UnsuitableModelError as error:
+            self._choose_padded(error)
+        return PaddedEngine(self._model, self._tokenizer, end_tokens, _padded_slots(config), self._limit)
+
+    def _sized(self, config: TransformersConfig) -> TransformersConfig:
+        """Return the config with one slot where rows must not share a computation."""
+        if not config.reproducible or config.slots == 1:
+            return config
+        # The kernels that multiply matrices are chosen by their shapes: only a row alone is sure to be the same.
+        self._choices.append("1 row at a time: backend.reproducible=true")
+        return replace(config, slots=1)
+
+    def _refuse_slots(self) -> None:
+        """Raise what of the config speaks against slots."""
+        if self.config.batching is Batching.padded:
+            raise UnsuitableModelError("backend.batching=padded")
+        if self.config.attn_implementation is not None:
+            raise UnsuitableModelError(f"backend.attn_implementation={self.config.attn_implementation}")
+
+    def _choose_padded(self, error: UnsuitableModelError) -> None:
+        if self.config.batching is Batching.slots:
+            message = f"backend.batching=slots, but {self.config.model} cannot: {error}"
+            raise LLMInitializationError(message) from error
+        self._choices.append(f"padded batches: {error}")
 
     def _release_model(self) -> None:
         if isinstance(self._engine, Engine):
@@ -97,12 +154,11 @@ class TransformersRunner(BaseLLMRunner):
         Raises:
             ValueError: the prompt is empty, exceeds the context, is no text, or the template refuses it.
         """
-        assert self._engine is not None
         check_bias(request.sampling, self._vocabulary)
         text = self.prompt_text(request)
         text.encode("utf-8")  # a lone surrogate is an error here, and not a panic in the tokenizer
         ids = self._tokenizer(text, add_special_tokens=request.messages is None, verbose=False)["input_ids"]
-        return fit_prompt(list(ids), self._engine.limit, request.truncate)
+        return fit_prompt(list(ids), self._limit, request.truncate)
 
     @property
     def chat_template(self) -> str | None:
@@ -116,11 +172,11 @@ class TransformersRunner(BaseLLMRunner):
         """Return the prompt text of a chat; see `BaseLLMRunner.render`."""
         if self.chat_template is None:
             raise ChatTemplateError("the model has no chat template: use prompt=raw or backend.chat_template=FILE")
-        try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of the model's: it may fail in any way
-            raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
-        return str(text)
+        # Not by transformers, whose sandbox has no limits of time and size.
+        if self._chat is None or self._chat.source != self.chat_template:
+            special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
+            self._chat = ChatTemplate(self.chat_template, special)
+        return self._chat.render(messages)
 
     def info(self) -> dict[str, Any]:
         """Say what was loaded and what was chosen."""
@@ -130,7 +186,7 @@ class TransformersRunner(BaseLLMRunner):
         return {
             "model": self.config.model,
             "model_type": type(self._model).__name__,
-            "device": str(self._model.device),
+            "device": str(memory.input_device(self._model)),
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "batching": "slots" if isinstance(engine, Engine) else "padded",
             "slots": engine.most_slots if isinstance(engine, Engine) else engine.slots,

@@ -1,0 +1,297 @@
+"""A runner whose model lives in another process, where a row that crashes or hangs it costs that row alone.
+
+When the child dies, or says nothing for `row_timeout_s`, it is started again, and the rows that it held are suspects:
+they are run apart in groups, the groups that fail again in smaller ones, until the row that does it is alone. That one
+becomes an error row; the others finish. How often a suspect was run alone is noted before each time, so that a row that
+takes the parent along is not tried for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from math import isqrt
+from typing import Any
+
+from llmpipe.config import BackendConfig, DeviceConfig, DeviceType, ModelConfig, SamplingConfig
+from llmpipe.exceptions import LLMConfigError, LLMInferenceError, LLMInitializationError
+from llmpipe.records import Chunk, Message, Request
+from llmpipe.runners.base import BaseLLMRunner, error_chunks
+from llmpipe.runners.child import Child, ChildDied, error_of
+
+log = logging.getLogger(__name__)
+
+CHECK_S = 0.2
+"""Seconds between two looks at whether the child is to be waited for any longer."""
+LEAVE_S = 2.0
+"""How long the child may take to give up a stream; then it is killed."""
+ALONE_ATTEMPTS = 3
+"""How often a suspect is run alone, resumptions counted."""
+BARREN_DEATHS = 3
+"""How often the child may die without a row to blame before the runner is at fault."""
+
+
+class IsolatedRunner(BaseLLMRunner):
+    """Runs another runner in a child process, and looks like it.
+
+    Args:
+        target: Import path of the runner's class, which only the child needs.
+        config_type: The dataclass of its options.
+        config: As in `BaseLLMRunner`.
+        device: As in `BaseLLMRunner`.
+        sampling: As in `BaseLLMRunner`.
+    """
+
+    _child: Child | None = None
+
+    def __init__(
+        self,
+        target: str,
+        config_type: type[BackendConfig],
+        config: BackendConfig | ModelConfig | Mapping[str, Any],
+        device: DeviceConfig | DeviceType | str | None = None,
+        sampling: SamplingConfig | None = None,
+    ) -> None:
+        self.config_type = config_type  # type: ignore[misc]  # that of the runner inside
+        self._target = target
+        self._status: dict[str, Any] = {}
+        self._restarts = 0
+        self.suspects: dict[int, int] = {}
+        """Requests that were in a child when it died, in an earlier run, and how often each was then run alone."""
+        self.note: Callable[[dict[int, int]], None] = lambda suspects: None
+        """Makes the suspects durable."""
+        self.check: Callable[[], None] = lambda: None
+        """Called while the child is waited for; what it raises ends the stream."""
+        super().__init__(config, device, sampling)
+
+    def _initialize_model(self) -> None:
+        if os.name != "posix":
+            raise LLMConfigError("backend.isolation=true needs Linux or macOS")
+        self._child = Child(self._target, self.config, self.device, self.sampling)
+        try:
+            while (message := self._child.receive(CHECK_S)) is None:  # loading takes what it takes
+                pass
+        except ChildDied as death:
+            raise LLMInitializationError(f"loading {self.config.model!r} {death}") from death
+        self._status = self._content(message)
+
+    def _release_model(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+    def _living_child(self) -> Child:
+        """Return the child; a new one where it died.
+
+        Raises:
+            LLMInitializationError: the model, which was loaded before, cannot be loaded again.
+        """
+        if self._child is None or not self._child.is_alive:
+            self._release_model()
+            self._restarts += 1
+            log.warning("the backend is started again")
+            self._initialize_model()
+        assert self._child is not None
+        return self._child
+
+    @staticmethod
+    def _content(message: tuple[str, Any]) -> Any:
+        """Return what an answer holds; raise what a failure does."""
+        kind, content = message
+        if kind == "failed":
+            raise error_of(content)
+        return content
+
+    # --- generating -----------------------------------------------------------------------------------------------
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
+        """Answer `requests`; see `BaseLLMRunner.stream`. A row that is run again says so, see `Chunk.restarts`."""
+        self._check_loaded()
+        suspects = dict(self.suspects)
+        apart: deque[list[Request]] = deque()
+        source = _unsuspected(requests, suspects, apart)
+        exhausted, barren = False, 0
+        while apart or not exhausted:
+            group = apart.popleft() if apart else None
+            if group is not None and len(group) == 1 and not self._may_try(group[0], suspects):
+                yield from error_chunks(group[0], f"ended its run {ALONE_ATTEMPTS} times, without an answer")
+                continue
+            held = Held()
+            try:
+                yield from self._attempt(source if group is None else iter(group), held)
+                exhausted = exhausted or group is None
+            except ChildDied as death:
+                rows = held.unanswered()
+                log.warning("a row %s, with %d in flight", death, len(rows))
+                yield from held.restarts()
+                barren = 0 if rows else barren + 1
+                if barren == BARREN_DEATHS:
+                    raise LLMInferenceError(f"something other than a row {death}, {barren} times") from death
+                if len(rows) == 1 and rows[0].id in suspects:
+                    yield from error_chunks(rows[0], str(death))
+                    continue
+                suspects.update({row.id: suspects.get(row.id, 0) for row in rows})
+                self.note(suspects)
+                size = max(isqrt(len(rows)), 1)  # few restarts, and neighbours still share the model
+                apart.extendleft(reversed([rows[i : i + size] for i in range(0, len(rows), size)]))
+            finally:
+                for answered in held.answered:
+                    suspects.pop(answered, None)
+
+    def _may_try(self, request: Request, suspects: dict[int, int]) -> bool:
+        """Count an attempt to run a suspect alone, durably; say no after too many."""
+        if suspects[request.id] >= ALONE_ATTEMPTS:
+            return False
+        suspects[request.id] += 1
+        self.note(suspects)
+        return True
+
+    def _attempt(self, requests: Iterator[Request], held: Held) -> Iterator[Chunk]:
+        """Stream through the child, and keep account of what it holds.
+
+        Raises:
+            ChildDied: the child crashed, or hung and was killed.
+        """
+        child = self._living_child()
+        ended = False
+        try:
+            child.send("stream")
+            while not ended:
+                kind, content = message = self._receive(child)
+                if kind == "chunks":
+                    for values in content:
+                        chunk = Chunk(*values)
+                        held.take(chunk)
+                        yield chunk
+                elif kind == "pull":
+                    block = list(islice(requests, content))
+                    held.give(block)
+                    child.send("requests", block)
+                else:
+                    ended = True
+                    self._status = self._content(message)
+        except ChildDied:
+            ended = True
+            raise
+        finally:
+            if not ended:
+                _leave(child)
+
+    def _receive(self, child: Child) -> tuple[str, Any]:
+        """Return the child's next message.
+
+        Raises:
+            ChildDied: it crashed, or said nothing for too long.
+        """
+        limit, since = self.config.row_timeout_s, time.monotonic()
+        while (message := child.receive(CHECK_S)) is None:
+            self.check()
+            if limit is not None and time.monotonic() - since > limit:
+                child.kill()
+                raise ChildDied(f"hung the backend for {limit:g} s")
+        self.check()
+        return message
+
+    def cancel(self, request_id: int) -> None:
+        """Give up a request of the running stream, where the runner inside can do that."""
+        if self._child is not None:
+            self._child.send("cancel", request_id)
+
+    # --- what the child says of itself ----------------------------------------------------------------------------
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template of the runner inside."""
+        template: str | None = self._status.get("chat_template")
+        return template
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the prompt text of a chat; see `BaseLLMRunner.render`."""
+        self._check_loaded()
+        with self._turn():
+            child = self._living_child()
+            try:
+                child.send("render", list(messages))
+                return str(self._content(self._receive(child)))
+            except ChildDied as death:
+                raise LLMInferenceError(f"the chat template {death}") from death
+
+    def info(self) -> dict[str, Any]:
+        """Say what was loaded in the child, and what the child took."""
+        own = {"restarts": self._restarts, **{name: self._status.get(name) for name in ("load_s", "peak_rss_mb")}}
+        return {**self._status.get("info", {}), "isolation": own}
+
+    def rss_bytes(self) -> int:
+        """Return the resident memory of both processes."""
+        return super().rss_bytes() + (self._child.rss_bytes if self._child is not None else 0)
+
+    def _device_memory_mb(self) -> tuple[float, float] | None:
+        return self._status.get("device_memory_mb")
+
+
+class Held:
+    """What is in the child: requests, which of their samples are open, and which of those have text that is out."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, tuple[Request, set[int]]] = {}
+        self._begun: set[tuple[int, int]] = set()
+        self.answered: list[int] = []
+        """Ids of the requests that are done."""
+
+    def give(self, requests: Iterable[Request]) -> None:
+        """Note what goes to the child."""
+        self._open.update({request.id: (request, set(request.samples)) for request in requests})
+
+    def take(self, chunk: Chunk) -> None:
+        """Note what comes back; what was not asked for is left to whoever counts answers."""
+        key = chunk.request_id, chunk.sample
+        if chunk.finish_reason is None:
+            if chunk.text:
+                self._begun.add(key)
+            return
+        self._begun.discard(key)
+        if chunk.request_id in self._open:
+            samples = self._open[chunk.request_id][1]
+            samples.discard(chunk.sample)
+            if not samples:
+                del self._open[chunk.request_id]
+                self.answered.append(chunk.request_id)
+
+    def unanswered(self) -> list[Request]:
+        """Return the requests for what is open."""
+        return [replace(request, samples=tuple(sorted(samples))) for request, samples in self._open.values()]
+
+    def restarts(self) -> Iterator[Chunk]:
+        """Yield chunks that take back the text that is out."""
+        for key in sorted(self._begun):
+            yield Chunk(*key, restarts=True)
+
+
+def _unsuspected(
+    requests: Iterable[Request], suspects: Mapping[int, int], apart: deque[list[Request]]
+) -> Iterator[Request]:
+    """Yield `requests`, but put suspects of an earlier run apart, each alone."""
+    for request in requests:
+        if request.id in suspects:
+            apart.append([request])
+        else:
+            yield request
+
+
+def _leave(child: Child) -> None:
+    """Make the child give up its stream; kill it if it does not."""
+    deadline = time.monotonic() + LEAVE_S
+    try:
+        child.send("abandon")
+        while (left := deadline - time.monotonic()) > 0:
+            message = child.receive(left)
+            if message is not None and message[0] in ("ended", "failed"):
+                return
+    except ChildDied:  # that ends a stream, too
+        return
+    child.kill()

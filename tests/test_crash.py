@@ -1,0 +1,258 @@
+"""Killed at any instant, on any faulty disk: no row is lost, none is done twice, and a resumed run ends as it should.
+
+The method is SQLite's: real runs in processes of their own, which are killed at random moments and at each step that
+makes something durable, or are told there that the disk is full; then what is on the disk has to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from faults import Children, durable_steps
+
+import llmpipe
+
+SEED = int(os.environ.get("LLMPIPE_CRASH_SEED", random.randrange(2**32)))
+"""Of all that is random here; a test that fails names it."""
+TIMES = ["queue_s", "first_token_s", "latency_s"]
+SIGKILL = -9
+
+
+@pytest.fixture(scope="module")
+def children() -> Iterator[Children]:
+    server = Children()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def chance(request: pytest.FixtureRequest) -> Iterator[random.Random]:
+    yield random.Random(f"{SEED} {request.node.name}")
+    print(f"LLMPIPE_CRASH_SEED={SEED}")  # pytest shows it where the test has failed
+
+
+class Case:
+    """One configuration, and what a run of it that nobody disturbed gives."""
+
+    def __init__(self, children: Children, root: Path, rows: list[bytes], *overrides: str, **job: Any) -> None:
+        self.children, self.root, self.job = children, root, job
+        (root / "rows.jsonl").write_bytes(b"".join(row + b"\n" for row in rows))
+        self.overrides = [*overrides, f"dataset.path={root / 'rows.jsonl'}"]
+        began = time.perf_counter()
+        done = self.run(root / "whole")
+        self.seconds = time.perf_counter() - began
+        assert done["exit"] in (0, 3), done
+        self.code, self.steps = done["exit"], done["steps"]
+        self.expected = answers(root / "whole")
+        assert len(set(ids(root / "whole"))) == len(ids(root / "whole")) == len(rows)
+        self._count = 0
+
+    def run(self, directory: Path, **job: Any) -> dict[str, Any]:
+        return self.children.run(directory, *self.overrides, **self.job, **job)
+
+    def new_directory(self) -> Path:
+        self._count += 1
+        return self.root / f"run {self._count}"
+
+    def check_end(self, directory: Path, known: dict[Any, bytes]) -> None:
+        """Resume undisturbed; compare the end with an uninterrupted run, and the ledger with what it held before."""
+        resumes = (directory / "ledger.sqlite").exists() and b"arguments" in (directory / "ledger.sqlite").read_bytes()
+        done = self.run(directory, resume=True) if resumes else self.run(directory)
+        assert done["exit"] == self.code, done
+        assert answers(directory) == self.expected
+        check_kept(directory, known)
+        before = content(directory)
+        assert self.run(directory)["exit"] == self.code
+        assert content(directory) == before
+
+
+def answers(directory: Path) -> Any:
+    """Return the final answers without the columns of times: bytes of JSONL, the whole table of Parquet."""
+    if (directory / "outputs.parquet").exists():
+        return pq.read_table(directory / "outputs.parquet").drop_columns(TIMES)
+    text = (directory / "outputs.jsonl").read_bytes()
+    return re.sub(rb'"(%s)":[^,]*,' % "|".join(TIMES).encode(), b"", text)
+
+
+def ids(directory: Path) -> list[str]:
+    if (directory / "outputs.parquet").exists():
+        return list(pq.read_table(directory / "outputs.parquet")["id"].to_pylist())
+    return [json.loads(line)["id"] for line in (directory / "outputs.jsonl").read_bytes().splitlines()]
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.glob("*.*") if path.name in OUTPUTS}
+
+
+OUTPUTS = ("outputs.jsonl", "outputs.parquet", "errors.jsonl", "metrics.json")
+
+
+def committed(directory: Path) -> dict[tuple[int, int], bytes]:
+    """Return what the ledger holds; it shows itself only to who takes part in its journal."""
+    try:
+        with sqlite3.connect(f"file:{directory / 'ledger.sqlite'}?mode=rw", uri=True) as db:
+            return {
+                (row, sample): data for row, sample, data in db.execute("SELECT row, sample, data FROM completions")
+            }
+    except sqlite3.OperationalError:  # not there yet, or not more than a beginning
+        return {}
+
+
+def check_kept(directory: Path, known: dict[Any, bytes]) -> dict[Any, bytes]:
+    """Make sure that what was committed is there as it was, times included: neither lost nor done again."""
+    now = committed(directory)
+    assert {key: now.get(key) for key in known} == known
+    return now
+
+
+def small_rows(count: int = 12) -> list[bytes]:
+    rows = [json.dumps({"id": f"row {i}", "prompt": f"say {i} é"}).encode() for i in range(count)]
+    rows[count // 2] = b"{bad"
+    return rows
+
+
+@pytest.fixture(params=["jsonl", "parquet"])
+def small(request: pytest.FixtureRequest, children: Children, tmp_path: Path) -> Case:
+    return Case(children, tmp_path, small_rows(), "backend=echo", f"output={request.param}", rows_per_commit=5)
+
+
+def check_killed(case: Case, chance: random.Random, kills: int, **first: Any) -> None:
+    """Kill a run as told, then its resumptions anywhere, and see that what is left suffices."""
+    directory, known = case.new_directory(), {}
+    for kill in [first, *({"kill": step(case, chance)} for _ in range(kills - 1))]:
+        done = case.run(directory, **kill)
+        assert done["exit"] in (SIGKILL, case.code), (kill, done)  # a resumption has fewer steps
+        known = check_kept(directory, known)
+    case.check_end(directory, known)
+
+
+def step(case: Case, chance: random.Random) -> tuple[int, bool]:
+    return chance.randint(1, case.steps), chance.random() < 0.5
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_at_random_durable_steps_ends_like_one_that_was_not(small: Case, chance: random.Random) -> None:
+    check_killed(small, chance, 2, kill=step(small, chance))
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_or_after_each_durable_step_ends_like_one_that_was_not(
+    small: Case, chance: random.Random
+) -> None:
+    for number in range(1, small.steps + 1):
+        for done in (False, True):
+            check_killed(small, chance, 2, kill=(number, done))
+
+
+def big(children: Children, root: Path) -> Case:
+    rows = [b'{"id": "row %d", "prompt": "%d"}' % (i, i) for i in range(8_000)]
+    return Case(children, root, rows, "backend=echo", rows_per_commit=500)
+
+
+def real(children: Children, root: Path) -> Case:
+    rows = (Path(llmpipe.__file__).parent.parent / "data" / "questions.jsonl").read_bytes().splitlines()[:60]
+    model = ["backend=llama_cpp", "backend.reproducible=true", "backend.threads=1", "sampling=balanced"]
+    return Case(children, root, rows, *model, "sampling.max_tokens=24", rows_per_commit=5)
+
+
+@pytest.mark.parametrize(
+    ("make", "kills"), [(big, 2), (real, 4), *(pytest.param(make, 30, marks=pytest.mark.slow) for make in (big, real))]
+)
+def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(
+    children: Children, tmp_path: Path, chance: random.Random, make: Any, kills: int
+) -> None:
+    case, killed = make(children, tmp_path), 0
+    longest = case.seconds
+    while killed < kills:
+        directory, known = case.new_directory(), {}
+        for _ in range(2):
+            done = case.run(directory, kill_after_s=chance.uniform(0.05, longest))
+            assert done["exit"] in (SIGKILL, case.code), done
+            known = check_kept(directory, known)
+            killed += done["exit"] == SIGKILL
+            longest *= 1 if done["exit"] == SIGKILL else 0.8  # the machine was slower when it was measured
+        case.check_end(directory, known)
+
+
+def test_a_damaged_journal_loses_answers_but_never_changes_one(small: Case, chance: random.Random) -> None:
+    directory = small.new_directory()
+    assert small.run(directory, kill=(small.steps // 2, True))["exit"] == SIGKILL
+    journal = directory / "ledger.sqlite-wal"
+    data = bytearray(journal.read_bytes())
+    data[chance.randrange(len(data) // 2, len(data))] ^= 1 << chance.randrange(8)
+    journal.write_bytes(data)
+    small.check_end(directory, {})
+
+
+# --- faulty disks -----------------------------------------------------------------------------------------------------
+
+
+def check_fault(case: Case, **fault: Any) -> None:
+    """See that a run on a faulty disk says so in a line and loses nothing, and that it ends when the disk is whole."""
+    directory = case.new_directory()
+    done = case.run(directory, **fault)
+    assert done["exit"] == 1, (fault, done)
+    assert re.fullmatch(r"llmpipe: cannot .+\n", done["said"]), (fault, done)
+    assert str(directory) in done["said"] and "move it away" not in done["said"], (fault, done)
+    known = committed(directory)
+    case.check_end(directory, known)
+
+
+FAULTS = ["ENOSPC", "EIO", "EROFS"]
+
+
+def test_a_disk_that_turns_faulty_ends_the_run_with_a_line_and_loses_nothing(
+    small: Case, chance: random.Random
+) -> None:
+    check_fault(small, fault=(chance.randint(1, small.steps), chance.choice(FAULTS)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_disk_that_turns_faulty_at_any_step_ends_the_run_with_a_line_and_loses_nothing(
+    small: Case, name: str
+) -> None:
+    for number in range(1, small.steps + 1):
+        check_fault(small, fault=(number, name))
+
+
+def test_a_system_that_refuses_to_write_ends_the_run_with_a_line_and_loses_nothing(
+    children: Children, tmp_path: Path
+) -> None:
+    case = Case(children, tmp_path, small_rows(200), "backend=echo", rows_per_commit=7)
+    check_fault(case, most_bytes=60_000)
+
+
+# --- the order of things ----------------------------------------------------------------------------------------------
+
+
+def test_files_are_synced_before_they_have_their_names_and_the_names_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash of the machine, unlike one of the process, takes what was not synced."""
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(small_rows()))
+    config = llmpipe.compose(["backend=echo", f"dataset.path={tmp_path / 'rows.jsonl'}"])
+    kinds: list[str] = []
+    with durable_steps(tmp_path / "run", lambda number, kind, done: kinds.append(kind) if done else None):
+        llmpipe.run(config, tmp_path / "run")
+    end = kinds[kinds.index("open") :]
+    assert [kind for kind in end if kind != "write"] == [
+        *["open"] * 3,
+        *["fsync"] * 3,
+        "commit",
+        *["replace"] * 3,
+        "fsync",
+    ]
+    assert end.index("fsync") > max(i for i, kind in enumerate(end) if kind == "write")

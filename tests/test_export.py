@@ -1,0 +1,160 @@
+"""`export=` gives what a run has so far: while it goes on, after it was killed, and when it is done."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+import llmpipe
+from llmpipe import DatasetError, LedgerError, LLMConfigError, LLMError, RunConfig
+from llmpipe.datasets import Dataset
+from llmpipe.export import export
+from llmpipe.ledger import Ledger
+from llmpipe.pipeline import fingerprint
+from llmpipe.records import Completion, failed
+
+LLMPIPE = [sys.executable, "-m", "llmpipe"]
+
+
+def run_llmpipe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*LLMPIPE, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines()
+
+
+def ids(path: Path) -> list[str]:
+    return [json.loads(line)["id"] for line in lines(path)]
+
+
+def test_answers_of_a_running_and_of_a_killed_run_are_there_and_the_run_goes_on_from_them(
+    write_jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write_jsonl(*({"id": i, "prompt": f"Tell me a story about number {i}."} for i in range(300)))
+    asked = ["sampling.max_tokens=12", "sampling.ignore_eos=true", "backend.slots=2", "backend.threads=1"]
+    config = llmpipe.compose([*asked, f"dataset.path={path}"])
+    child = subprocess.Popen(
+        [*LLMPIPE, *asked, f"dataset.path={path}", "hydra.run.dir=out"], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
+    try:
+        out, deadline = tmp_path / "out", time.monotonic() + 30
+        while_running = None
+        while not (while_running and while_running.rows) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            if (out / "ledger.sqlite").exists():
+                try:
+                    while_running = export(config, out)
+                except LedgerError as error:
+                    assert "only just begun" in str(error)
+        assert child.poll() is None, "it ended too soon to be looked at"
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert while_running is not None
+    seen = lines(out / "partial.jsonl")
+    assert 0 < while_running.rows == len(seen) < while_running.of == 300
+
+    before = {file.name: file.read_bytes() for file in out.rglob("*") if file.is_file() and "-shm" not in file.name}
+    killed = run_llmpipe("export=out", "export_to=killed.parquet", cwd=tmp_path)
+    assert killed.returncode == 0, killed.stderr
+    table = pq.read_table(tmp_path / "killed.parquet")
+    assert f"{table.num_rows} of 300 rows\nkilled.parquet" in killed.stdout
+    assert {file.name: file.read_bytes() for file in out.rglob("*") if file.name in before} == before
+    assert {file.name for file in out.rglob("*") if file.is_file()} == {*before, "ledger.sqlite-shm"}
+
+    assert run_llmpipe("resume=out", cwd=tmp_path).returncode == 0
+    final = lines(out / "outputs.jsonl")
+    assert len(final) == 300
+    whole = set(final)
+    assert all(line in whole for line in seen), "what was exported is what the run ends with, times included"
+    assert ids(out / "partial.jsonl") == sorted(ids(out / "partial.jsonl"))
+    texts = {row["id"]: row["completion"] for row in map(json.loads, final)}
+    assert [texts[i] for i in table["id"].to_pylist()] == table["completion"].to_pylist()
+    assert len(seen) <= table.num_rows
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_an_export_of_a_finished_run_is_its_output_and_leaves_no_traces(
+    format: str, write_jsonl: Callable[..., Path], tmp_path: Path, echo_config: Callable[..., RunConfig]
+) -> None:
+    path = write_jsonl({"id": "a", "prompt": "x y", "reference": "x y"}, b"not json", {"prompt": "z", "more": [1]})
+    config = echo_config(path, "sampling.n=2", f"output={format}", "output.prefix=llm_")
+    llmpipe.run(config, tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    exported = export(config, tmp_path / "out", tmp_path / f"copy.{format}")
+    assert (exported.rows, exported.of) == (3, 3)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    if format == "jsonl":
+        assert exported.path.read_bytes() == before["outputs.jsonl"]
+    else:
+        assert pq.read_table(exported.path).equals(pq.read_table(tmp_path / "out" / "outputs.parquet"))
+
+
+def test_only_rows_with_all_their_samples_are_exported(
+    write_jsonl: Callable[..., Path], tmp_path: Path, echo_config: Callable[..., RunConfig]
+) -> None:
+    path = write_jsonl(
+        {"id": "half", "prompt": "x"},
+        {"id": "bad", "prompt": 5},
+        {"id": "none", "prompt": "x"},
+        {"id": "all", "prompt": "x"},
+        {"id": "one", "prompt": "x", "sampling": {"n": 1}},
+    )
+    config = echo_config(path, "sampling.n=2")
+    with Ledger(tmp_path / "out", fingerprint(config, Dataset(config.dataset).scan())) as ledger:
+        ledger.add([Completion(0, 1, "a"), failed(1, "bad"), Completion(3, 0, "b"), Completion(3, 1, "c")])
+        ledger.add([Completion(4, 0, "d")])
+        ledger.commit()
+        first = export(config, tmp_path / "out", tmp_path / "first.jsonl")  # while its owner has it open
+        ledger.add([Completion(0, 0, "e")])
+        ledger.commit()
+        second = export(config, tmp_path / "out", tmp_path / "second.jsonl")
+    assert (first.rows, first.of, second.rows) == (3, 5, 4)
+    assert ids(first.path) == ["bad", "all", "all", "one"]
+    assert ids(second.path) == ["half", "half", "bad", "all", "all", "one"]
+
+
+def test_a_ledger_is_read_as_it_was_when_the_export_began(
+    write_jsonl: Callable[..., Path], tmp_path: Path, echo_config: Callable[..., RunConfig]
+) -> None:
+    from llmpipe.ledger import LedgerSnapshot
+
+    with Ledger(tmp_path, {}) as ledger:
+        ledger.add([Completion(0, 0, "a")])
+        ledger.commit()
+        with LedgerSnapshot(tmp_path) as snapshot:
+            ledger.add([Completion(1, 0, "b")])
+            ledger.commit()
+            assert (snapshot.count(), ledger.count()) == (1, 2)
+
+
+def test_what_cannot_be_exported_is_refused_with_the_reason(
+    write_jsonl: Callable[..., Path], tmp_path: Path, echo_config: Callable[..., RunConfig]
+) -> None:
+    path = write_jsonl({"prompt": "x"})
+    config = echo_config(path)
+    llmpipe.run(config, tmp_path / "out")
+    for name, said in (("answers.csv", "must end in .jsonl or .parquet"), ("out/outputs.parquet", "the run's own")):
+        with pytest.raises(LLMConfigError, match=said):
+            export(config, tmp_path / "out", tmp_path / name)
+    with pytest.raises(LLMError, match="there is no directory"):
+        export(config, tmp_path / "out", tmp_path / "nowhere" / "answers.jsonl")
+    with pytest.raises(LedgerError, match="no run directory"):
+        export(config, tmp_path)
+    with pytest.raises(LLMConfigError, match="given with export="):
+        echo_config(path, "export_to=x.jsonl")
+    path.write_text('{"prompt": "y"}\n')
+    with pytest.raises(DatasetError, match="dataset.digest was"):
+        export(config, tmp_path / "out")
+    assert run_llmpipe("export=nowhere", cwd=tmp_path).stderr == (
+        "llmpipe: nowhere is no run directory: there is no ledger.sqlite in it\n"
+    )
