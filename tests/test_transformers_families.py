@@ -33,6 +33,10 @@ PREFIX = " ".join(WORDS[200:240])
 SHARED = [PREFIX, *(f"{PREFIX} {' '.join(WORDS[9 * i : 9 * i + i])}" for i in range(1, 6)), PROMPTS[3], PREFIX]
 
 
+PADDED = {"bloom", "falcon_alibi", "stablelm", "gptj"}  # of an attention that cannot be replaced
+PADDED |= {"mamba", "mamba2", "jamba", "bamba", "falcon_h1", "qwen3_next", "lfm2"}  # with layers of another kind
+
+
 class Reference:
     """What transformers itself makes of a checkpoint, a row at a time."""
 
@@ -69,6 +73,7 @@ class Reference:
 
 @dataclass
 class Family:
+    name: str
     reference: Reference
     runner: Callable[[int], TransformersRunner]
     """Slots → a runner."""
@@ -82,7 +87,7 @@ def make_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Fam
     def make(name: str) -> Family:
         path = save(name, tmp_path_factory.mktemp(name))
         runner = cache(lambda slots: TransformersRunner({"model": str(path), "slots": slots, "threads": 1}, "cpu"))
-        return Family(Reference(path), runner)
+        return Family(name, Reference(path), runner)
 
     return make
 
@@ -99,6 +104,11 @@ def greedy(prompts: Iterable[str], **options: Any) -> list[Request]:
         Request(i, SamplingConfig(temperature=0, **sampling), prompt)
         for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=False))
     ]
+
+
+def test_every_family_runs_in_slots_but_those_that_cannot(family: Family) -> None:
+    """Otherwise a mistake in the slots would only make the check at load choose the padded path, and pass unseen."""
+    assert family.runner(3).info()["batching"] == ("padded" if family.name in PADDED else "slots")
 
 
 # --- greedy -----------------------------------------------------------------------------------------------------------
