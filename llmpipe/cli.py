@@ -69,7 +69,7 @@ class Program:
         from llmpipe.export import export
         from llmpipe.pipeline import RunInterrupted, run, to_run_config
         from llmpipe.plan import plan
-        from llmpipe.report import ProgressBar, show_export, show_plan, show_summary
+        from llmpipe.terminal import ProgressBar, show_export, show_plan, show_summary
 
         job = HydraConfig.get()
         directory = Path(job.runtime.output_dir)
@@ -103,7 +103,7 @@ class Program:
 
     def show_sweep(self) -> None:
         """Print the jobs of a sweep beside each other."""
-        from llmpipe.report import show_comparison
+        from llmpipe.terminal import show_comparison
 
         if len(self._jobs) > 1:
             show_comparison(self._jobs)
