@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmpipe.config import BackendType, DeviceType, ModelConfig, RunConfig, SamplingConfig
+    from llmpipe.config import BackendType, DeviceType, ModelConfig, RunConfig, SamplingConfig, compose
     from llmpipe.exceptions import (
         DatasetError,
         LedgerError,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         MissingDependencyError,
     )
     from llmpipe.outputs import read_run
-    from llmpipe.pipeline import compose, run
+    from llmpipe.pipeline import run
     from llmpipe.records import Chunk, Completion, Request
     from llmpipe.runners import (
         BaseLLMRunner,
@@ -37,6 +37,7 @@ _HOME = {
     "ModelConfig": "config",
     "RunConfig": "config",
     "SamplingConfig": "config",
+    "compose": "config",
     "DatasetError": "exceptions",
     "LedgerError": "exceptions",
     "LLMConfigError": "exceptions",
@@ -45,7 +46,6 @@ _HOME = {
     "LLMInitializationError": "exceptions",
     "MissingDependencyError": "exceptions",
     "read_run": "outputs",
-    "compose": "pipeline",
     "run": "pipeline",
     "Chunk": "records",
     "Completion": "records",

@@ -20,7 +20,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llmpipe.config import BACKENDS, BackendConfig, RunConfig, conf_dir, field_docs, register_schemas, unknown_name
+from llmpipe.config import (
+    BACKENDS,
+    BackendConfig,
+    RunConfig,
+    conf_dir,
+    field_docs,
+    register_schemas,
+    to_run_config,
+    unknown_name,
+)
 from llmpipe.exceptions import LLMError
 from llmpipe.ledger import saved_arguments
 from llmpipe.records import harmless
@@ -67,7 +76,7 @@ class Program:
     def job(self, composed: DictConfig) -> dict[str, Any] | None:
         """Run one composed configuration; Hydra calls this for each job, and a failed one does not end a sweep."""
         from llmpipe.export import export
-        from llmpipe.pipeline import RunInterrupted, run, to_run_config
+        from llmpipe.pipeline import RunInterrupted, run
         from llmpipe.plan import plan
         from llmpipe.terminal import ProgressBar, show_export, show_plan, show_summary
 

@@ -1,0 +1,98 @@
+"""Every option of llmpipe, stated once: its name, type, default, unit, and what it means.
+
+The dataclasses here are the schema of the composed (Hydra) configuration and the fields of the library's flat
+`ModelConfig`; the YAML files in `conf/` only choose values. `--help` prints the strings under the fields. Ranges are
+checked when an object is made, so a bad value is refused before anything is loaded.
+
+This describes. It never touches the network, a device, or a backend's package.
+
+choices.py     the options that are a choice from a few names
+checks.py      what refuses a wrong value or an unknown name
+sampling.py    how tokens are chosen
+backends.py    the options of each backend
+run.py         a whole run: device, dataset, prompt, output, metrics
+model.py       the flat form, for library users
+values.py      a dataclass made from plain values, as plain values, and its fields in words
+reading.py     YAML files and overrides → `RunConfig`
+"""
+
+from llmpipe.config.backends import (
+    BACKENDS,
+    BUNDLED,
+    BackendConfig,
+    BatchingConfig,
+    EchoConfig,
+    LlamaCppConfig,
+    TransformersConfig,
+    speed,
+    split_adapter,
+)
+from llmpipe.config.checks import reject_unknown, unknown_name
+from llmpipe.config.choices import (
+    BackendType,
+    Batching,
+    DeviceType,
+    Dtype,
+    OnError,
+    OutputFormat,
+    Overflow,
+    PromptFormat,
+    RopeScaling,
+    Switch,
+)
+from llmpipe.config.model import ModelConfig
+from llmpipe.config.reading import compose, conf_dir, data_dir, register_schemas, to_run_config
+from llmpipe.config.run import (
+    ColumnsConfig,
+    DatasetConfig,
+    DeviceConfig,
+    MetricsConfig,
+    OutputConfig,
+    PromptConfig,
+    RunConfig,
+)
+from llmpipe.config.sampling import MAX_SAMPLES, SamplingConfig
+from llmpipe.config.values import answer_fields, build, describe, field_docs
+
+__all__ = [
+    "BACKENDS",
+    "BUNDLED",
+    "BackendConfig",
+    "BackendType",
+    "Batching",
+    "BatchingConfig",
+    "ColumnsConfig",
+    "DatasetConfig",
+    "DeviceConfig",
+    "DeviceType",
+    "Dtype",
+    "EchoConfig",
+    "LlamaCppConfig",
+    "MAX_SAMPLES",
+    "MetricsConfig",
+    "ModelConfig",
+    "OnError",
+    "OutputConfig",
+    "OutputFormat",
+    "Overflow",
+    "PromptConfig",
+    "PromptFormat",
+    "RopeScaling",
+    "RunConfig",
+    "SamplingConfig",
+    "Switch",
+    "TransformersConfig",
+    "answer_fields",
+    "build",
+    "compose",
+    "conf_dir",
+    "data_dir",
+    "describe",
+    "field_docs",
+    "register_schemas",
+    "reject_unknown",
+    "speed",
+    "split_adapter",
+    "to_run_config",
+    "unknown_name",
+]

@@ -1,0 +1,222 @@
+"""The options of each backend: what all have, what those with continuous batching have, and what is one's own.
+
+Fields declared with `speed` change how fast a run is, never what it answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmpipe.config.checks import check, count, number
+from llmpipe.config.choices import BackendType, Batching, Dtype, RopeScaling, Switch
+from llmpipe.exceptions import LLMConfigError
+
+BUNDLED = "bundled"
+"""The value of `backend.model` that means the small model shipped with the package."""
+
+
+def speed(default: Any) -> Any:
+    """Declare a field that changes how fast a run is, never what it answers.
+
+    Such fields stay out of a run's fingerprint: a run may be resumed with other values of them.
+    """
+    return field(default=default, metadata={"speed": True})
+
+
+@dataclass
+class BackendConfig:
+    """What every backend has; one of its own only adds to it."""
+
+    _target_: str = "???"
+    """Import path of the runner class; outside llmpipe it must be trusted, see trusted_modules."""
+    model: str = BUNDLED
+    """A local file or directory, a hub id, or `bundled`."""
+    slots: Any = speed("auto")
+    """Rows in flight at once: a number, or auto."""
+    threads: int | None = speed(None)
+    """CPU threads; by default the physical cores."""
+    context: int | None = None
+    """Most tokens of prompt and completion; by default what it was trained for (llama.cpp: and memory allows)."""
+    reproducible: bool = False
+    """Give up speed so that a row's answer does not depend on the rows beside it."""
+    chat_template: str | None = None
+    """A Jinja chat template, or a file that holds one, instead of the model's own."""
+    isolation: bool = speed(False)
+    """Load the model in a process of its own, so that a row that crashes or hangs it becomes an error row."""
+    row_timeout_s: float | None = speed(None)
+    """With isolation: seconds without any progress after which the backend hangs, and is started again."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            LLMConfigError: names the option, the value and the bounds.
+        """
+        check(
+            isinstance(self.model, str) and bool(self.model.strip()),
+            "backend.model",
+            self.model,
+            "a file, directory or hub id",
+        )
+        if self.slots != "auto":
+            count("backend.slots", self.slots, 1, "an integer >= 1, or auto")
+        if self.threads is not None:
+            count("backend.threads", self.threads, 1, "an integer >= 1, or null")
+        if self.context is not None:  # a token of the prompt, and one of the completion
+            count("backend.context", self.context, 2, "an integer >= 2, or null")
+        check(isinstance(self.isolation, bool), "backend.isolation", self.isolation, "true or false")
+        if self.row_timeout_s is not None:
+            number("backend.row_timeout_s", self.row_timeout_s, 0, 1e9, "a number > 0, or null", open_low=True)
+            if not self.isolation:
+                raise LLMConfigError("backend.row_timeout_s needs backend.isolation=true")
+
+
+@dataclass
+class BatchingConfig(BackendConfig):
+    """What the backends with continuous batching have."""
+
+    batch_tokens: int = speed(2048)
+    """Most prompt tokens computed in one call."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            LLMConfigError: names the option, the value and the bounds.
+        """
+        super().__post_init__()
+        count("backend.batch_tokens", self.batch_tokens, 1, "an integer >= 1")
+
+
+@dataclass
+class LlamaCppConfig(BatchingConfig):
+    """GGUF models in process, through llama-cpp-python."""
+
+    _target_: str = "llmpipe.runners.LlamaCppRunner"
+    n_gpu_layers: int | None = speed(None)
+    """Layers kept on the GPU; by default all where the device is one, else none. -1 is all."""
+    main_gpu: int = speed(0)
+    """The GPU that holds what is not split."""
+    tensor_split: list[float] = field(default_factory=list, metadata={"speed": True})
+    """Share of the model per GPU, such as [0.5, 0.5]; by default as memory allows."""
+    flash_attention: Switch = Switch.auto
+    """Fused attention. Its sums depend on the batch: backend.reproducible turns it off."""
+    cache_type_k: str = "f16"
+    """Number format of cached keys: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0."""
+    cache_type_v: str = "f16"
+    """Number format of cached values; quantised ones need flash attention."""
+    micro_batch_tokens: int = speed(512)
+    """Tokens computed at once inside a call; larger takes more memory."""
+    mmap: bool = speed(True)
+    """Map the file into memory instead of reading it."""
+    mlock: bool = speed(False)
+    """Keep the model from being swapped out."""
+    lora: list[str] = field(default_factory=list)
+    """LoRA adapters in GGUF, each FILE or FILE=SCALE."""
+    rope_scaling: RopeScaling = RopeScaling.model
+    """model, none, linear or yarn: how contexts longer than trained for are reached."""
+    rope_freq_base: float = 0.0
+    """RoPE base frequency; 0 is the model's."""
+    rope_freq_scale: float = 0.0
+    """RoPE frequency scale, such as 0.5 for twice the context; 0 is the model's."""
+    yarn_original_context: int = 0
+    """Context the model was trained for, for yarn; 0 is the model's."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            LLMConfigError: names the option, the value and the bounds.
+        """
+        super().__post_init__()
+        allowed = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+        for name in ("cache_type_k", "cache_type_v"):
+            check(
+                getattr(self, name) in allowed,
+                f"backend.{name}",
+                getattr(self, name),
+                f"one of {', '.join(allowed)}",
+            )
+        count("backend.micro_batch_tokens", self.micro_batch_tokens, 1, "an integer >= 1")
+        number("backend.rope_freq_base", self.rope_freq_base, 0, 1e12, "a number >= 0 (0 is the model's)")
+        number("backend.rope_freq_scale", self.rope_freq_scale, 0, 1e6, "a number >= 0 (0 is the model's)")
+        count("backend.yarn_original_context", self.yarn_original_context, 0, "an integer >= 0 (0 is the model's)")
+        _check_adapters(self.lora)
+        if self.n_gpu_layers is not None:
+            count("backend.n_gpu_layers", self.n_gpu_layers, -1, "an integer >= -1, or null")
+        if self.reproducible and self.flash_attention is Switch.on:
+            raise LLMConfigError("backend.reproducible=true needs backend.flash_attention=auto or off")
+
+
+@dataclass
+class TransformersConfig(BatchingConfig):
+    """Any causal language model of transformers, on PyTorch."""
+
+    _target_: str = "llmpipe.runners.TransformersRunner"
+    dtype: Dtype = Dtype.auto
+    """Number format of weights and activations."""
+    batching: Batching = speed(Batching.auto)
+    """auto, slots or padded: how rows share the model."""
+    attn_implementation: str | None = None
+    """eager, sdpa, flash_attention_2, …: transformers' own attention, in padded batches."""
+    compile: bool = speed(False)
+    """torch.compile the forward pass; pays off on long runs on a GPU."""
+    device_map: str | None = speed(None)
+    """Spread the model over GPUs, host memory and disk through accelerate, such as auto; overrides device."""
+    max_memory: dict[str, str] = field(default_factory=dict, metadata={"speed": True})
+    """Most memory of the weights per device for device_map, such as {0: 20GiB, cpu: 60GiB}."""
+    offload_folder: str | None = speed(None)
+    """Where device_map puts the weights for which there is no memory."""
+    lora: list[str] = field(default_factory=list)
+    """LoRA adapters of peft, each DIRECTORY or DIRECTORY=SCALE; merged into the weights."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    local_files_only: bool = False
+    """Never ask the hub; use what is in its cache."""
+    trust_remote_code: bool = False
+    """Run the Python code that a checkpoint brings. Off: such code can do anything."""
+    allow_pickle: bool = False
+    """Load weights that are not safetensors. Off: unpickling can run code."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            LLMConfigError: names the option, the value and the bounds.
+        """
+        super().__post_init__()
+        _check_adapters(self.lora)
+
+
+@dataclass
+class EchoConfig(BackendConfig):
+    """No model: every row is answered with its own prompt, word by word. For trying a dataset and a config."""
+
+    _target_: str = "llmpipe.runners.EchoRunner"
+    model: str = speed("none")
+    """There is none."""
+
+
+BACKENDS: dict[BackendType, type[BackendConfig]] = {
+    BackendType.LLAMA_CPP: LlamaCppConfig,
+    BackendType.TRANSFORMERS: TransformersConfig,
+    BackendType.ECHO: EchoConfig,
+}
+
+
+def split_adapter(text: str) -> tuple[str, float]:
+    """Return path and scale of a LoRA adapter written as PATH or PATH=SCALE."""
+    name, sign, scale = text.rpartition("=")
+    try:
+        return (name, float(scale)) if sign else (text, 1.0)
+    except ValueError:  # an equals sign in the file's name
+        return text, 1.0
+
+
+def _check_adapters(adapters: Sequence[Any]) -> None:
+    for adapter in adapters:
+        is_named = isinstance(adapter, str) and bool(split_adapter(adapter)[0])
+        check(is_named, "backend.lora", adapter, "PATH or PATH=SCALE")
+        number(f"the scale in backend.lora={adapter!r}", split_adapter(adapter)[1], -1e6, 1e6, "a finite number")

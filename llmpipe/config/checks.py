@@ -1,0 +1,59 @@
+"""What refuses a wrong value or an unknown name, and says what is allowed. It knows no option by itself."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from llmpipe.exceptions import LLMConfigError
+
+
+def check(ok: bool, name: str, got: object, allowed: str) -> None:
+    """Refuse a value that is not `ok`, saying what was got and what is allowed.
+
+    Raises:
+        LLMConfigError: names the option, the value and the bounds.
+    """
+    if not ok:
+        raise LLMConfigError(f"{name}={got!r} is not allowed; it must be {allowed}")
+
+
+def number(name: str, value: object, low: float, high: float, allowed: str, *, open_low: bool = False) -> None:
+    """Refuse what is not a number in [low, high], or with `open_low` in (low, high].
+
+    Raises:
+        LLMConfigError: as `check`.
+    """
+    # Comparisons rather than isfinite, which fails on integers too large for a float; NaN is inside of nothing.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    inside = is_number and (low < value if open_low else low <= value) and value <= high  # type: ignore[operator]
+    check(bool(inside), name, value, allowed)
+
+
+def count(name: str, value: object, low: int, allowed: str) -> None:
+    """Refuse what is not an integer of at least `low`.
+
+    Raises:
+        LLMConfigError: as `check`.
+    """
+    check(isinstance(value, int) and not isinstance(value, bool) and value >= low, name, value, allowed)
+
+
+def reject_unknown(given: Iterable[str], allowed: Iterable[str], what: str, extra: Iterable[str] = ()) -> None:
+    """Refuse the first name of `given` that is not in `allowed`, naming the nearest and all valid ones.
+
+    Raises:
+        LLMConfigError: a name is unknown.
+    """
+    allowed = list(allowed)
+    for name in given:
+        if name not in allowed:
+            raise LLMConfigError(unknown_name(name, [*allowed, *extra], what))
+
+
+def unknown_name(name: object, allowed: Iterable[str], what: str) -> str:
+    """Say that `name` is unknown, which name is nearest, and which there are."""
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(str(name), allowed, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"unknown {what} {name!r}{hint} There are: {', '.join(allowed)}"

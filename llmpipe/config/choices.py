@@ -1,0 +1,107 @@
+"""The options that are a choice from a few names, each with what its names mean."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class BackendType(str, Enum):
+    """The backends that come with llmpipe. `llama_cpp` is accepted for `llama.cpp`."""
+
+    LLAMA_CPP = "llama.cpp"
+    TRANSFORMERS = "transformers"
+    ECHO = "echo"
+
+    @classmethod
+    def _missing_(cls, value: object) -> BackendType | None:
+        name = str(value).lower().replace("_", ".").replace("-", ".")
+        return next((member for member in cls if member.value == name), None)
+
+    @property
+    def group(self) -> str:
+        """The name of the Hydra option, `backend=...`."""
+        return self.value.replace(".", "_")
+
+
+class DeviceType(str, Enum):
+    """Where a model runs. `auto` takes the best device that is there."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+    MPS = "mps"
+
+
+class PromptFormat(str, Enum):
+    """What a plain prompt becomes before it reaches the model."""
+
+    auto = "auto"
+    """`chat` where the model has a chat template, `raw` where it has none."""
+    chat = "chat"
+    """A user message under the model's chat template."""
+    raw = "raw"
+    """The text as it is."""
+
+
+class Overflow(str, Enum):
+    """What happens to a prompt that exceeds the context."""
+
+    error = "error"
+    """The row becomes an error row."""
+    truncate = "truncate"
+    """The prompt loses tokens on the left; `truncated_prompt_tokens` says how many."""
+
+
+class OutputFormat(str, Enum):
+    """The file format of the answers."""
+
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
+class OnError(str, Enum):
+    """What an error row does to its run."""
+
+    quarantine = "quarantine"
+    """It goes to `errors.jsonl`, and the run goes on."""
+    stop = "stop"
+    """It ends the run, which can be resumed."""
+
+
+class Switch(str, Enum):
+    """A choice that the backend may make by itself."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+class RopeScaling(str, Enum):
+    """How positions beyond those a model was trained for are squeezed into its range."""
+
+    model = "model"
+    """As the file says."""
+    none = "none"
+    linear = "linear"
+    yarn = "yarn"
+
+
+class Batching(str, Enum):
+    """How rows share the model."""
+
+    auto = "auto"
+    """In slots where the model's attention allows it, else in padded batches."""
+    slots = "slots"
+    """Rows packed to one sequence, each with a cache of its own; a finished row's slot is filled at once."""
+    padded = "padded"
+    """Batches of rows of similar length, filled up to the longest."""
+
+
+class Dtype(str, Enum):
+    """Number format of weights and activations."""
+
+    auto = "auto"
+    """What the checkpoint says where the device computes it well, float32 elsewhere."""
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"

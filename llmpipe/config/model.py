@@ -1,0 +1,59 @@
+"""The flat form, for library users: one object that names a model, where it runs, and how it samples by default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from llmpipe.config.backends import BUNDLED
+from llmpipe.config.checks import check
+from llmpipe.config.choices import BackendType, DeviceType
+from llmpipe.config.run import DeviceConfig
+from llmpipe.config.sampling import SamplingConfig
+
+
+@dataclass
+class ModelConfig(SamplingConfig):
+    """A model and its defaults, flat: the friendly form for library users.
+
+    Sampling options are those of `SamplingConfig`; options of the chosen backend (`threads`, `dtype`, …) go into
+    `options`, and in a dictionary configuration beside the others.
+    """
+
+    model_path: str = BUNDLED
+    """A local file or directory, a hub id, or `bundled`."""
+    backend: BackendType | str = BackendType.LLAMA_CPP
+    """A `BackendType`, its name, or a name given to `LLMRunnerFactory.register`."""
+    device: DeviceType | str = DeviceType.AUTO
+    """A `DeviceType` or its name, such as `cuda` or `cuda:1`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the backend, as in its config class."""
+
+    def __post_init__(self) -> None:
+        """Check sampling and device; the factory checks the backend and its options.
+
+        Raises:
+            LLMConfigError: names the option, the value and the bounds.
+        """
+        super().__post_init__()
+        DeviceConfig.parse(self.device)
+        self.model_path = str(self.model_path)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
+        """Read `{"llm": {...}}` or the inner dictionary; what is no field of `ModelConfig` is a backend option.
+
+        Raises:
+            LLMConfigError: a value is out of range. Unknown backend options are refused by the factory.
+        """
+        flat = config.get("llm", config)
+        check(isinstance(flat, Mapping), "llm", flat, "a dictionary of options")
+        own = {f.name for f in fields(cls)}
+        options = {**flat.get("options", {}), **{k: v for k, v in flat.items() if k not in own}}
+        return cls(**{**{k: v for k, v in flat.items() if k in own}, "options": options})
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """The sampling options alone."""
+        return SamplingConfig(**{f.name: getattr(self, f.name) for f in fields(SamplingConfig)})

@@ -1,0 +1,191 @@
+"""The options of a whole run, and of its parts that are neither backend nor sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmpipe.config.checks import check, count, number
+from llmpipe.config.choices import DeviceType, OnError, OutputFormat, Overflow, PromptFormat
+from llmpipe.config.sampling import SamplingConfig
+
+
+@dataclass
+class DeviceConfig:
+    """Where the model runs."""
+
+    type: str = "auto"
+    """auto, cpu, cuda or mps."""
+    index: int | None = None
+    """Which of several, as in cuda:1."""
+
+    def __post_init__(self) -> None:
+        """Refuse a device that does not exist.
+
+        Raises:
+            LLMConfigError: lists the devices there are.
+        """
+        names = [member.value for member in DeviceType]
+        check(
+            self.type in names,
+            "device",
+            self.type,
+            f"one of {', '.join(names)} (cuda:1 picks one of several)",
+        )
+        if self.index is not None:
+            count("device.index", self.index, 0, "an integer >= 0, or null")
+
+    @classmethod
+    def parse(cls, device: DeviceConfig | DeviceType | str | None) -> DeviceConfig:
+        """Read `cuda`, `cuda:1`, a `DeviceType`, or None for auto.
+
+        Raises:
+            LLMConfigError: the text names no device.
+        """
+        if isinstance(device, DeviceConfig):
+            return device
+        text = device.value if isinstance(device, DeviceType) else str(device or "auto").lower()
+        kind, _, index = text.partition(":")
+        if index and not index.isdecimal():
+            check(False, "device", text, "such as cpu, cuda or cuda:1")
+        return cls(type=kind, index=int(index) if index else None)
+
+    def __str__(self) -> str:
+        return self.type if self.index is None else f"{self.type}:{self.index}"
+
+
+@dataclass
+class ColumnsConfig:
+    """What the dataset calls its columns. Every other column rides along untouched."""
+
+    id: str = "id"
+    """Unique names of the rows; rows without one are called row-0, row-1, … by position."""
+    prompt: str = "prompt"
+    """Plain prompts."""
+    messages: str = "messages"
+    """Chats: lists of {role, content}. Used before prompt where a row has both."""
+    reference: str = "reference"
+    """Right answers, for the scorers."""
+    sampling: str = "sampling"
+    """Objects of sampling options that override the run's for their row."""
+
+
+@dataclass
+class DatasetConfig:
+    """Which rows to run."""
+
+    path: Any = "???"
+    """A file, a glob, or a list of them: .jsonl, .csv, .parquet, the first two also with .gz or .zst."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    """What the dataset calls its columns."""
+    limit: int | None = None
+    """Run only the first rows, this many."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            LLMConfigError: names the option and the value.
+        """
+        if self.limit is not None:
+            count("dataset.limit", self.limit, 0, "an integer >= 0, or null")
+
+    @property
+    def paths(self) -> list[str]:
+        """The configured paths or globs as a list."""
+        return [str(self.path)] if isinstance(self.path, (str, Path)) else [str(path) for path in self.path]
+
+
+@dataclass
+class PromptConfig:
+    """How a row becomes a prompt."""
+
+    format: PromptFormat = PromptFormat.auto
+    """auto, chat or raw; says what a plain prompt becomes. Chats are always rendered by the chat template."""
+    system: str | None = None
+    """A system message put before chats and plain prompts that have none (not with raw)."""
+    template: str | None = None
+    """Text in which {column} stands for the row's value, instead of the prompt column; {{ and }} are braces."""
+    overflow: Overflow = Overflow.error
+    """error or truncate a prompt that exceeds the context."""
+
+
+@dataclass
+class OutputConfig:
+    """How the answers are written."""
+
+    format: OutputFormat = OutputFormat.jsonl
+    """jsonl or parquet."""
+    prefix: str = ""
+    """Put before the name of every column that llmpipe adds."""
+
+
+@dataclass
+class MetricsConfig:
+    """What is measured."""
+
+    scorers: list[str] = field(default_factory=lambda: ["exact_match"])
+    """Scores of rows with a reference: exact_match, contains."""
+    memory_interval_s: float = 0.05
+    """Seconds between two looks at the process's memory."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            LLMConfigError: names the option and the bounds.
+        """
+        number("metrics.memory_interval_s", self.memory_interval_s, 0, 60, "a number in (0, 60]", open_low=True)
+
+
+@dataclass
+class RunConfig:
+    """A whole run."""
+
+    backend: Any = "???"
+    """Which runner, and its options."""
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    """Where the model runs."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How tokens are chosen."""
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    """Which rows to run."""
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    """How a row becomes a prompt."""
+    output: OutputConfig = field(default_factory=OutputConfig)
+    """How the answers are written."""
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    """What is measured."""
+    seed: int = 0
+    """Seed of the run; every row and sample derives its own from it."""
+    on_error: OnError = OnError.quarantine
+    """quarantine error rows in errors.jsonl, or stop at the first one; the run can be resumed."""
+    max_error_rate: float | None = None
+    """End the run, resumable, when more than this share of 100 or more answers (or of all) are errors; null: never."""
+    run_timeout_s: float | None = None
+    """End the run, resumable, after so many seconds of generating; a row that hangs can only be left if isolated."""
+    resume: str | None = None
+    """A run directory to continue, with its own configuration."""
+    plan: bool = False
+    """Check config and dataset without loading weights, and say what a run would do and take."""
+    export: str | None = None
+    """A run directory, also of a run that is under way or was killed, whose answers so far are written to a file."""
+    export_to: str | None = None
+    """The file to write them to, .jsonl or .parquet; by default partial.jsonl or .parquet in that directory."""
+    trusted_modules: list[str] = field(default_factory=list)
+    """Modules outside llmpipe whose classes a backend's _target_ may name."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            LLMConfigError: names the option and the bounds.
+        """
+        count("seed", self.seed, 0, "an integer >= 0")
+        check(self.export_to is None or self.export is not None, "export_to", self.export_to, "given with export=")
+        check(not (self.plan and self.export), "plan", self.plan, "false with export=")
+        if self.max_error_rate is not None:
+            number("max_error_rate", self.max_error_rate, 0, 1, "a number in (0, 1], or null", open_low=True)
+        if self.run_timeout_s is not None:
+            number("run_timeout_s", self.run_timeout_s, 0, 1e9, "a number > 0, or null", open_low=True)
