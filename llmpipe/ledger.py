@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
+from zlib import crc32
 
 import filelock
 import orjson
@@ -26,11 +26,11 @@ from llmpipe.exceptions import LedgerError
 from llmpipe.records import Completion
 
 FILE = "ledger.sqlite"
-VERSION = 2
+VERSION = 3
 COMMIT_EVERY_S = 0.5
 COMMIT_EVERY_ROWS = 2000
-_FIELDS = tuple(f.name for f in fields(Completion) if f.name not in ("request_id", "sample", "scores"))
-_values = attrgetter(*_FIELDS)
+_values = attrgetter(*(f.name for f in fields(Completion)[2:] if f.name != "scores"))
+"""The values of a completion as they are kept, in the order of its fields; row and sample are beside them."""
 _TABLES = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID",
     "CREATE TABLE completions (row INTEGER, sample INTEGER, data BLOB NOT NULL, crc INTEGER NOT NULL, "
@@ -123,10 +123,9 @@ class Ledger:
         """Note completions; they are committed within half a second of further work, or by `commit`."""
         for completion in completions:
             self.noted += 1
-            values = zip(_FIELDS, _values(completion), strict=True)
-            data = _dump({name: value for name, value in values if value is not None})
             row, sample = completion.request_id, completion.sample
-            self._pending.append((row, sample, data, _crc(data, row, sample)))
+            data = _dump(_values(completion))
+            self._pending.append((row, sample, data, crc32(data, crc32(b"%d %d" % (row, sample)))))
         if len(self._pending) >= COMMIT_EVERY_ROWS or time.monotonic() - self._committed_at >= COMMIT_EVERY_S:
             self.commit()
 
@@ -159,12 +158,12 @@ class Ledger:
         """
         self.commit()
         for row, sample, data in self._verified():
-            yield Completion(row, sample, **{"text": None, **_load(data)})
+            yield Completion(row, sample, *_load(data))
 
     def _verified(self) -> Iterator[tuple[int, int, bytes]]:
         with _faults_named(self.path):
             for row, sample, data, crc in self._db.execute("SELECT * FROM completions ORDER BY row, sample"):
-                if not isinstance(data, bytes) or crc != _crc(data, row, sample):
+                if type(data) is not bytes or crc != crc32(data, crc32(b"%d %d" % (row, sample))):
                     raise _damaged(self.path, f"row {row}, sample {sample} is not as it was written")
                 yield row, sample, data
 
@@ -218,7 +217,7 @@ class Ledger:
 
     def _note(self, facts: dict[str, Any]) -> None:
         texts = ((key, json.dumps(value)) for key, value in facts.items())
-        rows = [(key, text, _crc(text.encode(), key)) for key, text in texts]
+        rows = [(key, text, _crc(key, text)) for key, text in texts]
         self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", rows)
 
     def close(self) -> None:
@@ -313,25 +312,25 @@ def _fact(path: Path, key: str, found: list[tuple[str, int]]) -> Any:
     if not found:
         return None
     value, crc = found[0]
-    if not isinstance(value, str) or crc != _crc(value.encode(), key):
+    if not isinstance(value, str) or crc != _crc(key, value):
         raise _damaged(path, f"{key} is not as it was written")
     return json.loads(value)
 
 
-def _crc(data: bytes, *key: object) -> int:
-    return zlib.crc32(data, zlib.crc32(b"%a" % (key,)))
+def _crc(key: str, value: str) -> int:
+    return crc32(value.encode(), crc32(key.encode()))
 
 
-def _dump(values: dict[str, Any]) -> bytes:
+def _dump(values: Sequence[Any]) -> bytes:
     try:
         return orjson.dumps(values)
     except TypeError:  # half of a surrogate pair, which only an escape can hold
         return json.dumps(values).encode()
 
 
-def _load(data: bytes) -> dict[str, Any]:
+def _load(data: bytes) -> list[Any]:
     try:
-        values: dict[str, Any] = orjson.loads(data)
+        values: list[Any] = orjson.loads(data)
     except ValueError:
         values = json.loads(data)
     return values

@@ -11,6 +11,7 @@ import platform
 import threading
 from array import array
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, Self
 
 import numpy as np
@@ -21,6 +22,8 @@ from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Completion
 
 Scorer = Callable[[str, str], float]
+TIMES = ("queue_s", "first_token_s", "latency_s")
+_times_of = attrgetter(*TIMES)
 
 
 def exact_match(completion: str, reference: str) -> float:
@@ -59,7 +62,7 @@ class Totals:
         self._cached_prompt_tokens = 0
         self._completion_tokens = 0
         self._truncated = 0
-        self._times = {name: array("d") for name in ("queue_s", "first_token_s", "latency_s")}
+        self._times = {name: array("d") for name in TIMES}
         self._scores: dict[str, list[float]] = {}
         self._finish_reasons: dict[str, int] = {}
 
@@ -84,8 +87,7 @@ class Totals:
         self._cached_prompt_tokens += completion.cached_prompt_tokens or 0
         self._completion_tokens += completion.completion_tokens or 0
         self._truncated += bool(completion.truncated_prompt_tokens)
-        for name, times in self._times.items():
-            value = getattr(completion, name)
+        for times, value in zip(self._times.values(), _times_of(completion), strict=True):
             if value is not None:
                 times.append(value)
 
@@ -126,12 +128,15 @@ class Totals:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float | None]:
-    """Return p50, p90, p99 (linear interpolation), mean and max; nulls where there are no values."""
+    """Return p50, p90, p99 (linear interpolation), mean and max; nulls where there are no values.
+
+    The values of an array are reordered where they stand: there may be millions.
+    """
     names = ("p50", "p90", "p99", "mean", "max")
     if not len(values):
         return dict.fromkeys(names)
     data = np.asarray(values, dtype=np.float64)
-    figures = [*np.percentile(data, [50, 90, 99]), data.mean(), data.max()]
+    figures = [*np.percentile(data, [50, 90, 99], overwrite_input=True), data.mean(), data.max()]
     return {name: float(figure) for name, figure in zip(names, figures, strict=True)}
 
 

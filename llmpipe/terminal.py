@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +27,7 @@ from rich.text import Text
 from llmpipe.records import harmless
 
 BAR_WIDTH = 40
+LOOKS_PER_S = 10
 
 
 class ProgressBar:
@@ -43,9 +45,14 @@ class ProgressBar:
             disable=not sys.stderr.isatty(),
         )
         self._task = self._progress.add_task("loading", total=None, rate="")
+        self._shown_at = 0.0
 
     def update(self, done: int, expected: int, tokens: int) -> None:
         """Show how far the run is; `tokens` counts what was generated since it started."""
+        now = time.monotonic()
+        if now - self._shown_at < 1 / LOOKS_PER_S and done < expected:  # rows may come faster than eyes
+            return
+        self._shown_at = now
         elapsed = self._progress.tasks[self._task].elapsed or 0.0
         rate = f"{tokens / elapsed:,.0f} tokens/s" if elapsed else ""
         self._progress.update(self._task, description="rows", completed=done, total=expected, rate=rate)
