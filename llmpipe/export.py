@@ -7,6 +7,7 @@ with the columns of the final output. The run, if there is one, does not notice.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -47,9 +48,9 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
     """
     directory = Path(directory)
     path = directory / f"partial.{config.output.format.value}" if file is None else Path(file).expanduser()
-    output = _format_of(path, directory)
+    config = replace(config, output=replace(config.output, format=_format_of(path, directory)))
     with LedgerSnapshot(directory) as ledger:
-        dataset, scan = look_through(config)
+        dataset, scan, types = look_through(config)
         asked, asking = ledger.get("fingerprint")["dataset"], fingerprint(config, scan)["dataset"]
         if changes := "; ".join(differences(asked, asking, "dataset")):
             raise DatasetError(f"the dataset is not the one that {directory} is a run of: {changes}")
@@ -60,7 +61,7 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
         counter = _Counter()
         answered = scored(counter.finished(dataset.rows(), ledger.completions(), prompts), config, Totals())
         with new_files(path.parent, [path.name]) as files:
-            writer = WRITERS[output](files[path.name], layout, dataset.rows)
+            writer = WRITERS[config.output.format](files[path.name], layout, types)
             try:
                 for one in answered:
                     writer.write(one)

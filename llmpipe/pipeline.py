@@ -13,14 +13,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from llmpipe.config import BackendConfig, OnError, RunConfig, answer_fields, conf_dir, describe, register_schemas
+from llmpipe.config import BackendConfig, OnError, RunConfig, answer_fields, describe
 from llmpipe.datasets import Dataset, Scan
 from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError, LLMInferenceError
 from llmpipe.ledger import FILE, Ledger
 from llmpipe.metrics import MemorySampler, Totals, environment, scorers
 from llmpipe.outputs import (
     Answered,
+    ColumnTypes,
     Layout,
+    column_types,
     found_files,
     join,
     new_files,
@@ -81,7 +83,7 @@ def run(
     """Run a dataset through a model, or continue where an earlier run in `directory` ended.
 
     Args:
-        config: The run; see `compose`.
+        config: The run; see `llmpipe.compose`.
         directory: Where outputs, metrics and ledger go.
         progress: Told of every completion.
         arguments: The command line `config` was composed from; kept in the directory for `llmpipe resume=`.
@@ -97,7 +99,7 @@ def run(
     directory = Path(directory)
     if config.plan or config.export is not None:
         raise LLMConfigError("plan=true and export= generate nothing: call llmpipe.plan.plan or llmpipe.export.export")
-    dataset, scan = look_through(config)
+    dataset, scan, types = look_through(config)
     if not (directory / FILE).exists():  # a fresh run: it leaves nothing where it may not write at its end
         found_files(directory, output_files(config.output), {})
     with Ledger(directory, fingerprint(config, scan)) as ledger:
@@ -106,21 +108,22 @@ def run(
         if not ledger.finished():
             found_files(directory, output_files(config.output), ledger.get("files") or {})
             generate(config, dataset, scan, ledger, directory, progress or (lambda *_: None))
-        return conclude(config, dataset, scan, ledger, directory)
+        return conclude(config, dataset, scan, types, ledger, directory)
 
 
-def look_through(config: RunConfig) -> tuple[Dataset, Scan]:
+def look_through(config: RunConfig) -> tuple[Dataset, Scan, ColumnTypes | None]:
     """Refuse what can be refused before anything is loaded or written; return the dataset and what is in it.
 
     Raises:
-        LLMConfigError, DatasetError: the run cannot start.
+        LLMConfigError, DatasetError, MissingDependencyError: the run cannot start.
     """
-    dataset = Dataset(config.dataset)
+    dataset, types = Dataset(config.dataset), column_types(config.output.format)
     check_trusted(_backend_values(config).get("_target_", "???"), config.trusted_modules)
-    scan = dataset.scan(None if config.prompt.template is None else template_columns(config.prompt.template))
+    template = None if config.prompt.template is None else template_columns(config.prompt.template)
+    scan = dataset.scan(template, None if types is None else types.add)
     layout_of(config, scan, config.sampling.n).check(scan.columns)
     scorers(config.metrics.scorers)
-    return dataset, scan
+    return dataset, scan, types
 
 
 def generate(
@@ -212,7 +215,9 @@ def _requests(
                 yield request
 
 
-def conclude(config: RunConfig, dataset: Dataset, scan: Scan, ledger: Ledger, directory: Path) -> dict[str, Any]:
+def conclude(
+    config: RunConfig, dataset: Dataset, scan: Scan, types: ColumnTypes | None, ledger: Ledger, directory: Path
+) -> dict[str, Any]:
     """Write outputs and metrics from the ledger, unless they are there and whole."""
     wanted = {"output": describe(config.output), "metrics": describe(config.metrics)}
     names = output_files(config.output)
@@ -225,7 +230,7 @@ def conclude(config: RunConfig, dataset: Dataset, scan: Scan, ledger: Ledger, di
     totals = Totals()
     answered = scored(join(dataset.rows(), ledger.completions()), config, totals)
     with new_files(directory, names) as files:
-        write_answers(files, config.output, layout, dataset.rows, answered)
+        write_answers(files, config.output, layout, types, answered)
         metrics = {
             **totals.summary(ledger.get("wall_s") or 0.0),
             "load_s": ledger.get("load_s"),
@@ -404,35 +409,3 @@ class _Signals:
         else:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
-
-
-def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> RunConfig:
-    """Compose a run's configuration as the command line does, from the same files.
-
-    Args:
-        overrides: As on the command line: `["backend=transformers", "sampling.temperature=0.7"]`.
-        config_dir: A directory of further YAML files, as with `--config-dir`.
-
-    Raises:
-        LLMConfigError: a value is out of range.
-        hydra.errors.HydraException: a key or option does not exist.
-    """
-    import hydra
-
-    register_schemas()
-    extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return to_run_config(hydra.compose("config", [*overrides, *extra]))
-
-
-def to_run_config(composed: Any) -> RunConfig:
-    """Turn Hydra's composed config into dataclasses, checking every value.
-
-    Raises:
-        LLMConfigError: a value is out of range.
-    """
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, RunConfig)
-    return config

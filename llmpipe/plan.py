@@ -56,7 +56,7 @@ def plan(config: RunConfig, directory: str | Path) -> dict[str, Any]:
         LLMConfigError, DatasetError, LLMInitializationError, LedgerError: the run could not start.
     """
     directory = Path(directory)
-    dataset, scan = look_through(config)
+    dataset, scan, _ = look_through(config)
     done = rows_done(config, scan, directory)
     with LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules, weights=False) as runner:
         try:

@@ -53,19 +53,19 @@ class PromptBuilder:
         if not samples:
             return None
         seed = sampling.seed if sampling.seed is not None else derive_seed(self._seed, row.id(self._columns.id))
-        options: dict[str, Any] = {
-            "id": row.index,
-            "sampling": sampling,
-            "seed": seed,
-            "samples": samples,
-            "truncate": self._prompt.overflow is Overflow.truncate,
-        }
-        messages = row.values.get(self._columns.messages)
-        text: Any
+        messages = row.values.get(self._columns.messages) if self._prompt.template is None else None
+        if messages is not None:
+            text, chat = "", self._with_system(parse_messages(messages))
+        else:
+            text, chat = self._text_of(row), None
+            if self._chat:
+                text, chat = "", self._with_system(({"role": "user", "content": text},))
+        return Request(row.index, sampling, text, chat, seed, samples, self._prompt.overflow is Overflow.truncate)
+
+    def _text_of(self, row: Row) -> str:
+        """Return the plain prompt of a row that is no chat."""
         if self._prompt.template is not None:
-            text = fill(self._prompt.template, row.values)
-        elif messages is not None:
-            return Request(messages=self._with_system(parse_messages(messages)), **options)
+            text: Any = fill(self._prompt.template, row.values)
         else:
             text = row.values.get(self._columns.prompt)
         if text is None:
@@ -78,9 +78,7 @@ class PromptBuilder:
             raise ValueError("the prompt is empty")
         if not is_utf8(text):
             raise ValueError("the prompt holds a lone surrogate, which no UTF-8 text can")
-        if self._chat:
-            return Request(messages=self._with_system(({"role": "user", "content": text},)), **options)
-        return Request(prompt=text, **options)
+        return text
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         if self._prompt.system is None or messages[0]["role"] in ("system", "developer"):

@@ -1,6 +1,7 @@
 """The objects that travel: a `Row` becomes a `Request`, a runner makes `Chunk`s of it, a `Completion` is their sum.
 
-Knows nothing of files, models or configuration beyond the sampling options that ride on each request.
+Knows nothing of files, models or configuration beyond the sampling options that ride on each request. None of them is
+frozen, because that would quadruple what making one takes, and there are millions; treat them as if they were.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def derive_seed(*parts: object) -> int:
 
 def is_utf8(text: str) -> bool:
     """Say whether UTF-8 can hold the text; it cannot hold half of a surrogate pair, which JSON can smuggle in."""
+    if text.isascii():  # as Python knows at once
+        return True
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -42,12 +45,10 @@ def harmless(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Row:
     """One row of the dataset, readable or not."""
 
-    index: int
-    """Position in the dataset, from 0, unreadable rows counted."""
     file: str
     line: int
     """Line in the file, from 1; the number of the row for formats without lines."""
@@ -58,6 +59,8 @@ class Row:
     """Why the row cannot be read; its values are then empty."""
     batch: tuple[pa.RecordBatch, int] | None = None
     """For Parquet: the Arrow batch with the row, and its position there."""
+    index: int = -1
+    """Position in the dataset, from 0, unreadable rows counted; a reader leaves it to the dataset."""
 
     def id(self, column: str) -> Any:
         """Return the row's id: the value of its id column, or `row-N` by position."""
@@ -65,7 +68,7 @@ class Row:
         return value if isinstance(value, (str, int, float)) else f"row-{self.index}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
     """One row to run.
 
@@ -89,7 +92,7 @@ class Request:
         return derive_seed(self.seed, sample)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Chunk:
     """A piece of one sample's answer, in the order it was generated.
 
@@ -133,6 +136,7 @@ class Completion:
     scores: dict[str, float] = field(default_factory=dict)
 
 
+_NOT_WAITING: tuple[float, set[int]] = 0.0, set()
 StreamFn = Callable[[Iterable[Request]], Iterator[Chunk]]
 
 
@@ -140,15 +144,14 @@ class Stopwatch:
     """Turns the chunks of a stream into completions, timing from outside what a runner cannot be trusted to time."""
 
     def __init__(self) -> None:
-        self._pulled_at: dict[int, float] = {}
-        self._waiting: dict[int, set[int]] = {}
+        self._waiting: dict[int, tuple[float, set[int]]] = {}
+        """When each request was pulled, and which of its samples have no answer yet."""
         self._open: dict[tuple[int, int], tuple[Completion, list[str]]] = {}
 
     def watch(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Pass `requests` on, noting when each one is pulled."""
         for request in requests:
-            self._pulled_at[request.id] = time.perf_counter()
-            self._waiting[request.id] = set(request.samples)
+            self._waiting[request.id] = time.perf_counter(), set(request.samples)
             yield request
 
     def add(self, chunk: Chunk) -> Completion | None:
@@ -159,14 +162,13 @@ class Stopwatch:
         """
         now = time.perf_counter()
         key = (chunk.request_id, chunk.sample)
-        if chunk.sample not in self._waiting.get(chunk.request_id, ()):
+        pulled_at, waiting = self._waiting.get(chunk.request_id, _NOT_WAITING)
+        if chunk.sample not in waiting:
             raise LLMInferenceError(
                 f"the runner answered request {key[0]}, sample {key[1]}, which is not waiting for one"
             )
-        pulled_at = self._pulled_at[chunk.request_id]
-        if key not in self._open:
-            self._open[key] = (Completion(*key), [])
-        completion, texts = self._open[key]
+        begun = self._open.pop(key, None)
+        completion, texts = begun or (Completion(*key), [])
         if chunk.restarts:
             texts.clear()
             completion.first_token_s = None
@@ -175,9 +177,11 @@ class Stopwatch:
         if completion.first_token_s is None and (chunk.text or chunk.finish_reason):
             completion.first_token_s = now - pulled_at
         if chunk.finish_reason is None:
+            self._open[key] = completion, texts
             return None
-        del self._open[key]
-        self._close(*key)
+        waiting.discard(chunk.sample)
+        if not waiting:
+            del self._waiting[chunk.request_id]
         completion.finish_reason = chunk.finish_reason
         completion.latency_s = now - pulled_at
         completion.prompt_tokens = chunk.prompt_tokens
@@ -195,14 +199,9 @@ class Stopwatch:
 
     def abandoned(self) -> Iterator[Completion]:
         """Yield an error for every sample that was pulled and never finished."""
-        for request_id, samples in list(self._waiting.items()):
+        for request_id, (_, samples) in self._waiting.items():
             for sample in sorted(samples):
                 yield failed(request_id, "the runner ended without an answer", sample)
-
-    def _close(self, request_id: int, sample: int) -> None:
-        self._waiting[request_id].discard(sample)
-        if not self._waiting[request_id]:
-            del self._waiting[request_id], self._pulled_at[request_id]
 
 
 def failed(request_id: int, reason: str, sample: int = 0) -> Completion:

@@ -19,7 +19,8 @@ import pytest
 import zstandard
 
 from llmpipe.config import ColumnsConfig, DatasetConfig
-from llmpipe.datasets import MAX_LEVELS, Dataset
+from llmpipe.datasets import Dataset
+from llmpipe.datasets.jsonl import MAX_LEVELS
 from llmpipe.exceptions import DatasetError, MissingDependencyError
 from llmpipe.records import Row
 

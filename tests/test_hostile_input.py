@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import llmpipe
 from llmpipe import LLMConfigError
-from llmpipe.datasets import read_csv
+from llmpipe.datasets.csv import read_csv
 from llmpipe.pipeline import BLOCK_ROWS, RATED_FROM, RunStopped
 
 Compose = Callable[..., llmpipe.RunConfig]
@@ -156,7 +156,7 @@ def test_a_quote_that_is_never_closed_costs_its_own_line_only(
 def test_a_quote_that_is_never_closed_is_found_before_it_has_swallowed_a_large_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmpipe.datasets.MAX_ROW_LINES", 10)
+    monkeypatch.setattr("llmpipe.datasets.csv.MAX_ROW_LINES", 10)
     text = "".join(f"good {i},p{i}\n" for i in range(100))
     longest = "line\n" * 9
     more = text.replace("good", "more")
@@ -167,9 +167,9 @@ def test_a_quote_that_is_never_closed_is_found_before_it_has_swallowed_a_large_f
 
 
 def test_a_quote_that_is_never_closed_holds_no_large_file_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmpipe.datasets.MAX_ROW_LINES", 10)
+    monkeypatch.setattr("llmpipe.datasets.csv.MAX_ROW_LINES", 10)
     file = io.BytesIO(b'id,prompt\nbad,"open\n' + b"1,a\n" * 100_000)
-    monkeypatch.setattr("llmpipe.datasets._open", lambda path: file)
+    monkeypatch.setattr("llmpipe.datasets.csv.open_bytes", lambda path: file)
     rows = read_csv(Path("a.csv"))
     assert next(rows).line == 2
     assert file.tell() < 20_000

@@ -19,7 +19,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import llmpipe
-from llmpipe.arrow_types import infer_schema
 from llmpipe.config import DatasetConfig, OutputConfig, OutputFormat
 from llmpipe.datasets import Dataset
 from llmpipe.exceptions import DatasetError, LedgerError, LLMError
@@ -27,7 +26,9 @@ from llmpipe.outputs import (
     COLUMNS,
     METRICS_FILE,
     Answered,
+    ColumnTypes,
     Layout,
+    column_types,
     found_files,
     join,
     new_files,
@@ -53,8 +54,11 @@ def write(directory: Path, *files: Path, format: str = "jsonl", layout: Layout =
 
     directory.mkdir(exist_ok=True)
     config = OutputConfig(format=OutputFormat(format))
+    types = column_types(config.format)
+    for row in dataset.rows() if types else ():
+        types.add(row)
     with new_files(directory, output_files(config)) as files:
-        write_answers(files, config, layout, dataset.rows, answered())
+        write_answers(files, config, layout, types, answered())
         write_metrics(files, {"output": f"outputs.{format}"})
     return directory / f"outputs.{format}"
 
@@ -277,7 +281,10 @@ def test_columns_of_text_rows_are_typed_or_kept_as_json_text_if_no_type_holds_th
     values: list[Any], kind: str
 ) -> None:
     for ordered in (values, values[::-1]):  # what is read first decides nothing
-        field = infer_schema(Row(i, "f", i, {"x": value}) for i, value in enumerate(ordered)).field("x")
+        types = ColumnTypes()
+        for i, value in enumerate(ordered):
+            types.add(Row("f", i, {"x": value}))
+        field = types.schema().field("x")
         assert ("JSON" if field.metadata else str(field.type)) == kind
 
 
@@ -407,7 +414,7 @@ def test_a_column_that_is_taken_is_refused_with_the_remedy() -> None:
 def test_values_and_names_of_a_layout_match() -> None:
     layout = Layout("p_", "id", True, True, True, ("exact_match", "contains"))
     completion = Completion(0, 3, "t", "stop", 1, 2, 4, 5, 0.1, 0.2, 0.3, None, {"contains": 1.0})
-    values = dict(zip(layout.types(), layout.values(Row(0, "f", 1), completion), strict=True))
+    values = dict(zip(layout.types(), layout.values(Row("f", 1, index=0), completion), strict=True))
     assert values == {
         "p_id": "row-0",
         "p_sample": 3,
@@ -427,7 +434,7 @@ def test_values_and_names_of_a_layout_match() -> None:
 
 
 def test_rows_and_completions_are_joined_in_order_and_a_gap_is_an_error() -> None:
-    rows = [Row(i, "f", i + 1) for i in range(2)]
+    rows = [Row("f", i + 1, index=i) for i in range(2)]
     found = join(rows, [Completion(0, 0), Completion(0, 1), Completion(1, 0)])
     assert [(one.row.index, one.completion.sample) for one in found] == [(0, 0), (0, 1), (1, 0)]
     for completions in ([Completion(0)], [Completion(1)], []):
@@ -508,7 +515,7 @@ def test_a_writer_that_fails_leaves_no_file(tmp_path: Path, write_jsonl: Callabl
             pytest.raises(LLMError, match="the ledger is damaged"),
             new_files(tmp_path / "run", output_files(config)) as f,
         ):
-            write_answers(f, config, PLAIN, rows, answered())
+            write_answers(f, config, PLAIN, column_types(kind), answered())
         assert list((tmp_path / "run").iterdir()) == []
 
 

@@ -200,6 +200,16 @@ def test_what_would_fail_every_row_is_refused_before_a_model_loads(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_format_whose_package_is_not_installed_is_refused_before_a_model_loads(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setattr(EchoRunner, "_initialize_model", lambda self: pytest.fail("a model was loaded"))
+    with pytest.raises(LLMError, match=r"output=parquet needs .*: pip install 'llmpipe\[parquet\]'"):
+        llmpipe.run(echo_config(write_jsonl({"prompt": "hi"}), "output=parquet"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_prefix_goes_before_every_added_column(
     tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
 ) -> None:

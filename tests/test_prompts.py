@@ -26,7 +26,7 @@ def build(
 ) -> Request | None:
     sampling = SamplingConfig(temperature=0.5, n=n, seed=run_seed)
     builder = PromptBuilder(PromptConfig(**prompt), ColumnsConfig(), sampling, seed, chat)
-    return builder.build(Row(index, "f", index + 1, values or {}, error=error), done)
+    return builder.build(Row("f", index + 1, values or {}, error=error, index=index), done)
 
 
 def request(*args: Any, **options: Any) -> Request:

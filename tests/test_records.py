@@ -38,7 +38,7 @@ def test_the_seed_of_a_sample_does_not_depend_on_which_samples_are_asked_for() -
 
 @pytest.mark.parametrize(("value", "expected"), [("a", "a"), (3, 3), (None, "row-4"), (1.5, 1.5), ([1], "row-4")])
 def test_a_row_without_a_usable_id_is_named_by_its_position(value: object, expected: object) -> None:
-    assert Row(4, "f", 1, {"id": value}).id("id") == expected
+    assert Row("f", 1, {"id": value}, index=4).id("id") == expected
 
 
 def run(chunks: Iterable[Chunk], *requests: Request) -> list[tuple]:

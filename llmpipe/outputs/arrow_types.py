@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from llmpipe.exceptions import MissingDependencyError
 from llmpipe.records import Row, is_utf8
 
 if TYPE_CHECKING:
@@ -24,28 +24,47 @@ _WIDER = {frozenset({"exact", "int"}): "int", frozenset({"exact", "float"}): "fl
 _SCALARS = {type(None): "null", bool: "bool", float: "float"}
 
 
-def infer_schema(rows: Iterable[Row]) -> pa.Schema:
-    """Return the Arrow schema that holds every row's own columns exactly.
+class ColumnTypes:
+    """Looks at every row, and then knows the Arrow schema that holds their own columns exactly.
 
     Parquet rows have their types. A column of text rows that fits no Arrow type (numbers and text mixed, integers
     beyond 64 bits, empty objects) is kept as JSON text, and its field says so in its metadata.
-    """
-    import pyarrow as pa
 
-    typed: dict[str, Any] = {}
-    kinds: dict[str, Kind] = {}
-    last_batch: Any = None
-    for row in rows:
+    Raises:
+        MissingDependencyError: pyarrow is not installed; said before any work is done.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError as error:
+            raise MissingDependencyError("pyarrow", "parquet", "output=parquet") from error
+        self._typed: dict[str, Any] = {}
+        self._kinds: dict[str, Kind] = {}
+        self._last_batch: Any = None
+
+    def add(self, row: Row) -> None:
+        """Look at one row."""
         if row.batch is None:
             for name, value in row.values.items():
-                kinds[name] = _wider(kinds.get(name, "null"), _kind_of(value))
-        elif row.batch[0] is not last_batch:
-            last_batch = row.batch[0]
-            for field in last_batch.schema:
-                typed[field.name] = _unified(typed.get(field.name, pa.null()), field.type)
-    for name, kind in kinds.items():
-        typed[name] = _unified(typed.get(name, pa.null()), _arrow_type(kind))
-    return pa.schema([_field(name, kind) for name, kind in typed.items()])
+                kind = self._kinds.get(name, "null")
+                if kind != "str" or type(value) is not str or not value.isascii():  # nearly always it is no news
+                    self._kinds[name] = _wider(kind, _kind_of(value))
+        elif row.batch[0] is not self._last_batch:
+            import pyarrow as pa
+
+            self._last_batch = row.batch[0]
+            for field in self._last_batch.schema:
+                self._typed[field.name] = _unified(self._typed.get(field.name, pa.null()), field.type)
+
+    def schema(self) -> pa.Schema:
+        """Return the schema of all rows seen."""
+        import pyarrow as pa
+
+        typed = dict(self._typed)
+        for name, kind in self._kinds.items():
+            typed[name] = _unified(typed.get(name, pa.null()), _arrow_type(kind))
+        return pa.schema([_field(name, kind) for name, kind in typed.items()])
 
 
 def _field(name: str, kind: Any) -> pa.Field[Any]:

@@ -1,0 +1,11 @@
+"""File → rows, one at a time. Knows nothing of prompts or models.
+
+A row that cannot be read is still a row: it carries the reason, and its place in the order. What would fail every row
+(no such file, an unknown type, a missing column, duplicate ids) is refused by `Dataset.scan`, before a model loads.
+
+To add a format: write a function like `read_jsonl` in a file of its own and name it in `READERS`.
+"""
+
+from llmpipe.datasets.dataset import READERS, Dataset, Scan
+
+__all__ = ["READERS", "Dataset", "Scan"]

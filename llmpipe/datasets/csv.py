@@ -1,0 +1,108 @@
+"""CSV with a header, whose quotes may be damaged."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from llmpipe.datasets.compression import open_bytes
+from llmpipe.exceptions import DatasetError
+from llmpipe.records import Row, is_utf8
+
+MAX_ROW_LINES = 2**16
+"""Most lines that the quoted cells of a row may span; what goes on longer is a quote that was never closed."""
+
+
+def read_csv(path: Path) -> Iterator[Row]:
+    """Yield the rows of a CSV file with a header; all values are text, and an empty cell is null."""
+    csv.field_size_limit(2**31 - 1)
+    source = str(path)
+    with open_bytes(path) as file:
+        lines = _Lines(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""))
+        reader = csv.reader(lines, strict=True)
+        header = next((cells for cells in reader if cells), [])
+        if len(set(header)) != len(header):
+            raise DatasetError(f"{path}: the header names a column twice: {', '.join(header)}")
+        if not all(is_utf8(name) for name in header):
+            raise DatasetError(f"{path}: the header is not valid UTF-8")
+        while True:
+            line = lines.begin_row()
+            error: str | None
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as problem:
+                error = f"not valid CSV: {problem}"
+            else:
+                if not cells:
+                    continue
+                error = _problem_of_cells(cells, header)
+            if error is None:
+                yield Row(source, line, {name: cell or None for name, cell in zip(header, cells, strict=True)})
+                continue
+            if lines.give_back():
+                error = f"not valid CSV: a quote that opens on line {line} is never closed"
+            raw = "".join(lines.taken).rstrip("\r\n").encode("utf-8", "surrogateescape")
+            yield Row(source, line, {}, raw, error)
+
+
+_NEXT_QUOTE = re.compile(r'(?:^|([^"]))(?:"")*"(?!")')
+"""The first quote that is no half of an escaped one; the group is the character before it and quotes that touch it."""
+_BEFORE_CELL = (None, ",", "\r", "\n")
+
+
+class _Lines:
+    """The lines of a CSV file. A quote that is never closed takes the rows after it; they can be given back."""
+
+    def __init__(self, text: Iterator[str]) -> None:
+        self._text = text
+        self._given_back: deque[str] = deque()
+        self._before = 0
+        self._cut = False
+        self.taken: list[str] = []
+        """The lines of the row at hand."""
+
+    def begin_row(self) -> int:
+        """Forget the lines of the row before, and return the number of the next one."""
+        self._before += len(self.taken)
+        self._cut = False
+        self.taken.clear()
+        return self._before + 1
+
+    def give_back(self) -> bool:
+        """Give all but the first line back if that one left a quote open, and say whether it did."""
+        later = self.taken[1:]
+        quote = _NEXT_QUOTE.search("".join(later))
+        # Of a cell that is closed, the next quote ends it, after text; else it opens another cell, after a comma.
+        if not self._cut and (quote is None or quote[1] not in _BEFORE_CELL):
+            return False
+        self._given_back.extendleft(reversed(later))
+        del self.taken[1:]
+        return True
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        line = self._given_back.popleft() if self._given_back else next(self._text, None)
+        self._cut = line is None or len(self.taken) == MAX_ROW_LINES
+        if line is None:
+            raise StopIteration
+        if self._cut:
+            self._given_back.appendleft(line)
+            raise csv.Error(f"a row of more than {MAX_ROW_LINES} lines")
+        self.taken.append(line)
+        return line
+
+
+def _problem_of_cells(cells: list[str], header: list[str]) -> str | None:
+    if len(cells) != len(header):
+        return f"{len(cells)} cells, and the header has {len(header)}"
+    wrong = next((name for name, cell in zip(header, cells, strict=True) if not is_utf8(cell)), None)
+    return wrong and f"the column {wrong!r} is not valid UTF-8"

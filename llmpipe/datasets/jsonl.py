@@ -1,0 +1,103 @@
+"""JSONL: a JSON object per line, read exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from llmpipe.datasets.compression import open_bytes
+from llmpipe.records import Row, is_utf8
+
+MAX_LEVELS = 200
+"""How deep objects and lists of a row may nest, so that every writer can walk them."""
+BLOCK_BYTES = 2**17
+"""Lines are looked at together in blocks of about so much."""
+LONG_NUMBER = 19
+"""Digits from which a number may exceed 64 bits, beyond which orjson rounds integers to floats."""
+
+_BOM = b"\xef\xbb\xbf"
+_BLANKS = b" \t\r\n"
+_DIGITS_TO_ZEROS = bytes(ord("0") if chr(i).isdecimal() and i < 128 else ord(" ") for i in range(256))
+
+
+def read_jsonl(path: Path) -> Iterator[Row]:
+    """Yield one row per line that is not blank; lines end with LF or CRLF and nothing else."""
+    name, number = str(path), 0
+    with open_bytes(path) as file:
+        while lines := file.readlines(BLOCK_BYTES):
+            if number == 0:
+                lines[0] = lines[0].removeprefix(_BOM)
+            easy = not _has_long_number(b"".join(lines))
+            for number, line in enumerate(lines, number + 1):  # noqa: B020  the next block goes on from there
+                text = line.strip(_BLANKS)
+                try:
+                    values = orjson.loads(text) if easy else None
+                except orjson.JSONDecodeError:  # blank, wrong, or only for the standard library
+                    values = None
+                if type(values) is dict and not _is_too_deep(values, text):
+                    yield Row(name, number, values, text)
+                elif text:
+                    yield _carefully(name, number, line, text)
+
+
+def _carefully(name: str, number: int, line: bytes, text: bytes) -> Row:
+    """Return the row of a line that is out of the ordinary, which may be an error row."""
+    try:
+        values = parse_json(text)
+    except json.JSONDecodeError as error:
+        column = len(line) - len(line.lstrip(_BLANKS)) + error.colno
+        return Row(name, number, {}, text, f"not valid JSON at column {column}: {error.msg}")
+    except (ValueError, RecursionError) as error:
+        return Row(name, number, {}, text, f"not valid JSON: {error}")
+    problem = _problem(values, text)
+    return Row(name, number, {} if problem else values, text, problem)
+
+
+def _problem(values: Any, text: bytes) -> str | None:
+    """Say why a JSON value is no row, or None."""
+    if not isinstance(values, dict):
+        return f"a JSON {type(values).__name__}, not an object"
+    if not all(is_utf8(name) for name in values):
+        return "a column's name holds a lone surrogate, which no UTF-8 text can"
+    if _is_too_deep(values, text):
+        return f"nested more than {MAX_LEVELS} levels deep"
+    return None
+
+
+def _is_too_deep(values: Any, text: bytes) -> bool:
+    return text.count(b"{") + text.count(b"[") > MAX_LEVELS and _levels(values) > MAX_LEVELS
+
+
+def _levels(value: Any) -> int:
+    levels, layer = 0, [value]
+    while layer := [inner for outer in layer if isinstance(outer, (dict, list)) for inner in _inside(outer)]:
+        levels += 1
+    return levels
+
+
+def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def parse_json(text: bytes) -> Any:
+    """Parse JSON exactly: integers of any size, NaN and Infinity, lone surrogates.
+
+    Raises:
+        ValueError: the text is not JSON, or not UTF-8.
+        RecursionError: it is nested too deeply.
+    """
+    if not _has_long_number(text):
+        try:
+            return orjson.loads(text)  # ten times faster
+        except orjson.JSONDecodeError:
+            pass  # perhaps one of the things that only the standard library reads
+    return json.loads(text.decode("utf-8"))
+
+
+def _has_long_number(text: bytes) -> bool:
+    # As fast as the memory; a regular expression would take as long as the parsing.
+    return b"0" * LONG_NUMBER in text.translate(_DIGITS_TO_ZEROS)

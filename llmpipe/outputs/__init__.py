@@ -1,0 +1,41 @@
+"""Rows and their completions → the files of a run directory, in input order, whole or not at all.
+
+A row's own columns come out as they went in. To add a format: write a class like `JsonlWriter` in a file of its own and
+name it in `WRITERS`.
+"""
+
+from llmpipe.outputs.arrow_types import ColumnTypes
+from llmpipe.outputs.files import found_files, new_files, seal
+from llmpipe.outputs.layout import COLUMNS, Answered, Layout, join
+from llmpipe.outputs.reading import RunFiles, read_run
+from llmpipe.outputs.writing import (
+    ERRORS_FILE,
+    METRICS_FILE,
+    WRITERS,
+    column_types,
+    output_file,
+    output_files,
+    write_answers,
+    write_metrics,
+)
+
+__all__ = [
+    "COLUMNS",
+    "ERRORS_FILE",
+    "METRICS_FILE",
+    "WRITERS",
+    "Answered",
+    "ColumnTypes",
+    "Layout",
+    "RunFiles",
+    "column_types",
+    "found_files",
+    "join",
+    "new_files",
+    "output_file",
+    "output_files",
+    "read_run",
+    "seal",
+    "write_answers",
+    "write_metrics",
+]

@@ -1,0 +1,95 @@
+"""Which columns an output row gains, and how input rows and completions come together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from llmpipe.exceptions import DatasetError, LLMError
+from llmpipe.records import Completion, Row
+
+ID = "id"
+
+COLUMNS = {
+    "completion": "string",
+    "finish_reason": "string",
+    "prompt_tokens": "int64",
+    "cached_prompt_tokens": "int64",
+    "completion_tokens": "int64",
+    "queue_s": "float64",
+    "first_token_s": "float64",
+    "latency_s": "float64",
+    "error": "string",
+}
+"""The columns that every output row gains, with their Arrow types."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns an output row gains, in order."""
+
+    prefix: str
+    id_column: str
+    adds_id: bool
+    """Whether the dataset lacks a column `id`, so that one is added."""
+    sample: bool
+    truncated: bool
+    scorers: tuple[str, ...]
+
+    def types(self) -> dict[str, str]:
+        """Return name → Arrow type of the added columns, prefix included."""
+        names = {ID: "string"} if self.adds_id else {}
+        names |= {"sample": "int64"} if self.sample else {}
+        names |= COLUMNS
+        names |= {"truncated_prompt_tokens": "int64"} if self.truncated else {}
+        names |= {f"score_{name}": "float64" for name in self.scorers}
+        return {self.prefix + name: kind for name, kind in names.items()}
+
+    def values(self, row: Row, completion: Completion) -> list[Any]:
+        """Return the added values of one output row, in the order of `types`."""
+        values: list[Any] = [str(row.id(self.id_column))] if self.adds_id else []
+        if self.sample:
+            values.append(completion.sample)
+        c = completion
+        values += [c.text, c.finish_reason, c.prompt_tokens, c.cached_prompt_tokens, c.completion_tokens]
+        values += [c.queue_s, c.first_token_s, c.latency_s, c.error]
+        if self.truncated:
+            values.append(c.truncated_prompt_tokens)
+        return values + [c.scores.get(name) for name in self.scorers]
+
+    def check(self, dataset_columns: Sequence[str]) -> None:
+        """Refuse a dataset that already has a column that would be added.
+
+        Raises:
+            DatasetError: names the columns and the remedy.
+        """
+        taken = [name for name in self.types() if name in dataset_columns]
+        if taken:
+            raise DatasetError(
+                f"the dataset already has the column {', '.join(map(repr, taken))} that llmpipe would add: "
+                f"set output.prefix=, for instance output.prefix=llm_"
+            )
+
+
+class Answered(NamedTuple):
+    """One output row: an input row and one of its completions."""
+
+    row: Row
+    completion: Completion
+
+
+def join(rows: Iterable[Row], completions: Iterable[Completion]) -> Iterator[Answered]:
+    """Bring rows and completions together; both must be in order.
+
+    Raises:
+        LLMError: a row has no completion.
+    """
+    source = iter(completions)
+    completion = next(source, None)
+    for row in rows:
+        if completion is None or completion.request_id != row.index:
+            raise LLMError(f"{row.file} line {row.line} has no answer in the ledger; resume the run")
+        while completion is not None and completion.request_id == row.index:
+            yield Answered(row, completion)
+            completion = next(source, None)

@@ -1,0 +1,87 @@
+"""Parquet: typed columns; Arrow columns of the dataset are passed on as Arrow."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import IO, TYPE_CHECKING, Any
+
+from llmpipe.outputs.arrow_types import AS_JSON, ColumnTypes
+from llmpipe.outputs.jsonl import dump_json
+from llmpipe.outputs.layout import ID, Answered, Layout
+from llmpipe.records import Row
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+GROUP_ROWS = 8192
+
+
+class ParquetWriter:
+    """Typed columns. Those of Parquet datasets are kept; those of text datasets are inferred from all rows."""
+
+    def __init__(self, file: IO[bytes], layout: Layout, types: ColumnTypes | None) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._pa = pa
+        self._layout = layout
+        assert types is not None
+        self._own = types.schema()
+        place = self._own.get_field_index(ID)
+        # Rows without an id get one, as far as the column can hold it.
+        self._fills_ids = not layout.adds_id and (place < 0 or pa.types.is_string(self._own.field(place).type))
+        if self._fills_ids:
+            others = [field for field in self._own if field.name != ID]
+            others.insert(max(0, place), pa.field(ID, pa.string()))
+            self._own = pa.schema(others)
+        self._added = pa.schema([pa.field(name, kind) for name, kind in layout.types().items()])
+        self._schema = pa.schema([*self._own, *self._added])
+        self._writer = pq.ParquetWriter(file, self._schema, compression="zstd")
+        self._held: list[Answered] = []
+
+    def write(self, answered: Answered) -> None:
+        """Append one output row."""
+        self._held.append(answered)
+        if len(self._held) >= GROUP_ROWS:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write the last group and the footer."""
+        try:
+            self._flush()
+        finally:
+            self._writer.close()
+
+    def _flush(self) -> None:
+        if not self._held:
+            return
+        added = zip(*(self._layout.values(row, completion) for row, completion in self._held), strict=True)
+        arrays = [self._pa.array(values, field.type) for values, field in zip(added, self._added, strict=True)]
+        own = self._own_columns([row for row, _ in self._held])
+        self._writer.write_table(self._pa.Table.from_arrays([*own, *arrays], schema=self._schema))
+        self._held.clear()
+
+    def _own_columns(self, rows: list[Row]) -> list[Any]:
+        groups = groupby(rows, key=lambda row: id(row.batch[0]) if row.batch else None)
+        tables = [self._own_table(list(group)) for _, group in groups]
+        return list(self._pa.concat_tables(tables).columns)
+
+    def _own_table(self, rows: list[Row]) -> pa.Table:
+        """Return the own columns of rows that come from one Arrow batch, or from none."""
+        places = [row.batch for row in rows if row.batch is not None]
+        arrow = places[0][0].take(self._pa.array([place for _, place in places])) if places else None
+        columns = [self._own_column(field, rows, arrow) for field in self._own]
+        return self._pa.Table.from_arrays(columns, schema=self._own)
+
+    def _own_column(self, field: pa.Field[Any], rows: list[Row], arrow: pa.RecordBatch | None) -> Any:
+        if field.name == ID and self._fills_ids:
+            return self._pa.array([str(row.id(self._layout.id_column)) for row in rows], field.type)
+        as_json = field.metadata == AS_JSON
+        if arrow is not None and field.name in arrow.schema.names and not as_json:
+            column = arrow.column(field.name)
+            if column.type == field.type:
+                return column
+        values = [row.values.get(field.name) for row in rows]
+        if as_json:
+            values = [None if value is None else dump_json(value).decode() for value in values]
+        return self._pa.array(values, field.type)

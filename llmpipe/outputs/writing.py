@@ -1,0 +1,101 @@
+"""Rows and their completions → the files of a run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import IO, Any, Protocol
+
+import orjson
+
+from llmpipe.config import OutputConfig, OutputFormat
+from llmpipe.outputs.arrow_types import ColumnTypes
+from llmpipe.outputs.jsonl import JsonlWriter, dump_json
+from llmpipe.outputs.layout import Answered, Layout
+from llmpipe.outputs.parquet import ParquetWriter
+
+METRICS_FILE = "metrics.json"
+ERRORS_FILE = "errors.jsonl"
+
+
+class Writer(Protocol):
+    """What a format has to do."""
+
+    def __init__(self, file: IO[bytes], layout: Layout, types: ColumnTypes | None) -> None:
+        """Begin a file; `types` are what `column_types` gave for its format, and have seen every row."""
+
+    def write(self, answered: Answered) -> None:
+        """Append one output row."""
+
+    def finish(self) -> None:
+        """Write what is still held."""
+
+
+WRITERS: dict[OutputFormat, type[Writer]] = {
+    OutputFormat.jsonl: JsonlWriter,
+    OutputFormat.parquet: ParquetWriter,
+}
+
+
+def column_types(format: OutputFormat) -> ColumnTypes | None:
+    """Return what has to look at every row before answers can be written in a format; None where nothing has.
+
+    Raises:
+        MissingDependencyError: the format needs a package that is not installed.
+    """
+    return ColumnTypes() if format is OutputFormat.parquet else None
+
+
+def output_file(config: OutputConfig) -> str:
+    """Return the name of the file with a run's answers."""
+    return f"outputs.{config.format.value}"
+
+
+def output_files(config: OutputConfig) -> tuple[str, str, str]:
+    """Return the names of the files that a run ends with."""
+    return output_file(config), ERRORS_FILE, METRICS_FILE
+
+
+def write_answers(
+    files: Mapping[str, IO[bytes]],
+    config: OutputConfig,
+    layout: Layout,
+    types: ColumnTypes | None,
+    answered: Iterable[Answered],
+) -> None:
+    """Write the answers, and the rows that failed to `errors.jsonl`.
+
+    Args:
+        files: The open files by name.
+        config: Format of the answers.
+        layout: Columns to add.
+        types: The types of the rows' own columns, where the format needs them.
+        answered: Every output row, in order; read once.
+    """
+    writer = WRITERS[config.format](files[output_file(config)], layout, types)
+    try:
+        for one in answered:
+            writer.write(one)
+            if one.completion.error is not None:
+                files[ERRORS_FILE].write(dump_json(_error_record(one, layout)) + b"\n")
+    finally:
+        writer.finish()
+
+
+def _error_record(answered: Answered, layout: Layout) -> dict[str, Any]:
+    row, completion = answered
+    raw: Any = row.values
+    if row.raw is not None:
+        raw = row.raw.decode("utf-8", "backslashreplace")
+    return {
+        "id": row.id(layout.id_column),
+        "sample": completion.sample,
+        "file": row.file,
+        "line": row.line,
+        "reason": completion.error,
+        "raw": raw,
+    }
+
+
+def write_metrics(files: Mapping[str, IO[bytes]], metrics: dict[str, Any]) -> None:
+    """Write `metrics.json`."""
+    files[METRICS_FILE].write(orjson.dumps(metrics, option=orjson.OPT_INDENT_2) + b"\n")
