@@ -22,6 +22,7 @@ from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Completion
 
 Scorer = Callable[[str, str], float]
+Numbers = np.ndarray[Any, np.dtype[np.float64]]
 TIMES = ("queue_s", "first_token_s", "latency_s")
 _times_of = attrgetter(*TIMES)
 
@@ -51,6 +52,27 @@ def scorers(names: Sequence[str]) -> dict[str, Scorer]:
     return {name: SCORERS[name] for name in names}
 
 
+class Values:
+    """Millions of numbers, in blocks: one array that grows would be moved again and again, and leave holes behind."""
+
+    BLOCK = 8192
+
+    def __init__(self) -> None:
+        self._last = array("d")
+        self._blocks = [self._last]
+
+    def append(self, value: float) -> None:
+        """Add a number."""
+        if len(self._last) == self.BLOCK:
+            self._last = array("d")
+            self._blocks.append(self._last)
+        self._last.append(value)
+
+    def joined(self) -> Numbers:
+        """Return all numbers, in the order in which they came."""
+        return np.concatenate([np.asarray(block) for block in self._blocks])
+
+
 class Totals:
     """Sums and distributions over the completions of a run; a few numbers per row, whatever the texts' lengths."""
 
@@ -62,7 +84,7 @@ class Totals:
         self._cached_prompt_tokens = 0
         self._completion_tokens = 0
         self._truncated = 0
-        self._times = {name: array("d") for name in TIMES}
+        self._times = {name: Values() for name in TIMES}
         self._scores: dict[str, list[float]] = {}
         self._finish_reasons: dict[str, int] = {}
 
@@ -121,13 +143,13 @@ class Totals:
             "prompt_tokens_per_s": per_s(self._prompt_tokens),
             "completion_tokens_per_s": per_s(self._completion_tokens),
             "rows_per_s": per_s(sum(self._rows.values())),
-            **{name: percentiles(times) for name, times in self._times.items()},
+            **{name: percentiles(times.joined()) for name, times in self._times.items()},
             "scores": {name: total / count for name, (total, count) in self._scores.items()},
             "scored_rows": {name: int(count) for name, (_, count) in self._scores.items()},
         }
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+def percentiles(values: Sequence[float] | Numbers) -> dict[str, float | None]:
     """Return p50, p90, p99 (linear interpolation), mean and max; nulls where there are no values.
 
     The values of an array are reordered where they stand: there may be millions.
