@@ -30,7 +30,7 @@ from llmpipe.config import (
     to_run_config,
     unknown_name,
 )
-from llmpipe.exceptions import LLMError
+from llmpipe.exceptions import LLMError, RunInterrupted
 from llmpipe.ledger import saved_arguments
 from llmpipe.records import harmless
 
@@ -53,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(program.job)()
     except (LLMError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
-        from llmpipe.pipeline import RunInterrupted
-
         if type(error) is ValueError and "--" not in str(error):
             raise  # not Hydra's complaint about flags: a bug of ours
         print(f"llmpipe: {one_line(error)}", file=sys.stderr)
@@ -76,7 +74,7 @@ class Program:
     def job(self, composed: DictConfig) -> dict[str, Any] | None:
         """Run one composed configuration; Hydra calls this for each job, and a failed one does not end a sweep."""
         from llmpipe.export import export
-        from llmpipe.pipeline import RunInterrupted, run
+        from llmpipe.pipeline import run
         from llmpipe.plan import plan
         from llmpipe.terminal import ProgressBar, show_export, show_plan, show_summary
 

@@ -7,13 +7,18 @@
     ├── LLMInferenceError           the runner failed while generating, or was used wrongly
     │   └── LLMOutOfMemoryError     the device has too little memory for what is computed at once
     ├── DatasetError                a dataset that would fail every row
-    └── LedgerError                 a run directory that is locked, damaged, or belongs to another run
+    ├── LedgerError                 a run directory that is locked, damaged, or belongs to another run
+    ├── RunInterrupted              a signal ended the run, which can be resumed
+    └── RunStopped                  errors ended the run, as asked; it can be resumed
 
 Each message is one readable line: what was got, what is allowed, what to do. A row that cannot be run is not an
 exception: it becomes an error row, and its neighbours go on.
 """
 
 from __future__ import annotations
+
+import signal
+from pathlib import Path
 
 
 class LLMError(Exception):
@@ -55,3 +60,28 @@ class DatasetError(LLMError, ValueError):
 
 class LedgerError(LLMError):
     """A run directory is in use, damaged, or was made by another configuration."""
+
+
+class RunInterrupted(LLMError):
+    """A signal ended the run; what was finished is in the ledger.
+
+    Args:
+        directory: The run directory, which can be resumed.
+        signum: The signal.
+    """
+
+    def __init__(self, directory: Path, signum: int) -> None:
+        self.signum = signum
+        super().__init__(f"interrupted by {signal.Signals(signum).name}; continue with: llmpipe resume={directory}")
+
+
+class RunStopped(LLMError):
+    """Error rows ended the run, as `on_error` or `max_error_rate` asked; they and what was finished are in the ledger.
+
+    Args:
+        directory: The run directory, which can be resumed; rows that are errors stay errors.
+        why: Which errors.
+    """
+
+    def __init__(self, directory: Path, why: str) -> None:
+        super().__init__(f"{why}. Errors stay recorded; to go on with the rows after them: llmpipe resume={directory}")

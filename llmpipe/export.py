@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 from llmpipe.config import OutputFormat, RunConfig
 from llmpipe.exceptions import DatasetError, LLMConfigError, LLMError
+from llmpipe.fingerprint import fingerprint
 from llmpipe.ledger import FILE, LedgerSnapshot, differences
 from llmpipe.metrics import Totals
 from llmpipe.outputs import ERRORS_FILE, METRICS_FILE, WRITERS, Answered, new_files, seal
-from llmpipe.pipeline import fingerprint, layout_of, look_through, scored
+from llmpipe.pipeline import layout_of, look_through, scored
 from llmpipe.prompts import PromptBuilder
 from llmpipe.records import Completion, Row
 

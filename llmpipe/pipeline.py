@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
-from llmpipe.config import BackendConfig, OnError, RunConfig, answer_fields, describe
+from llmpipe.config import RunConfig, describe
 from llmpipe.datasets import Dataset, Scan
-from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError, LLMInferenceError
+from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError
+from llmpipe.fingerprint import backend_values, fingerprint
 from llmpipe.ledger import FILE, Ledger
 from llmpipe.metrics import MemorySampler, Totals, environment, scorers
 from llmpipe.outputs import (
@@ -33,48 +29,17 @@ from llmpipe.outputs import (
     write_metrics,
 )
 from llmpipe.prompts import PromptBuilder, template_columns
-from llmpipe.records import Completion, Request, Row, failed
+from llmpipe.records import Request, Row, failed
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.factory import LLMRunnerFactory, check_trusted
 from llmpipe.runners.isolated import IsolatedRunner
-from llmpipe.runners.weights import content_digest, model_digest
+from llmpipe.stopping import Stops, WaitingIsOver
 
-log = logging.getLogger(__name__)
-
-ROUNDING_OPTIONS = ("n_gpu_layers", "tensor_split", "batching", "batch_tokens", "micro_batch_tokens")
-"""Options that change an answer's last digits, and so count in reproducible mode only."""
 BLOCK_ROWS = 512
 """Rows that are looked up in the ledger together when a run is resumed."""
-RATED_FROM = 100
-"""Answers that must have been asked for before their error rate means anything."""
 
 Progress = Callable[[int, int, int], None]
 """Called with completions done, completions expected, and tokens generated so far."""
-
-
-class RunInterrupted(LLMError):
-    """A signal ended the run; what was finished is in the ledger.
-
-    Args:
-        directory: The run directory, which can be resumed.
-        signum: The signal.
-    """
-
-    def __init__(self, directory: Path, signum: int) -> None:
-        self.signum = signum
-        super().__init__(f"interrupted by {signal.Signals(signum).name}; continue with: llmpipe resume={directory}")
-
-
-class RunStopped(LLMError):
-    """Error rows ended the run, as `on_error` or `max_error_rate` asked; they and what was finished are in the ledger.
-
-    Args:
-        directory: The run directory, which can be resumed; rows that are errors stay errors.
-        why: Which errors.
-    """
-
-    def __init__(self, directory: Path, why: str) -> None:
-        super().__init__(f"{why}. Errors stay recorded; to go on with the rows after them: llmpipe resume={directory}")
 
 
 def run(
@@ -118,7 +83,7 @@ def look_through(config: RunConfig) -> tuple[Dataset, Scan, ColumnTypes | None]:
         LLMConfigError, DatasetError, MissingDependencyError: the run cannot start.
     """
     dataset, types = Dataset(config.dataset), column_types(config.output.format)
-    check_trusted(_backend_values(config).get("_target_", "???"), config.trusted_modules)
+    check_trusted(backend_values(config).get("_target_", "???"), config.trusted_modules)
     template = None if config.prompt.template is None else template_columns(config.prompt.template)
     scan = dataset.scan(template, None if types is None else types.add)
     layout_of(config, scan, config.sampling.n).check(scan.columns)
@@ -130,45 +95,34 @@ def generate(
     config: RunConfig, dataset: Dataset, scan: Scan, ledger: Ledger, directory: Path, progress: Progress
 ) -> None:
     """Run every row that the ledger lacks."""
-    errors = _Errors(config, rated_from=min(RATED_FROM, scan.rows))
     with (
         MemorySampler(config.metrics.memory_interval_s) as memory,
         LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules) as runner,
-        _Signals() as signals,
+        Stops(config, scan.rows) as stops,
     ):
         chat = runs_chats(config, scan, runner)
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         attempt = _Attempt(ledger, runner, memory, prompt_format="chat" if chat else "raw")
         before, expected, tokens = ledger.count(), scan.rows * config.sampling.n, 0
-        overtime, check = False, _watch(signals, config.run_timeout_s)
         if isinstance(runner, IsolatedRunner):
             runner.suspects = dict(ledger.get("suspects") or [])
             runner.note = ledger.note_suspects
-            runner.check, memory.rss_bytes = check, runner.rss_bytes
-        completions = runner.completions(_requests(islice(dataset.rows(), scan.rows), prompts, ledger, signals, errors))
+            runner.check, memory.rss_bytes = stops.check, runner.rss_bytes
+        completions = runner.completions(_requests(islice(dataset.rows(), scan.rows), prompts, ledger, stops))
         try:
             for completion in completions:
                 ledger.add([completion])
-                errors.note(completion)
+                stops.note(completion)
                 tokens += completion.completion_tokens or 0
                 progress(before + ledger.noted, expected, tokens)
-                if errors.too_many():
-                    break
-                check()
-        except _Overtime:
-            overtime = True
+                stops.check()
+        except WaitingIsOver:  # raised here, or in a runner that waits; the end says why
+            pass
         finally:
             completions.close()  # type: ignore[attr-defined]
             ledger.commit()
             attempt.ended()
-    if signals.received:
-        raise RunInterrupted(directory, signals.received)
-    if overtime:
-        raise LLMInferenceError(
-            f"run_timeout_s={config.run_timeout_s} is over; continue with: llmpipe resume={directory}"
-        )
-    if errors.too_many():
-        raise RunStopped(directory, errors.verdict(dataset))
+    stops.raise_if_stopped(directory, dataset)
     if dataset.digest() != scan.digest:
         raise DatasetError("the dataset was changed while it was run: its answers are those of no one dataset")
     if ledger.rows() != scan.rows:
@@ -190,15 +144,13 @@ def runs_chats(config: RunConfig, scan: Scan, runner: BaseLLMRunner) -> bool:
     return chat
 
 
-def _requests(
-    rows: Iterator[Row], prompts: PromptBuilder, ledger: Ledger, signals: _Signals, errors: _Errors
-) -> Iterator[Request]:
+def _requests(rows: Iterator[Row], prompts: PromptBuilder, ledger: Ledger, stops: Stops) -> Iterator[Request]:
     """Yield the requests for what is not done; rows that cannot be run go to the ledger at once."""
     resuming = ledger.count() > 0
     while block := list(islice(rows, BLOCK_ROWS)):
         done = ledger.done(block[0].index, block[-1].index) if resuming else {}
         for row in block:
-            if signals.received or errors.too_many():
+            if stops.pulls_no_more():
                 return
             finished = done.get(row.index, frozenset())
             try:
@@ -207,11 +159,11 @@ def _requests(
                 if not finished:
                     completion = failed(row.index, str(error))
                     ledger.add([completion])
-                    errors.asked += 1
-                    errors.note(completion)
+                    stops.asked(1)
+                    stops.note(completion)
                 continue
             if request is not None:
-                errors.asked += len(request.samples)
+                stops.asked(len(request.samples))
                 yield request
 
 
@@ -278,55 +230,6 @@ def layout_of(config: RunConfig, scan: Scan, samples: int) -> Layout:
     )
 
 
-def fingerprint(config: RunConfig, scan: Scan) -> dict[str, Any]:
-    """Return what decides the answers of a run: its resumption must have the same."""
-    return {
-        **_backend_fingerprint(config),
-        "sampling": answer_fields(config.sampling),
-        "prompt": answer_fields(config.prompt),
-        "dataset": {"digest": scan.digest, "columns": describe(config.dataset.columns), "limit": config.dataset.limit},
-        "seed": config.seed,
-    }
-
-
-def _backend_fingerprint(config: RunConfig) -> dict[str, Any]:
-    values = _backend_values(config)
-    if not str(values.get("_target_")).startswith("llmpipe."):  # nobody here knows what its options mean
-        values = {name: value for name, value in values.items() if name not in ("isolation", "row_timeout_s")}
-        return {"model": values.get("model"), "backend": values}
-    values = answer_fields(config.backend)
-    model = values.pop("model", None)
-    if values["reproducible"]:  # then the last digit counts, and these decide it
-        values |= {name: value for name, value in describe(config.backend).items() if name in ROUNDING_OPTIONS}
-        values["device"] = str(config.device)
-    for name in ("chat_template", "lora"):  # what is in the files counts, not what they are called
-        values[name] = [content_digest(str(text)) for text in _as_list(values.get(name))]
-    return {"model": model if model is None else model_digest(str(model)), "backend": values}
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _backend_values(config: RunConfig) -> dict[str, Any]:
-    return describe(config.backend) if isinstance(config.backend, BackendConfig) else dict(config.backend)
-
-
-class _Overtime(Exception):
-    """Nothing more is waited for."""
-
-
-def _watch(signals: _Signals, timeout_s: float | None) -> Callable[[], None]:
-    """Return what raises once nothing more is to be waited for."""
-    until = math.inf if timeout_s is None else time.monotonic() + timeout_s
-
-    def check() -> None:
-        if signals.received or time.monotonic() > until:
-            raise _Overtime
-
-    return check
-
-
 class _Attempt:
     """Notes in the ledger what this attempt takes, on top of the attempts before it."""
 
@@ -347,65 +250,3 @@ class _Attempt:
         device = self._runner.memory_usage()["peak_device_mb"] or 0.0
         peak = max(self._before["peak_device_mb"], device) or None
         self._ledger.set(runner=self._runner.info(), peak_device_mb=peak, **self._figures())
-
-
-class _Errors:
-    """Counts error rows, of this attempt alone, and says when they end the run."""
-
-    def __init__(self, config: RunConfig, rated_from: int) -> None:
-        self._stops = config.on_error is OnError.stop
-        self._max_rate = config.max_error_rate
-        self._rated_from = rated_from
-        self.asked = 0
-        """Answers asked for; those still under way count as good, so that no early error is given undue weight."""
-        self._count = 0
-        self._last: Completion | None = None
-
-    def note(self, completion: Completion) -> None:
-        if completion.error is not None:
-            self._count += 1
-            self._last = completion
-
-    def too_many(self) -> bool:
-        if self._stops:
-            return self._count > 0
-        if self._max_rate is None or self.asked < self._rated_from:
-            return False
-        return self._count > self._max_rate * self.asked
-
-    def verdict(self, dataset: Dataset) -> str:
-        """Say why the run ended; the row is looked up in the dataset."""
-        assert self._last is not None
-        row = next(islice(dataset.rows(), self._last.request_id, None))
-        last = f"{row.file} line {row.line}: {self._last.error}"
-        if self._stops:
-            return f"on_error=stop, and there is an error: {last}"
-        return (
-            f"{self._count} of {self.asked} answers are errors, over max_error_rate={self._max_rate}; the last: {last}"
-        )
-
-
-class _Signals:
-    """Turns the first SIGINT or SIGTERM into a wish to stop; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python delivers no signals
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._on_signal)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = signum
-            log.warning("stopping after %s; once more to stop at once", signal.Signals(signum).name)
-        else:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)

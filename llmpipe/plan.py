@@ -20,10 +20,11 @@ import orjson
 from llmpipe.config import RunConfig
 from llmpipe.datasets import Scan
 from llmpipe.exceptions import LLMError, LLMInitializationError
+from llmpipe.fingerprint import fingerprint
 from llmpipe.ledger import FILE, LedgerSnapshot
 from llmpipe.metrics import percentiles
 from llmpipe.outputs import found_files, new_files, output_files, seal
-from llmpipe.pipeline import fingerprint, look_through, runs_chats
+from llmpipe.pipeline import look_through, runs_chats
 from llmpipe.prompts import PromptBuilder
 from llmpipe.records import Request, Row, harmless
 from llmpipe.runners.base import BaseLLMRunner

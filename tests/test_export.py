@@ -17,8 +17,8 @@ import llmpipe
 from llmpipe import DatasetError, LedgerError, LLMConfigError, LLMError, RunConfig
 from llmpipe.datasets import Dataset
 from llmpipe.export import export
+from llmpipe.fingerprint import fingerprint
 from llmpipe.ledger import Ledger
-from llmpipe.pipeline import fingerprint
 from llmpipe.records import Completion, failed
 
 LLMPIPE = [sys.executable, "-m", "llmpipe"]

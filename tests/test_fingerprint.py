@@ -10,7 +10,7 @@ import pytest
 
 from llmpipe import LLMInitializationError, RunConfig, compose
 from llmpipe.datasets import Dataset
-from llmpipe.pipeline import fingerprint
+from llmpipe.fingerprint import fingerprint
 from llmpipe.runners.weights import model_digest
 
 

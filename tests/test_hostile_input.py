@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 import llmpipe
 from llmpipe import LLMConfigError
 from llmpipe.datasets.csv import read_csv
-from llmpipe.pipeline import BLOCK_ROWS, RATED_FROM, RunStopped
+from llmpipe.exceptions import RunStopped
+from llmpipe.pipeline import BLOCK_ROWS
+from llmpipe.stopping import RATED_FROM
 
 Compose = Callable[..., llmpipe.RunConfig]
 TIMES = re.compile(rb'"(queue_s|first_token_s|latency_s)":[^,]*,')

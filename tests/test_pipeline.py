@@ -21,7 +21,7 @@ import pytest
 
 import llmpipe
 from llmpipe import Chunk, DatasetError, EchoRunner, LedgerError, LLMConfigError, LLMError, LLMInferenceError, Request
-from llmpipe.pipeline import RunInterrupted
+from llmpipe.exceptions import RunInterrupted
 
 Compose = Callable[..., llmpipe.RunConfig]
 TIMINGS = ("queue_s", "first_token_s", "latency_s")
