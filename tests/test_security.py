@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf_models
+import numpy as np
 import pytest
 
 import llmpipe
@@ -51,10 +53,11 @@ import os, resource, sys
 from llmpipe import LLMError, LLMRunnerFactory
 os.environ["GGML_NO_BACKTRACE"] = "1"
 for line in sys.stdin:
-    backend, model = line.split()
+    backend, model, *lora = line.split()
     target = {"llama_cpp": "llmpipe.runners.LlamaCppRunner", "transformers": "llmpipe.runners.TransformersRunner"}
     from llmpipe.runners.factory import import_class
     options = {"model": model, "threads": 1, "slots": 2, "context": 64}
+    options |= {"lora": lora} if lora else {}
     options |= {"isolation": True} if backend == "llama_cpp" else {}  # as in the child: without probing
     try:
         with import_class(target[backend])(options, "cpu") as runner:
@@ -71,8 +74,8 @@ class Loader:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def load(self, backend: str, model: Path) -> str:
-        """Return `ok`, `refused`, or `died`."""
+    def load(self, backend: str, *files: Path) -> str:
+        """Load a model and its adapters; return `ok`, `refused`, or `died`."""
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", LOADER],
@@ -82,7 +85,7 @@ class Loader:
                 text=True,
             )
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(f"{backend} {model}\n")
+        self._process.stdin.write(f"{backend} {' '.join(map(str, files))}\n")
         self._process.stdin.flush()
         if said := self._process.stdout.readline().strip():
             return said
@@ -113,10 +116,11 @@ def damaged(data: bytes, head: int, chance: random.Random) -> bytes:
     return bytes(changed)
 
 
-def check_refused(backend: str, model: Path) -> None:
-    """Load a model, which would end the process, in this process."""
+def check_refused(backend: str, model: Path, *lora: Path) -> None:
+    """Load what would end the process in this process."""
+    adapters = {"lora": [str(file) for file in lora]} if lora else {}
     with pytest.raises(LLMInitializationError):
-        LLMRunnerFactory.create_runner({"backend": backend, "model_path": str(model), **SMALL})
+        LLMRunnerFactory.create_runner({"backend": backend, "model_path": str(model), **SMALL, **adapters})
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(5000, marks=pytest.mark.slow)])
@@ -147,6 +151,31 @@ def test_a_gguf_file_on_which_llama_cpp_aborts_is_refused(
     done = run_llmpipe(f"backend.model={file}", "dataset.limit=2", "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 1
     assert "cannot be loaded, or is damaged" in done.stderr and "crashed the backend (signal 6, SIGABRT)" in done.stderr
+
+
+def test_a_dry_run_survives_a_file_whose_vocabulary_makes_llama_cpp_abort(tmp_path: Path) -> None:
+    file = tmp_path / "bad.gguf"
+    file.write_bytes(GGUF[:3810] + bytes([78]) + GGUF[3811:])
+    done = run_llmpipe("plan=true", f"backend.model={file}", "dataset.limit=2", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "cannot be loaded, or is damaged" in done.stderr and "crashed the backend (signal 6, SIGABRT)" in done.stderr
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_damaged_adapter_is_refused_or_runs_and_never_ends_the_process(
+    count: int, tmp_path: Path, chance: random.Random, loader: Loader
+) -> None:
+    pair = np.ones((1, 256), np.float32), np.ones((256, 1), np.float32)
+    whole = gguf_models.write_adapter(tmp_path / "whole.gguf", {"blk.0.attn_q.weight": pair}).read_bytes()
+    model, found = BUNDLED_DIR / "tiny-chat.gguf", []
+    for number in range(count):
+        file = tmp_path / f"{number}.gguf"
+        file.write_bytes(damaged(whole, len(whole) - 2048, chance))
+        found.append(loader.load("llama_cpp", model, file))
+        if found[-1] == "died":
+            check_refused("llama_cpp", model, file)
+        file.unlink()
+    assert "refused" in found, found
 
 
 def test_a_sound_file_is_tried_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

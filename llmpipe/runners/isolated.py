@@ -45,6 +45,7 @@ class IsolatedRunner(BaseLLMRunner):
         config: As in `BaseLLMRunner`.
         device: As in `BaseLLMRunner`.
         sampling: As in `BaseLLMRunner`.
+        weights: Without them, it is only seen whether the model's files can be read.
     """
 
     _child: Child | None = None
@@ -56,6 +57,7 @@ class IsolatedRunner(BaseLLMRunner):
         config: BackendConfig | ModelConfig | Mapping[str, Any],
         device: DeviceConfig | DeviceType | str | None = None,
         sampling: SamplingConfig | None = None,
+        weights: bool = True,
     ) -> None:
         self.config_type = config_type  # type: ignore[misc]  # that of the runner inside
         self._target = target
@@ -67,12 +69,24 @@ class IsolatedRunner(BaseLLMRunner):
         """Makes the suspects durable."""
         self.check: Callable[[], None] = lambda: None
         """Called while the child is waited for; what it raises ends the stream."""
-        super().__init__(config, device, sampling)
+        super().__init__(config, device, sampling, weights)
 
     def _initialize_model(self) -> None:
+        self._start(weights=True)
+
+    def _preview_model(self) -> None:
+        self._start(weights=False)
+        self._release_model()
+
+    def _start(self, weights: bool) -> None:
+        """Start a child and wait until the model is in it.
+
+        Raises:
+            LLMInitializationError: the child cannot load it, or died of it.
+        """
         if os.name != "posix":
             raise LLMConfigError("backend.isolation=true needs Linux or macOS")
-        self._child = Child(self._target, self.config, self.device, self.sampling)
+        self._child = Child(self._target, self.config, self.device, self.sampling, *([] if weights else [False]))
         try:
             while (message := self._child.receive(CHECK_S)) is None:  # loading takes what it takes
                 pass

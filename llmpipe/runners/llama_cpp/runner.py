@@ -61,7 +61,9 @@ class LlamaCppRunner(BaseLLMRunner):
             log.warning("backend.reproducible=true, but %s", self._caveat)
 
     def _preview_model(self) -> Preview:
-        self._model = model = Vocabulary(self._find_model(), self.config, self._offload, self.device.index)
+        path = self._find_model()
+        probe(path, self.config, weights=False)
+        self._model = model = Vocabulary(path, self.config, self._offload, self.device.index)
         executor = self._executor(model)
         footprint = replace(executor.footprint, mapped_bytes=model.size_bytes)
         free_bytes = executor.free_bytes()
