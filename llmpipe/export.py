@@ -16,8 +16,7 @@ from llmpipe.config import OutputFormat, RunConfig
 from llmpipe.exceptions import DatasetError, LLMConfigError, LLMError
 from llmpipe.fingerprint import fingerprint
 from llmpipe.ledger import FILE, LedgerSnapshot, differences
-from llmpipe.metrics import Totals
-from llmpipe.outputs import ERRORS_FILE, METRICS_FILE, WRITERS, Answered, new_files, seal
+from llmpipe.outputs import ERRORS_FILE, METRICS_FILE, REPORT_FILE, WRITERS, Answered, new_files, seal
 from llmpipe.pipeline import layout_of, look_through, scored
 from llmpipe.prompts import PromptBuilder
 from llmpipe.records import Completion, Row
@@ -60,7 +59,7 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
         # Whether prompts are chats makes no difference to which samples a row has.
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat=True)
         counter = _Counter()
-        answered = scored(counter.finished(dataset.rows(), ledger.completions(), prompts), config, Totals())
+        answered = scored(counter.finished(dataset.rows(), ledger.completions(), prompts), config)
         with new_files(path.parent, [path.name]) as files:
             writer = WRITERS[config.output.format](files[path.name], layout, types)
             try:
@@ -110,7 +109,7 @@ def _format_of(path: Path, directory: Path) -> OutputFormat:
     formats = [format.value for format in OutputFormat]
     if path.suffix.removeprefix(".") not in formats:
         raise LLMConfigError(f"export_to={str(path)!r} is not allowed; it must end in .{' or .'.join(formats)}")
-    own = [FILE, ERRORS_FILE, METRICS_FILE, *(f"outputs.{format}" for format in formats)]
+    own = [FILE, ERRORS_FILE, METRICS_FILE, REPORT_FILE, *(f"outputs.{format}" for format in formats)]
     if path.name in own and path.parent.resolve() == directory.resolve():
         raise LLMConfigError(f"export_to={str(path)!r} is not allowed: that file is the run's own; choose another name")
     if not path.parent.is_dir():

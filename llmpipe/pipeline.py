@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from llmpipe.fingerprint import backend_values, fingerprint
 from llmpipe.ledger import FILE, Ledger
 from llmpipe.metrics import MemorySampler, Totals, environment, scorers
 from llmpipe.outputs import (
+    REPORT_FILE,
     Answered,
     ColumnTypes,
     Layout,
@@ -30,6 +31,7 @@ from llmpipe.outputs import (
 )
 from llmpipe.prompts import PromptBuilder, template_columns
 from llmpipe.records import Request, Row, failed
+from llmpipe.report import Report
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.factory import LLMRunnerFactory, check_trusted
 from llmpipe.runners.isolated import IsolatedRunner
@@ -179,8 +181,8 @@ def conclude(
         return dict(ledger.get("summary"))
     layout = layout_of(config, scan, max(config.sampling.n, ledger.most_samples()))
     layout.check(scan.columns)
-    totals = Totals()
-    answered = scored(join(dataset.rows(), ledger.completions()), config, totals)
+    totals, report = Totals(), Report(config.dataset.columns)
+    answered = noted(scored(join(dataset.rows(), ledger.completions()), config), totals, report)
     with new_files(directory, names) as files:
         write_answers(files, config.output, layout, types, answered)
         metrics = {
@@ -197,6 +199,7 @@ def conclude(
             "output": output_file(config.output),
         }
         write_metrics(files, metrics)
+        files[REPORT_FILE].write(report.page(metrics, describe(config)))
         # Known before they have their names, so that a run that is killed here knows them; until all have theirs,
         # those of before may stand there.
         new = {name: list(dict.fromkeys([digest, there.get(name, digest)])) for name, digest in seal(files).items()}
@@ -204,8 +207,8 @@ def conclude(
     return metrics
 
 
-def scored(answered: Iterator[Answered], config: RunConfig, totals: Totals) -> Iterator[Answered]:
-    """Score each completion whose row has a reference, and count it."""
+def scored(answered: Iterable[Answered], config: RunConfig) -> Iterator[Answered]:
+    """Score each completion whose row has a reference."""
     chosen = scorers(config.metrics.scorers)
     for row, completion in answered:
         reference = row.values.get(config.dataset.columns.reference)
@@ -213,8 +216,15 @@ def scored(answered: Iterator[Answered], config: RunConfig, totals: Totals) -> I
             completion.scores = {name: score(completion.text, str(reference)) for name, score in chosen.items()}
         elif reference is not None:
             completion.scores = dict.fromkeys(chosen, 0.0)  # a row without an answer has no right one
-        totals.add(completion)
         yield Answered(row, completion)
+
+
+def noted(answered: Iterable[Answered], totals: Totals, report: Report) -> Iterator[Answered]:
+    """Show each output row to what sums up the run."""
+    for one in answered:
+        totals.add(one.completion)
+        report.add(*one)
+        yield one
 
 
 def layout_of(config: RunConfig, scan: Scan, samples: int) -> Layout:

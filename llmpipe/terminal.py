@@ -70,7 +70,7 @@ def show_summary(metrics: dict[str, Any], directory: Path) -> None:
     console = _console()
     console.print(_table(_figures(metrics)))
     console.print()
-    for name in (metrics["output"], "metrics.json", "errors.jsonl"):
+    for name in (metrics["output"], "metrics.json", "report.html", "errors.jsonl"):
         if name != "errors.jsonl" or metrics["rows_error"]:
             console.print(str(_short(directory / name)), markup=False, highlight=False)
 

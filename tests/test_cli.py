@@ -40,7 +40,15 @@ def test_a_run_writes_every_file_the_readme_names_and_exits_0(tmp_path: Path, th
     done = run_llmpipe("backend=echo", f"dataset.path={three_rows}", "hydra.run.dir=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names >= {"outputs.jsonl", "errors.jsonl", "metrics.json", "ledger.sqlite", ".hydra", "run.log"}
+    assert names >= {
+        "outputs.jsonl",
+        "errors.jsonl",
+        "metrics.json",
+        "report.html",
+        "ledger.sqlite",
+        ".hydra",
+        "run.log",
+    }
     assert [row["id"] for row in outputs(tmp_path / "out")] == ["r0", "r1", "r2"]
     assert "rows" in done.stdout and "metrics.json" in done.stdout
 

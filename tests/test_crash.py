@@ -94,7 +94,7 @@ def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.glob("*.*") if path.name in OUTPUTS}
 
 
-OUTPUTS = ("outputs.jsonl", "outputs.parquet", "errors.jsonl", "metrics.json")
+OUTPUTS = ("outputs.jsonl", "outputs.parquet", "errors.jsonl", "metrics.json", "report.html")
 
 
 def committed(directory: Path) -> dict[tuple[int, int], bytes]:
@@ -249,10 +249,10 @@ def test_files_are_synced_before_they_have_their_names_and_the_names_after(
         llmpipe.run(config, tmp_path / "run")
     end = kinds[kinds.index("open") :]
     assert [kind for kind in end if kind != "write"] == [
-        *["open"] * 3,
-        *["fsync"] * 3,
+        *["open"] * 4,
+        *["fsync"] * 4,
         "commit",
-        *["replace"] * 3,
+        *["replace"] * 4,
         "fsync",
     ]
     assert end.index("fsync") > max(i for i, kind in enumerate(end) if kind == "write")

@@ -39,7 +39,7 @@ def errors_of(directory: Path) -> list[dict[str, Any]]:
 
 
 def bytes_of(directory: Path) -> dict[str, bytes]:
-    names = ("outputs.jsonl", "outputs.parquet", "errors.jsonl", "metrics.json")
+    names = ("outputs.jsonl", "outputs.parquet", "errors.jsonl", "metrics.json", "report.html")
     return {name: (directory / name).read_bytes() for name in names if (directory / name).exists()}
 
 
@@ -300,7 +300,7 @@ def test_a_finished_run_is_not_run_again_and_its_files_stay_byte_identical(
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("name", ["outputs.jsonl", "errors.jsonl", "metrics.json"])
+@pytest.mark.parametrize("name", ["outputs.jsonl", "errors.jsonl", "metrics.json", "report.html"])
 def test_a_changed_file_of_a_finished_run_is_refused_and_a_missing_one_written_again(
     tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, asked: list[Any], name: str
 ) -> None:

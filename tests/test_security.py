@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -247,7 +248,9 @@ def test_a_secret_of_the_environment_is_in_no_file_and_nothing_that_is_said(
         assert done.returncode == 3, done.stderr
         assert CANARY not in done.stdout + done.stderr
         files = [file for file in directory.rglob("*") if file.is_file()]
-        assert {"ledger.sqlite", "metrics.json", "run.log", "config.yaml"} <= {file.name for file in files}
+        assert {"ledger.sqlite", "metrics.json", "report.html", "run.log", "config.yaml"} <= {
+            file.name for file in files
+        }
         assert [file for file in files if CANARY.encode() in file.read_bytes()] == []
 
 
@@ -271,7 +274,7 @@ def test_links_in_a_run_directory_are_not_written_through(tmp_path: Path, write_
     rows, outside = write_jsonl({"prompt": "hi"}), tmp_path / "outside"
     outside.write_bytes(b"mine")
     config = compose(["backend=echo", f"dataset.path={rows}"])
-    for name in ("outputs.jsonl", "metrics.json", "errors.jsonl"):
+    for name in ("outputs.jsonl", "metrics.json", "errors.jsonl", "report.html"):
         directory = tmp_path / name.replace(".", "-")
         directory.mkdir()
         (directory / name).symlink_to(outside)
@@ -301,6 +304,18 @@ def test_escapes_from_rows_and_models_do_not_reach_the_terminal(
         assert [c for c in said if not c.isprintable() and c != "\n"] == []
         if number:
             assert "\\x1b]0;owned" in said
+
+
+def test_rows_are_no_markup_in_the_report_of_a_run(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
+    markup = "</pre><script>document.title='owned'</script><img src=x onerror=alert(1)>"
+    rows = [{"id": markup, "prompt": markup, "reference": markup}, {"id": f"{markup}2", "prompt": None}]
+    hostile, tame = tmp_path / "hostile", tmp_path / "tame"
+    llmpipe.run(compose(["backend=echo", f"dataset.path={write_jsonl(*rows)}"]), hostile)
+    rows = [{"id": "a", "prompt": "b", "reference": "b"}, {"id": "c", "prompt": None}]
+    llmpipe.run(compose(["backend=echo", f"dataset.path={write_jsonl(*rows)}"]), tame)
+    tags = [re.findall(r"<[^>]*>", (run / "report.html").read_text(encoding="utf-8")) for run in (hostile, tame)]
+    assert len(tags[0]) == len(tags[1]) and not any("onerror" in tag or tag == "<script>" for tag in tags[0])
+    assert "&lt;script&gt;document.title=" in (hostile / "report.html").read_text(encoding="utf-8")
 
 
 def test_text_of_a_dataset_is_never_rendered_as_a_template(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:

@@ -23,8 +23,8 @@ import llmpipe
 from llmpipe import Chunk, EchoRunner, LedgerError, Request
 from llmpipe.ledger import FILE
 
-OUTPUTS = ("outputs.jsonl", "errors.jsonl", "metrics.json")
-STEPS = 21
+OUTPUTS = ("outputs.jsonl", "errors.jsonl", "metrics.json", "report.html")
+STEPS = 24
 """A whole run takes as many durable steps, writes not counted, which may be lost without harm."""
 
 

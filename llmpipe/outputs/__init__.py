@@ -11,6 +11,7 @@ from llmpipe.outputs.reading import RunFiles, read_run
 from llmpipe.outputs.writing import (
     ERRORS_FILE,
     METRICS_FILE,
+    REPORT_FILE,
     WRITERS,
     column_types,
     output_file,
@@ -23,6 +24,7 @@ __all__ = [
     "COLUMNS",
     "ERRORS_FILE",
     "METRICS_FILE",
+    "REPORT_FILE",
     "WRITERS",
     "Answered",
     "ColumnTypes",

@@ -15,6 +15,7 @@ from llmpipe.outputs.parquet import ParquetWriter
 
 METRICS_FILE = "metrics.json"
 ERRORS_FILE = "errors.jsonl"
+REPORT_FILE = "report.html"
 
 
 class Writer(Protocol):
@@ -50,9 +51,9 @@ def output_file(config: OutputConfig) -> str:
     return f"outputs.{config.format.value}"
 
 
-def output_files(config: OutputConfig) -> tuple[str, str, str]:
+def output_files(config: OutputConfig) -> tuple[str, ...]:
     """Return the names of the files that a run ends with."""
-    return output_file(config), ERRORS_FILE, METRICS_FILE
+    return output_file(config), ERRORS_FILE, METRICS_FILE, REPORT_FILE
 
 
 def write_answers(
