@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
+import orjson
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -43,15 +46,17 @@ CONFIG_NAME = "config"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    program = Program()
     logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     try:
-        sys.argv[1:] = without_traces(resumed(arguments))
-        register_schemas()
-        OmegaConf.register_new_resolver("llmpipe.help", help_text, replace=True)
-        # Otherwise Hydra prints errors by itself, with a stack trace, and exits.
-        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-        hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(program.job)()
+        with tempfile.TemporaryDirectory(prefix="llmpipe-") as outcomes:
+            program = Program(Path(outcomes))
+            sys.argv[1:] = without_traces(resumed(arguments))
+            register_schemas()
+            OmegaConf.register_new_resolver("llmpipe.help", help_text, replace=True)
+            # Otherwise Hydra prints errors by itself, with a stack trace, and exits.
+            os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+            hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(program.job)()
+            return program.end()
     except (LLMError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
         if type(error) is ValueError and "--" not in str(error):
             raise  # not Hydra's complaint about flags: a bug of ours
@@ -60,60 +65,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("llmpipe: interrupted; a run that had begun continues with llmpipe resume=DIRECTORY", file=sys.stderr)
         return 130
-    program.show_sweep()
-    return program.exit_code
+
+
+class Outcome(NamedTuple):
+    """What came of one job."""
+
+    exit_code: int
+    overrides: list[str]
+    metrics: dict[str, Any] | None
+    """Of a finished run."""
 
 
 class Program:
-    """The jobs of one command: one, or several with `--multirun`."""
+    """The jobs of one command: one, or several with `--multirun`.
 
-    def __init__(self) -> None:
-        self.exit_code = OK
-        self._jobs: list[tuple[list[str], dict[str, Any]]] = []
+    Args:
+        outcomes: A directory for what came of each job of a sweep: a launcher may run them in other processes.
+    """
+
+    def __init__(self, outcomes: Path) -> None:
+        self._directory = outcomes
+        self._exit_code = OK
 
     def job(self, composed: DictConfig) -> dict[str, Any] | None:
         """Run one composed configuration; Hydra calls this for each job, and a failed one does not end a sweep."""
+        job = HydraConfig.get()
+        self._exit_code, found, metrics = REFUSED, None, None
+        try:
+            found, metrics = self._do(composed, job)
+            self._exit_code = SOME_ERRORS if found is not None and found["rows_error"] else OK
+        except RunInterrupted:
+            raise
+        except LLMError as error:
+            print(f"llmpipe: {one_line(error)}", file=sys.stderr)
+        if job.mode is RunMode.MULTIRUN:
+            outcome = Outcome(self._exit_code, list(job.overrides.task), metrics)
+            (self._directory / f"{job.job.num:06}").write_bytes(orjson.dumps(outcome._asdict()))
+        return found
+
+    def _do(self, composed: DictConfig, job: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Do what is asked for and show it; return what was found, and the metrics where a run ended."""
         from llmpipe.export import export
         from llmpipe.pipeline import run
         from llmpipe.plan import plan
         from llmpipe.terminal import ProgressBar, show_export, show_plan, show_summary
 
-        job = HydraConfig.get()
         directory = Path(job.runtime.output_dir)
-        try:
-            config = to_run_config(composed)
-            config.trusted_modules = trusted_modules()
-            if config.export is not None:
-                show_export(*export(config, config.export, config.export_to))
-                return None
-            if config.plan:
-                found = plan(config, directory)
-                show_plan(found, directory)
-                self._note_errors(found)
-                return found
-            with ProgressBar() as bar:
-                metrics = run(config, directory, bar.update, arguments=composed_from(job))
-        except RunInterrupted:
-            raise
-        except LLMError as error:
-            print(f"llmpipe: {one_line(error)}", file=sys.stderr)
-            self.exit_code = REFUSED
-            return None
+        config = to_run_config(composed)
+        config.trusted_modules = trusted_modules()
+        if config.export is not None:
+            show_export(*export(config, config.export, config.export_to))
+            return None, None
+        if config.plan:
+            found = plan(config, directory)
+            show_plan(found, directory)
+            return found, None
+        with ProgressBar() as bar:
+            metrics = run(config, directory, bar.update, arguments=composed_from(job))
         show_summary(metrics, directory)
-        self._jobs.append((list(job.overrides.task), metrics))
-        self._note_errors(metrics)
-        return metrics
+        return metrics, metrics
 
-    def _note_errors(self, found: dict[str, Any]) -> None:
-        if found["rows_error"] and self.exit_code == OK:
-            self.exit_code = SOME_ERRORS
-
-    def show_sweep(self) -> None:
-        """Print the jobs of a sweep beside each other."""
+    def end(self) -> int:
+        """Print the runs of a sweep beside each other, and return the exit code of the whole command."""
         from llmpipe.terminal import show_comparison
 
-        if len(self._jobs) > 1:
-            show_comparison(self._jobs)
+        outcomes = [Outcome(**orjson.loads(file.read_bytes())) for file in sorted(self._directory.iterdir())]
+        runs = [(outcome.overrides, outcome.metrics) for outcome in outcomes if outcome.metrics is not None]
+        if len(runs) > 1:
+            show_comparison(runs)
+        codes = {outcome.exit_code for outcome in outcomes} or {self._exit_code}
+        return REFUSED if REFUSED in codes else max(codes)
 
 
 def resumed(arguments: list[str]) -> list[str]:

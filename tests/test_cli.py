@@ -146,6 +146,23 @@ def test_one_failed_job_does_not_end_a_sweep(tmp_path: Path, three_rows: Path) -
     assert len(outputs(tmp_path / "sweep" / "1")) == 3
 
 
+def test_jobs_in_other_processes_count_as_well(tmp_path: Path, three_rows: Path) -> None:
+    done = run_llmpipe(
+        "-m",
+        "backend=echo",
+        f"dataset.path={three_rows}",
+        "sampling.max_tokens=2,0,1",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        "hydra.sweep.dir=sweep",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "max_tokens=0 is not allowed" in done.stderr
+    table = done.stdout.split("sweep")[-1]
+    assert table.index("sampling.max_tokens=2") < table.index("sampling.max_tokens=1")
+
+
 def test_a_group_cannot_trust_its_own_target(tmp_path: Path, three_rows: Path) -> None:
     (tmp_path / "my" / "experiment").mkdir(parents=True)
     (tmp_path / "my" / "experiment" / "evil.yaml").write_text(
