@@ -27,6 +27,8 @@ from llmpipe.records import Completion
 
 FILE = "ledger.sqlite"
 VERSION = 3
+"""Of the tables and of what is in them. A completion's values are kept by their place, so that a field of `Completion`
+that comes, goes or moves makes another version."""
 COMMIT_EVERY_S = 0.5
 COMMIT_EVERY_ROWS = 2000
 _values = attrgetter(*(f.name for f in fields(Completion)[2:] if f.name != "scores"))
@@ -100,11 +102,9 @@ class Ledger:
                 self._db.execute(statement)
             self._note({"fingerprint": fingerprint})
 
-    def _check(self, fingerprint: dict[str, Any]) -> None:
-        """Refuse a ledger that is damaged or belongs to another run."""
-        (version,) = self._query("PRAGMA user_version")[0]
-        if version != VERSION:
-            raise LedgerError(f"{self.path} was written by another version of llmpipe; finish it with that one")
+    def _check(self, fingerprint: dict[str, Any] | None) -> None:
+        """Refuse a ledger that is damaged or belongs to another run; without a fingerprint any run will do."""
+        _check_version(self.path, self._db)
         (found,) = self._query("PRAGMA quick_check(1)")[0]
         if found != "ok":
             raise _damaged(self.path, " ".join(found.split()))
@@ -113,7 +113,7 @@ class Ledger:
         known = self.get("fingerprint")
         if known is None:
             raise _damaged(self.path, "the fingerprint is gone")
-        if known != json.loads(json.dumps(fingerprint)):
+        if fingerprint is not None and known != json.loads(json.dumps(fingerprint)):
             changes = "; ".join(differences(known, fingerprint))
             raise LedgerError(
                 f"{self.path.parent} holds a run of another configuration: {changes}. Use another hydra.run.dir"
@@ -270,7 +270,7 @@ class LedgerSnapshot(Ledger):
             self._query("BEGIN")
             if not self._query("SELECT 1 FROM sqlite_schema"):
                 raise LedgerError(f"{directory} holds no run yet: it has only just begun")
-            self._check(self.get("fingerprint") if fingerprint is None else fingerprint)
+            self._check(fingerprint)
         except BaseException:
             self.close()
             raise
@@ -303,8 +303,17 @@ def saved_arguments(directory: Path) -> list[str]:
     """
     path = directory / FILE
     with _faults_named(path), closing(_read_only(path)) as db:
+        if db.execute("SELECT 1 FROM sqlite_schema").fetchone():
+            _check_version(path, db)
         found = _fact(path, "arguments", db.execute("SELECT value, crc FROM meta WHERE key = 'arguments'").fetchall())
     return [str(argument) for argument in found or []]
+
+
+def _check_version(path: Path, db: sqlite3.Connection) -> None:
+    with _faults_named(path):
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version != VERSION:
+        raise LedgerError(f"{path} was written by another version of llmpipe; finish it with that one")
 
 
 def _fact(path: Path, key: str, found: list[tuple[str, int]]) -> Any:
@@ -345,6 +354,8 @@ def _faults_named(path: Path) -> Iterator[None]:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_THE_DISK:
             raise LedgerError(f"cannot read or write {path}: {error}; what was committed before is safe") from error
         raise _damaged(path, str(error)) from error
+    except UnicodeDecodeError as error:  # SQLite quotes what it cannot read, and Python cannot read the quotation
+        raise _damaged(path, "what should be a table is no text") from error
 
 
 def _damaged(path: Path, what: str) -> LedgerError:

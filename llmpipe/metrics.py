@@ -150,15 +150,12 @@ class Totals:
 
 
 def percentiles(values: Sequence[float] | Numbers) -> dict[str, float | None]:
-    """Return p50, p90, p99 (linear interpolation), mean and max; nulls where there are no values.
-
-    The values of an array are reordered where they stand: there may be millions.
-    """
+    """Return p50, p90, p99 (linear interpolation), mean and max; nulls where there are no values."""
     names = ("p50", "p90", "p99", "mean", "max")
     if not len(values):
         return dict.fromkeys(names)
     data = np.asarray(values, dtype=np.float64)
-    figures = [*np.percentile(data, [50, 90, 99], overwrite_input=True), data.mean(), data.max()]
+    figures = [*np.percentile(data, [50, 90, 99]), data.mean(), data.max()]
     return {name: float(figure) for name, figure in zip(names, figures, strict=True)}
 
 

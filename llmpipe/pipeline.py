@@ -79,7 +79,10 @@ def run(
 
 
 def look_through(config: RunConfig) -> tuple[Dataset, Scan, ColumnTypes | None]:
-    """Refuse what can be refused before anything is loaded or written; return the dataset and what is in it.
+    """Refuse what can be refused before anything is loaded or written.
+
+    Returns:
+        The dataset, what is in it, and, where the answers' format needs them, the types of its columns.
 
     Raises:
         LLMConfigError, DatasetError, MissingDependencyError: the run cannot start.
@@ -177,11 +180,13 @@ def conclude(
     names = output_files(config.output)
     known: dict[str, list[str]] = ledger.get("files") or {}
     there = found_files(directory, names, known)
-    if ledger.get("written_as") == wanted and all(there.get(name) == known[name][0] for name in names):
+    if ledger.get("written_as") == wanted and all(
+        name in known and there.get(name) == known[name][0] for name in names
+    ):
         return dict(ledger.get("summary"))
     layout = layout_of(config, scan, max(config.sampling.n, ledger.most_samples()))
     layout.check(scan.columns)
-    totals, report = Totals(), Report(config.dataset.columns)
+    totals, report = Totals(), Report(config.dataset.columns, templated=config.prompt.template is not None)
     answered = noted(scored(join(dataset.rows(), ledger.completions()), config), totals, report)
     with new_files(directory, names) as files:
         write_answers(files, config.output, layout, types, answered)

@@ -27,7 +27,7 @@ from rich.text import Text
 from llmpipe.records import harmless
 
 BAR_WIDTH = 40
-LOOKS_PER_S = 10
+RATED_EVERY_S = 0.1
 
 
 class ProgressBar:
@@ -44,18 +44,20 @@ class ProgressBar:
             console=Console(file=sys.stderr),
             disable=not sys.stderr.isatty(),
         )
-        self._task = self._progress.add_task("loading", total=None, rate="")
-        self._shown_at = 0.0
+        self._id = self._progress.add_task("loading", total=None, rate="")
+        self._task = self._progress.tasks[0]
+        self._rated_at = 0.0
 
     def update(self, done: int, expected: int, tokens: int) -> None:
         """Show how far the run is; `tokens` counts what was generated since it started."""
+        self._task.completed = done
         now = time.monotonic()
-        if now - self._shown_at < 1 / LOOKS_PER_S and done < expected:  # rows may come faster than eyes
+        if now - self._rated_at < RATED_EVERY_S and done < expected:  # all else takes longer than a fast row
             return
-        self._shown_at = now
-        elapsed = self._progress.tasks[self._task].elapsed or 0.0
+        self._rated_at = now
+        elapsed = self._task.elapsed or 0.0
         rate = f"{tokens / elapsed:,.0f} tokens/s" if elapsed else ""
-        self._progress.update(self._task, description="rows", completed=done, total=expected, rate=rate)
+        self._progress.update(self._id, description="rows", completed=done, total=expected, rate=rate)
 
     def __enter__(self) -> Self:
         self._progress.start()

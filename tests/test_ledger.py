@@ -5,13 +5,14 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmpipe.exceptions import LedgerError
-from llmpipe.ledger import COMMIT_EVERY_ROWS, FILE, Ledger, differences, saved_arguments
+from llmpipe.ledger import COMMIT_EVERY_ROWS, FILE, VERSION, Ledger, LedgerSnapshot, differences, saved_arguments
 from llmpipe.records import Completion, failed
 
 ASKED = {"model": "sha256:1", "sampling": {"temperature": 0.0, "stop": []}, "seed": 0}
@@ -225,8 +226,26 @@ def test_a_ledger_of_another_version_is_refused(tmp_path: Path) -> None:
     Ledger(tmp_path, ASKED).close()
     with sqlite3.connect(tmp_path / FILE) as db:
         db.execute("PRAGMA user_version = 1")
-    with pytest.raises(LedgerError, match="another version of llmpipe"):
-        Ledger(tmp_path, ASKED)
+    for read in (lambda directory: Ledger(directory, ASKED), LedgerSnapshot, saved_arguments):
+        with pytest.raises(LedgerError, match="another version of llmpipe"):
+            read(tmp_path)
+
+
+def test_a_damage_that_sqlite_itself_cannot_tell_of_is_named_all_the_same(tmp_path: Path) -> None:
+    Ledger(tmp_path, ASKED).close()
+    data = (tmp_path / FILE).read_bytes()
+    assert b"CREATE TABLE meta" in data
+    (tmp_path / FILE).write_bytes(data.replace(b"CREATE TABLE meta", b"\xa9REATE TABLE meta"))
+    for read in (lambda directory: Ledger(directory, ASKED), LedgerSnapshot, saved_arguments):
+        with pytest.raises(LedgerError, match=r"ledger\.sqlite is damaged or not a ledger"):
+            read(tmp_path)
+
+
+def test_values_of_a_completion_are_kept_by_their_place_so_other_fields_are_another_version() -> None:
+    values = "text finish_reason prompt_tokens cached_prompt_tokens truncated_prompt_tokens completion_tokens"
+    times = "queue_s first_token_s latency_s"
+    assert [f.name for f in fields(Completion)] == f"request_id sample {values} {times} error scores".split()
+    assert VERSION == 3
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import io
 import json
 import math
 import uuid
@@ -38,6 +39,7 @@ from llmpipe.outputs import (
     write_answers,
     write_metrics,
 )
+from llmpipe.outputs.parquet import ParquetWriter
 from llmpipe.records import Completion, Row, failed
 
 PLAIN = Layout("", "id", adds_id=True, sample=False, truncated=False, scorers=())
@@ -137,6 +139,24 @@ def test_an_id_with_a_lone_surrogate_is_written_as_an_escape(tmp_path: Path, wri
     out = write(tmp_path / "run", path, layout=Layout(**{**vars_of(PLAIN), "id_column": "key"}))
     assert b'"id":"\\ud800"' in out.read_bytes()
     out.read_bytes().decode("utf-8")
+
+
+@pytest.mark.parametrize("key", ["id", "key"])
+def test_half_of_a_surrogate_pair_is_spelt_out_in_parquet(
+    tmp_path: Path, write_jsonl: Callable[..., Path], key: str
+) -> None:
+    rows = [Row("f", i + 1, {key: name, "prompt": "x"}, index=i) for i, name in enumerate(["\ud800", "é"])]
+    layout = Layout(**{**vars_of(PLAIN), "id_column": key, "adds_id": key != "id"})
+    types = ColumnTypes()
+    for row in rows:
+        types.add(row)
+    writer = ParquetWriter(file := io.BytesIO(), layout, types)
+    for row in rows:
+        writer.write(Answered(row, Completion(row.index, text="é\udfff")))
+    writer.finish()
+    found = pq.read_table(file)
+    assert found["id"].to_pylist() == ["\\ud800", "é"]
+    assert found["completion"].to_pylist() == ["é\\udfff"] * 2
 
 
 def test_csv_cells_stay_text_in_jsonl(tmp_path: Path) -> None:
@@ -274,6 +294,7 @@ def test_files_of_several_types_make_one_output(tmp_path: Path, write_jsonl: Cal
         ([{"\ud800": 1}], "JSON"),
         ([{"a": [2**53 + 1]}, {"a": [0.5]}], "JSON"),
         ([{f"k{i}": 1} for i in range(300)], "JSON"),
+        ([{f"k{i}": 1 for i in range(300)}], "JSON"),
         ([json.loads("[" * 50 + "]" * 50)], "JSON"),
     ],
 )

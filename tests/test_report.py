@@ -209,6 +209,13 @@ def test_a_row_without_a_prompt_is_shown_whole_but_for_its_reference() -> None:
     assert '{"question": "Where?"}' in found
 
 
+def test_of_a_templated_prompt_the_row_is_shown_and_not_what_was_not_asked() -> None:
+    report = Report(ColumnsConfig(), templated=True)
+    report.add(row(question="Where is it?", messages=[{"role": "user", "content": "Who?"}]), answer())
+    found = Page(report.page(metrics_of(answer()), CONFIG)).text
+    assert '"question": "Where is it?"' in found and "\nuser\n" not in found
+
+
 def test_memory_does_not_grow_with_the_rows() -> None:
     report = Report(ColumnsConfig())
     tracemalloc.start()

@@ -188,7 +188,7 @@ def test_a_sound_file_is_tried_once(tmp_path: Path, caplog: pytest.LogCaptureFix
             file.write_bytes(GGUF)  # at another time: perhaps another file
         with LLMRunnerFactory.create_runner({"model_path": str(file), **SMALL}) as runner:
             assert runner.generate_text("What is 2 + 2?", max_tokens=3)
-        assert caplog.text.count("trying it in a process of its own") == tries
+        assert caplog.text.count("tried in a process of its own") == tries
 
 
 def checkpoint(directory: Path, weights: bytes = WEIGHTS, **changes: Any) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
 import sqlite3
 import tempfile
@@ -41,7 +43,9 @@ class Runs(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="llmpipe-"))
+        self.root = Path(tempfile.gettempdir()) / f"llmpipe-state-machine-{os.getpid()}"
+        shutil.rmtree(self.root, ignore_errors=True)
+        self.root.mkdir()
         self.directory = self.root / "run"
         self.rows = ['{"id": "a", "prompt": "one two"}', "{bad", '{"prompt": "three"}', "", '{"id": 4, "prompt": ""}']
         self.rows += [json.dumps({"id": f"r{i}", "prompt": f"p {i}"}) for i in range(6)]
@@ -180,7 +184,16 @@ class Runs(RuleBasedStateMachine):
                 requested.add(chunk.request_id)
                 yield chunk
 
-        with patch.object(EchoRunner, "stream", noting), patch("llmpipe.ledger.COMMIT_EVERY_ROWS", 3):
+        clock = itertools.count()
+        with (
+            patch.object(EchoRunner, "stream", noting),
+            patch("llmpipe.ledger.COMMIT_EVERY_ROWS", 3),
+            # So that the same history leaves the same bytes (as does the one root), and the same place is damaged when it
+            # is told again: else Hypothesis finds its own findings gone.
+            patch("llmpipe.ledger.COMMIT_EVERY_S", 1e9),
+            patch("time.perf_counter", lambda: next(clock) / 1024),
+            patch("llmpipe.metrics.own_rss_bytes", lambda: 2**26),
+        ):
             return llmpipe.run(config, directory)
 
     def undisturbed(self) -> list[dict[str, Any]]:

@@ -26,13 +26,13 @@ _DIGITS_TO_ZEROS = bytes(ord("0") if chr(i).isdecimal() and i < 128 else ord(" "
 
 def read_jsonl(path: Path) -> Iterator[Row]:
     """Yield one row per line that is not blank; lines end with LF or CRLF and nothing else."""
-    name, number = str(path), 0
+    name, before = str(path), 0
     with open_bytes(path) as file:
         while lines := file.readlines(BLOCK_BYTES):
-            if number == 0:
+            if before == 0:
                 lines[0] = lines[0].removeprefix(_BOM)
             easy = not _has_long_number(b"".join(lines))
-            for number, line in enumerate(lines, number + 1):  # noqa: B020  the next block goes on from there
+            for number, line in enumerate(lines, before + 1):
                 text = line.strip(_BLANKS)
                 try:
                     values = orjson.loads(text) if easy else None
@@ -42,6 +42,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
                     yield Row(name, number, values, text)
                 elif text:
                     yield _carefully(name, number, line, text)
+            before += len(lines)
 
 
 def _carefully(name: str, number: int, line: bytes, text: bytes) -> Row:

@@ -86,7 +86,8 @@ def _kind_of(value: Any, levels: int = MAX_TYPED_LEVELS) -> Kind:
     if isinstance(value, list):
         return [functools.reduce(_wider, (_kind_of(item, levels - 1) for item in value), "null")]
     if isinstance(value, dict):
-        return {name: _kind_of(inner, levels - 1) for name, inner in value.items()}
+        fields = {name: _kind_of(inner, levels - 1) for name, inner in value.items()}
+        return fields if len(fields) <= MAX_TYPED_FIELDS else "json"
     return _SCALARS.get(type(value), "json")
 
 
@@ -97,7 +98,8 @@ def _wider(one: Kind, other: Kind) -> Kind:
     if one == "null":
         return other
     if isinstance(one, dict) and isinstance(other, dict):
-        return one | {name: _wider(one.get(name, "null"), kind) for name, kind in other.items()}
+        both = one | {name: _wider(one.get(name, "null"), kind) for name, kind in other.items()}
+        return both if len(both) <= MAX_TYPED_FIELDS else "json"  # now, or keys that are ids would make it ever slower
     if isinstance(one, list) and isinstance(other, list):
         return [_wider(one[0], other[0])]
     both_plain = isinstance(one, str) and isinstance(other, str)
@@ -113,7 +115,7 @@ def _arrow_type(kind: Kind) -> Any:
         return items and pa.list_(items)
     if isinstance(kind, dict):
         fields = {name: _arrow_type(inner) for name, inner in kind.items() if is_utf8(name)}
-        storable = len(fields) == len(kind) and 0 < len(fields) <= MAX_TYPED_FIELDS and None not in fields.values()
+        storable = len(fields) == len(kind) and fields and None not in fields.values()
         return pa.struct(list(fields.items())) if storable else None
     return pa.type_for_alias(_ARROW[kind]) if kind in _ARROW else None
 

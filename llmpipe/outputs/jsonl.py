@@ -14,6 +14,8 @@ from llmpipe.outputs.layout import ID, Answered, Layout
 class JsonlWriter:
     """One JSON object per line."""
 
+    needs_types = False
+
     def __init__(self, file: IO[bytes], layout: Layout, types: object = None) -> None:
         self._file = file
         self._layout = layout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
 from typing import IO, TYPE_CHECKING, Any
 
@@ -17,7 +18,12 @@ GROUP_ROWS = 8192
 
 
 class ParquetWriter:
-    """Typed columns. Those of Parquet datasets are kept; those of text datasets are inferred from all rows."""
+    r"""Typed columns. Those of Parquet datasets are kept; those of text datasets are inferred from all rows.
+
+    Half of a surrogate pair in an id or an answer, which only JSON can hold, is spelt out, as in `\ud800`.
+    """
+
+    needs_types = True
 
     def __init__(self, file: IO[bytes], layout: Layout, types: ColumnTypes | None) -> None:
         import pyarrow as pa
@@ -56,7 +62,7 @@ class ParquetWriter:
         if not self._held:
             return
         added = zip(*(self._layout.values(row, completion) for row, completion in self._held), strict=True)
-        arrays = [self._pa.array(values, field.type) for values, field in zip(added, self._added, strict=True)]
+        arrays = [self._array(values, field.type) for values, field in zip(added, self._added, strict=True)]
         own = self._own_columns([row for row, _ in self._held])
         self._writer.write_table(self._pa.Table.from_arrays([*own, *arrays], schema=self._schema))
         self._held.clear()
@@ -75,7 +81,7 @@ class ParquetWriter:
 
     def _own_column(self, field: pa.Field[Any], rows: list[Row], arrow: pa.RecordBatch | None) -> Any:
         if field.name == ID and self._fills_ids:
-            return self._pa.array([str(row.id(self._layout.id_column)) for row in rows], field.type)
+            return self._array([str(row.id(self._layout.id_column)) for row in rows], field.type)
         as_json = field.metadata == AS_JSON
         if arrow is not None and field.name in arrow.schema.names and not as_json:
             column = arrow.column(field.name)
@@ -85,3 +91,11 @@ class ParquetWriter:
         if as_json:
             values = [None if value is None else dump_json(value).decode() for value in values]
         return self._pa.array(values, field.type)
+
+    def _array(self, values: Iterable[Any], kind: pa.DataType) -> Any:
+        values = list(values)
+        try:
+            return self._pa.array(values, kind)
+        except UnicodeEncodeError:
+            spelt = [value and value.encode("utf-8", "backslashreplace").decode() for value in values]
+            return self._pa.array(spelt, kind)

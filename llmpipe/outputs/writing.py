@@ -21,8 +21,11 @@ REPORT_FILE = "report.html"
 class Writer(Protocol):
     """What a format has to do."""
 
+    needs_types: bool
+    """Whether it must know the types of the rows' own columns before the first row is written."""
+
     def __init__(self, file: IO[bytes], layout: Layout, types: ColumnTypes | None) -> None:
-        """Begin a file; `types` are what `column_types` gave for its format, and have seen every row."""
+        """Begin a file; `types`, where they are needed, have seen every row."""
 
     def write(self, answered: Answered) -> None:
         """Append one output row."""
@@ -38,12 +41,12 @@ WRITERS: dict[OutputFormat, type[Writer]] = {
 
 
 def column_types(format: OutputFormat) -> ColumnTypes | None:
-    """Return what has to look at every row before answers can be written in a format; None where nothing has.
+    """Return what has to look at every row before answers are written in a format; None where nothing has.
 
     Raises:
         MissingDependencyError: the format needs a package that is not installed.
     """
-    return ColumnTypes() if format is OutputFormat.parquet else None
+    return ColumnTypes() if WRITERS[format].needs_types else None
 
 
 def output_file(config: OutputConfig) -> str:

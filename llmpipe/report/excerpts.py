@@ -46,7 +46,7 @@ class Answer(NamedTuple):
     place: str
     id: Text
     asked: list[tuple[Text, Text]]
-    """What the model was asked: a role or a column, and its text."""
+    """What the model was asked, each with its role; of templated prompts, the row that they were made of."""
     turns_before: int
     """Of the chat, left out."""
     text: Text
@@ -62,15 +62,15 @@ def failed_of(row: Row, completion: Completion, columns: ColumnsConfig) -> Faile
     return Failed(_place(row, completion), cut(row.id(columns.id)), cut(completion.error))
 
 
-def answer_of(row: Row, completion: Completion, columns: ColumnsConfig) -> Answer:
+def answer_of(row: Row, completion: Completion, columns: ColumnsConfig, templated: bool) -> Answer:
     """Return what is shown of a row and its answer."""
-    turns = _turns(row.values.get(columns.messages))
+    turns = [] if templated else _turns(row.values.get(columns.messages))
     prompt, reference = row.values.get(columns.prompt), row.values.get(columns.reference)
     if turns:
         asked = [(cut(turn.get("role")), cut(_content(turn))) for turn in turns[-TURNS:]]
-    elif prompt is not None:
+    elif prompt is not None and not templated:
         asked = [(cut("prompt"), cut(prompt))]
-    else:  # prompt.template= made one from other columns
+    else:
         asked = [(cut("row"), cut({name: row.values[name] for name in row.values if name != columns.reference}))]
     return Answer(
         place=_place(row, completion),

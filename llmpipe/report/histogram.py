@@ -33,7 +33,7 @@ class Bar(NamedTuple):
 class Histogram:
     """Counts numbers of 0 or more, in bins so narrow that bars can be made of them without splitting one.
 
-    A bin is 1/128 as wide as the power of two below its numbers. Up to 256, every integer has one for itself.
+    A bin is 1/128 as wide as the power of two below its numbers. Below 256, every integer has one for itself.
     """
 
     def __init__(self) -> None:

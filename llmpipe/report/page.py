@@ -29,10 +29,12 @@ class Report:
 
     Args:
         columns: What the dataset calls its columns.
+        templated: Whether prompts are made by `prompt.template`, of whatever columns; whole rows are shown then.
     """
 
-    def __init__(self, columns: ColumnsConfig) -> None:
+    def __init__(self, columns: ColumnsConfig, templated: bool = False) -> None:
         self._columns = columns
+        self._templated = templated
         self._latency_s = Histogram()
         self._tokens = Histogram()
         self._failed: list[Failed] = []
@@ -53,7 +55,7 @@ class Report:
             self._tokens.add(completion.completion_tokens)
         kept = self._wrong if completion.scores and not any(completion.scores.values()) else self._answers
         if len(kept) < ANSWERS:
-            kept.append(answer_of(row, completion, self._columns))
+            kept.append(answer_of(row, completion, self._columns, self._templated))
 
     def page(self, metrics: dict[str, Any], config: dict[str, Any]) -> bytes:
         """Return the page, in UTF-8.

@@ -203,12 +203,12 @@ class IsolatedRunner(BaseLLMRunner):
             ChildDied: it crashed, or said nothing for too long.
         """
         limit, since = self.config.row_timeout_s, time.monotonic()
+        self.check()
         while (message := child.receive(CHECK_S)) is None:
             self.check()
             if limit is not None and time.monotonic() - since > limit:
                 child.kill()
                 raise ChildDied(f"hung the backend for {limit:g} s")
-        self.check()
         return message
 
     def cancel(self, request_id: int) -> None:

@@ -33,12 +33,13 @@ CONTEXT = 32
 
 
 def probe(path: Path, config: LlamaCppConfig, weights: bool = True) -> None:
-    """Make sure that loading `path` and the adapters in `config`, or all but their weights, does not end the process.
+    """Make sure that loading `path` does not end the process: with the adapters in `config`, or without any weights.
 
     Raises:
         LLMInitializationError: it does, or they cannot be loaded.
     """
-    files = [path, *(adapter_file(adapter)[0] for adapter in config.lora)]
+    adapters = config.lora if weights else []
+    files = [path, *(adapter_file(adapter)[0] for adapter in adapters)]
     if config.isolation or all(file.parent == BUNDLED_DIR for file in files):
         return
     known = _memory(files, weights)
@@ -46,8 +47,8 @@ def probe(path: Path, config: LlamaCppConfig, weights: bool = True) -> None:
         return
     from llmpipe.runners.isolated import IsolatedRunner
 
-    log.info("%s was not loaded here before: trying it in a process of its own", ", ".join(file.name for file in files))
-    few = replace(config, model=str(path), isolation=True, slots=1, context=CONTEXT, n_gpu_layers=None)
+    log.info("not loaded here before, so tried in a process of its own: %s", ", ".join(file.name for file in files))
+    few = replace(config, model=str(path), isolation=True, slots=1, context=CONTEXT, n_gpu_layers=None, lora=adapters)
     few = replace(few, tensor_split=[], mmap=True, mlock=False, chat_template=None, reproducible=False)
     try:
         with IsolatedRunner(config._target_, LlamaCppConfig, few, DeviceConfig("cpu"), weights=weights) as runner:
