@@ -11,7 +11,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,19 +22,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llmpipe.config import (
-    BACKENDS,
-    BackendConfig,
-    RunConfig,
-    conf_dir,
-    field_docs,
-    register_schemas,
-    to_run_config,
-    unknown_name,
-)
-from llmpipe.exceptions import LLMError, RunInterrupted
-from llmpipe.ledger import saved_arguments
-from llmpipe.records import harmless
+from llmpipe import __version__
+from llmpipe.config import conf_dir, register_schemas, to_run_config
+from llmpipe.config.messages import one_line
+from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
+from llmpipe.help import help_text
+from llmpipe.ledger import FILE, saved_arguments
 
 log = logging.getLogger("llmpipe")
 
@@ -46,6 +38,9 @@ CONFIG_NAME = "config"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(f"llmpipe {__version__}")
+        return OK
     logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     try:
         with tempfile.TemporaryDirectory(prefix="llmpipe-") as outcomes:
@@ -55,16 +50,37 @@ def main(argv: Sequence[str] | None = None) -> int:
             OmegaConf.register_new_resolver("llmpipe.help", help_text, replace=True)
             # Otherwise Hydra prints errors by itself, with a stack trace, and exits.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-            hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(program.job)()
+            try:
+                hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(program.job)()
+            except Interrupted as interrupted:
+                program.end()
+                print(f"llmpipe: {one_line(interrupted.error)}", file=sys.stderr)
+                return 128 + interrupted.error.signum
             return program.end()
     except (LLMError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
-        if type(error) is ValueError and "--" not in str(error):
+        if isinstance(error.__cause__, OSError):  # the log that cannot be opened, in Hydra's words
+            error = error.__cause__
+        elif type(error) is ValueError and "--" not in str(error):
             raise  # not Hydra's complaint about flags: a bug of ours
+        if isinstance(error, OSError) and error.filename is not None and not isinstance(error, HydraException):
+            error = LLMError(f"cannot write to the run directory: {error.filename}: {error.strerror}")
         print(f"llmpipe: {one_line(error)}", file=sys.stderr)
-        return 128 + error.signum if isinstance(error, RunInterrupted) else REFUSED
+        return REFUSED
     except KeyboardInterrupt:
         print("llmpipe: interrupted; a run that had begun continues with llmpipe resume=DIRECTORY", file=sys.stderr)
         return 130
+
+
+class Interrupted(BaseException):
+    """Ends the command, a sweep's remaining jobs included: Hydra goes on after an `Exception`.
+
+    Args:
+        error: What ended the job that ran.
+    """
+
+    def __init__(self, error: RunInterrupted) -> None:
+        self.error = error
+        super().__init__(error)
 
 
 class Outcome(NamedTuple):
@@ -73,7 +89,7 @@ class Outcome(NamedTuple):
     exit_code: int
     overrides: list[str]
     metrics: dict[str, Any] | None
-    """Of a finished run."""
+    """Of a finished run; None of one that was refused or stopped."""
 
 
 class Program:
@@ -94,10 +110,10 @@ class Program:
         try:
             found, metrics = self._do(composed, job)
             self._exit_code = SOME_ERRORS if found is not None and found["rows_error"] else OK
-        except RunInterrupted:
-            raise
+        except RunInterrupted as error:
+            raise Interrupted(error) from error
         except LLMError as error:
-            print(f"llmpipe: {one_line(error)}", file=sys.stderr)
+            log.error("llmpipe: %s", one_line(error))
         if job.mode is RunMode.MULTIRUN:
             outcome = Outcome(self._exit_code, list(job.overrides.task), metrics)
             (self._directory / f"{job.job.num:06}").write_bytes(orjson.dumps(outcome._asdict()))
@@ -113,6 +129,8 @@ class Program:
         directory = Path(job.runtime.output_dir)
         config = to_run_config(composed)
         config.trusted_modules = trusted_modules()
+        if config.trusted_modules and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # as `python -m llmpipe` has it, but behind what is installed
         if config.export is not None:
             show_export(*export(config, config.export, config.export_to))
             return None, None
@@ -130,9 +148,8 @@ class Program:
         from llmpipe.terminal import show_comparison
 
         outcomes = [Outcome(**orjson.loads(file.read_bytes())) for file in sorted(self._directory.iterdir())]
-        runs = [(outcome.overrides, outcome.metrics) for outcome in outcomes if outcome.metrics is not None]
-        if len(runs) > 1:
-            show_comparison(runs)
+        if len(outcomes) > 1 and any(outcome.metrics for outcome in outcomes):
+            show_comparison([(outcome.overrides, outcome.metrics) for outcome in outcomes])
         codes = {outcome.exit_code for outcome in outcomes} or {self._exit_code}
         return REFUSED if REFUSED in codes else max(codes)
 
@@ -144,9 +161,11 @@ def resumed(arguments: list[str]) -> list[str]:
         LedgerError: the directory holds no run.
     """
     places = [i for i, argument in enumerate(arguments) if argument.startswith(("resume=", "export="))]
-    if not places or arguments[places[-1]].partition("=")[2] in ("", "null"):
+    verb, _, name = arguments[places[-1]].partition("=") if places else ("", "", "null")
+    if not name:
+        raise LLMConfigError(f"{verb}= names no run directory")
+    if name == "null":
         return arguments
-    verb, _, name = arguments[places[-1]].partition("=")
     directory = Path(name).expanduser()
     given = [argument for i, argument in enumerate(arguments) if i not in places]
     names = {_key(argument) for argument in given} | {"resume", "export", "hydra.run.dir"}
@@ -156,8 +175,12 @@ def resumed(arguments: list[str]) -> list[str]:
 
 
 def without_traces(arguments: list[str]) -> list[str]:
-    """Keep Hydra from writing into the run directory where nothing is run: with `plan=true` and `export=`."""
+    """Keep Hydra from writing where nothing is run (`plan=true`, `export=`), and the `.hydra` of a run as it was."""
     given = dict(argument.partition("=")[::2] for argument in arguments)
+    begun = "hydra.run.dir" in given and (Path(given["hydra.run.dir"]).expanduser() / FILE).exists()
+    if begun and "hydra.output_subdir" not in given:
+        arguments = [*arguments, "hydra.output_subdir=null"]
+        given["hydra.output_subdir"] = "null"
     plans = given.get("plan", "").lower() in ("true", "yes", "on", "1")
     if not plans and given.get("export", "") in ("", "null"):
         return arguments
@@ -190,80 +213,3 @@ def trusted_modules() -> list[str]:
         if source.schema == "file" and primary.is_file():
             return list(OmegaConf.to_container(OmegaConf.load(primary)).get("trusted_modules") or [])  # type: ignore[union-attr]
     return []
-
-
-# --- what Hydra shows -------------------------------------------------------------------------------------------------
-
-
-def one_line(error: Exception) -> str:
-    """Return an error as one readable line; an unknown key is followed by those there are."""
-    cause: BaseException | None = error
-    while cause is not None and not (isinstance(cause, OmegaConfBaseException) and cause.full_key is not None):
-        cause = cause.__cause__
-    if isinstance(cause, OmegaConfBaseException):
-        parent = cause.parent_node
-        known = list(parent) if isinstance(parent, DictConfig) and not parent._is_missing() else []
-        if known and cause.key not in known:
-            where = str(cause.full_key).rpartition(".")[0]
-            return unknown_name(cause.key, map(str, known), f"key in {where}" if where else "key")
-        return f"{cause.full_key}: {(cause.msg or str(cause)).splitlines()[0]}"
-    return harmless(" ".join(str(error).split()))
-
-
-def help_text() -> str:
-    """Return the text of `--help`: the groups, and what each key means."""
-    lines = [
-        "llmpipe: an offline batch runner for language models.",
-        "",
-        "  llmpipe backend=transformers device=cuda",
-        "  llmpipe dataset.path=prompts.jsonl sampling.max_tokens=100 output=parquet",
-        "  llmpipe -m sampling.temperature=0,0.7,1.2",
-        "  llmpipe plan=true dataset.path=prompts.jsonl",
-        "  llmpipe resume=outputs/2026-01-31/12-00-00",
-        "  llmpipe export=outputs/2026-01-31/12-00-00 export_to=so-far.parquet",
-        "",
-        "Choose one option per group (group=option):",
-        "",
-    ]
-    for group in ("backend", "device", "sampling", "dataset", "prompt", "output", "metrics", "experiment"):
-        options = sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
-        sign = "+" if group == "experiment" else " "
-        lines.append(f"  {sign}{group + '=':<12}{'|'.join(options)}")
-    lines += ["", "Change any key (key=value); after each, its default:", ""]
-    for field in fields(RunConfig):
-        lines += _help_of(RunConfig, field.name)
-    lines += [
-        "hydra.run.dir=DIR chooses the run directory. --cfg job prints the composed config, --hydra-help Hydra's flags."
-    ]
-    return "\n".join(lines).replace("$", "$$") + "\n"
-
-
-def _help_of(owner: type[Any], name: str, prefix: str = "") -> list[str]:
-    field = next(f for f in fields(owner) if f.name == name)
-    default: Any = field.default_factory() if callable(field.default_factory) else field.default
-    doc = " ".join(field_docs(owner)[name].split())
-    if name == "backend":
-        return [f"  backend: {doc}", *_help_of_backends()]
-    if hasattr(default, "__dataclass_fields__"):
-        inner = [line for f in fields(default) for line in _help_of(type(default), f.name, f"{prefix}{name}.")]
-        return [f"  {prefix}{name}: {doc}", *inner, ""] if not prefix else inner
-    shown = getattr(default, "value", default)
-    shown = (
-        {None: "null", True: "true", False: "false"}.get(shown, shown)
-        if isinstance(shown, (bool, type(None)))
-        else shown
-    )
-    first = f"    {prefix}{name} = {shown}" if shown != "???" else f"    {prefix}{name}"
-    return [f"{first:<44} {doc}"] if len(first) < 44 else [first, f"{'':<44} {doc}"]
-
-
-def _help_of_backends() -> list[str]:
-    """Return the keys that all backends share, then those of each."""
-    shared = {f.name: f.default for f in fields(BackendConfig)}
-    lines = [line for name in shared for line in _help_of(BackendConfig, name, "backend.")] + [""]
-    for backend, schema in BACKENDS.items():
-        lines.append(f"  backend={backend.group}: {(schema.__doc__ or '').splitlines()[0]}")
-        own = [f.name for f in fields(schema) if f.name not in shared or f.default != shared[f.name]]
-        own = [name for name in own if name != "_target_"]
-        lines += [line for name in own for line in _help_of(schema, name, "backend.")] + [""]
-    return lines

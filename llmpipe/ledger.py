@@ -116,7 +116,8 @@ class Ledger:
         if fingerprint is not None and known != json.loads(json.dumps(fingerprint)):
             changes = "; ".join(differences(known, fingerprint))
             raise LedgerError(
-                f"{self.path.parent} holds a run of another configuration: {changes}. Use another hydra.run.dir"
+                f"{self.path.parent} holds a run of another configuration: {changes}. Drop the difference "
+                f"to go on with it, or use another hydra.run.dir"
             )
 
     def add(self, completions: Iterable[Completion]) -> None:
@@ -182,9 +183,9 @@ class Ledger:
         self.commit()
         return int(self._query("SELECT coalesce(max(sample), -1) FROM completions")[0][0]) + 1
 
-    def finish(self) -> None:
-        """Note that every row has its completions."""
-        self.set(complete=self.count())
+    def finish(self, **facts: Any) -> None:
+        """Note that every row has its completions, and further facts."""
+        self.set(complete=self.count(), **facts)
 
     def finished(self) -> bool:
         """Say whether every row has its completions.

@@ -11,6 +11,7 @@ import platform
 import threading
 from array import array
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from operator import attrgetter
 from typing import Any, Self
 
@@ -200,6 +201,11 @@ class MemorySampler:
     def _watch(self) -> None:
         while not self._over.wait(self._interval_s):
             self._look()
+
+
+def utc_now() -> str:
+    """Return date and time, to the second, as ISO 8601 has it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def environment() -> dict[str, Any]:

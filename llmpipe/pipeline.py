@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llmpipe.config import RunConfig, describe
+from llmpipe.config import PromptFormat, RunConfig, describe
 from llmpipe.datasets import Dataset, Scan
-from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError
+from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError, LLMInferenceError
 from llmpipe.fingerprint import backend_values, fingerprint
 from llmpipe.ledger import FILE, Ledger
-from llmpipe.metrics import MemorySampler, Totals, environment, scorers
+from llmpipe.metrics import MemorySampler, Totals, environment, scorers, utc_now
 from llmpipe.outputs import (
     REPORT_FILE,
     Answered,
@@ -36,6 +37,8 @@ from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.factory import LLMRunnerFactory, check_trusted
 from llmpipe.runners.isolated import IsolatedRunner
 from llmpipe.stopping import Stops, WaitingIsOver
+
+log = logging.getLogger(__name__)
 
 BLOCK_ROWS = 512
 """Rows that are looked up in the ledger together when a run is resumed."""
@@ -66,6 +69,8 @@ def run(
     directory = Path(directory)
     if config.plan or config.export is not None:
         raise LLMConfigError("plan=true and export= generate nothing: call llmpipe.plan.plan or llmpipe.export.export")
+    if config.resume is not None and Path(config.resume).resolve() != directory.resolve():
+        raise LLMConfigError(f"resume={config.resume!r} is not allowed here: give that directory to run() itself")
     dataset, scan, types = look_through(config)
     if not (directory / FILE).exists():  # a fresh run: it leaves nothing where it may not write at its end
         found_files(directory, output_files(config.output), {})
@@ -93,6 +98,10 @@ def look_through(config: RunConfig) -> tuple[Dataset, Scan, ColumnTypes | None]:
     scan = dataset.scan(template, None if types is None else types.add)
     layout_of(config, scan, config.sampling.n).check(scan.columns)
     scorers(config.metrics.scorers)
+    if config.prompt.format is PromptFormat.raw:  # else the model's files have to be asked
+        check_system(config, scan, chat=False)
+    if not scan.rows:
+        log.warning("the dataset has no rows")
     return dataset, scan, types
 
 
@@ -123,6 +132,14 @@ def generate(
                 stops.check()
         except WaitingIsOver:  # raised here, or in a runner that waits; the end says why
             pass
+        except Exception as error:
+            if isinstance(error, LLMError) or type(runner).__module__.startswith("llmpipe."):
+                raise
+            log.exception("%s failed", type(runner).__name__)  # its author wants to see where
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise LLMInferenceError(
+                f"{type(runner).__name__} failed: {why}; what was finished is safe: llmpipe resume={directory}"
+            ) from error
         finally:
             completions.close()  # type: ignore[attr-defined]
             ledger.commit()
@@ -134,7 +151,7 @@ def generate(
         raise LedgerError(
             f"{scan.rows} rows went in and {ledger.rows()} came out; this is a bug of llmpipe, please report it"
         )
-    ledger.finish()
+    ledger.finish(finished_at=utc_now())
 
 
 def runs_chats(config: RunConfig, scan: Scan, runner: BaseLLMRunner) -> bool:
@@ -144,9 +161,18 @@ def runs_chats(config: RunConfig, scan: Scan, runner: BaseLLMRunner) -> bool:
         LLMConfigError: the model has no chat template, and is asked for chats or for a system message.
     """
     chat = runner.is_chat(config.prompt.format)
+    check_system(config, scan, chat)
+    return chat
+
+
+def check_system(config: RunConfig, scan: Scan, chat: bool) -> None:
+    """Refuse a system message where there is no chat to put it before.
+
+    Raises:
+        LLMConfigError: says what to do.
+    """
     if config.prompt.system is not None and not chat and config.dataset.columns.messages not in scan.columns:
         raise LLMConfigError("prompt.system= needs chats, and these prompts go in raw: use prompt=chat, or drop it")
-    return chat
 
 
 def _requests(rows: Iterator[Row], prompts: PromptBuilder, ledger: Ledger, stops: Stops) -> Iterator[Request]:
@@ -196,6 +222,8 @@ def conclude(
             "peak_rss_mb": ledger.get("peak_rss_mb"),
             "peak_device_mb": ledger.get("peak_device_mb"),
             "prompt_format": ledger.get("prompt_format"),
+            "started_at": ledger.get("started_at"),
+            "finished_at": ledger.get("finished_at"),
             "seed": config.seed,
             "model_digest": ledger.get("fingerprint")["model"],
             "dataset_digest": scan.digest,
@@ -218,7 +246,10 @@ def scored(answered: Iterable[Answered], config: RunConfig) -> Iterator[Answered
     for row, completion in answered:
         reference = row.values.get(config.dataset.columns.reference)
         if reference is not None and completion.text is not None:
-            completion.scores = {name: score(completion.text, str(reference)) for name, score in chosen.items()}
+            right = reference if isinstance(reference, list) and reference else [reference]  # any of several will do
+            completion.scores = {
+                name: max(score(completion.text, str(one)) for one in right) for name, score in chosen.items()
+            }
         elif reference is not None:
             completion.scores = dict.fromkeys(chosen, 0.0)  # a row without an answer has no right one
         yield Answered(row, completion)
@@ -251,7 +282,7 @@ class _Attempt:
     def __init__(self, ledger: Ledger, runner: BaseLLMRunner, memory: MemorySampler, prompt_format: str) -> None:
         self._ledger, self._runner, self._memory = ledger, runner, memory
         self._before = {name: ledger.get(name) or 0.0 for name in ("wall_s", "peak_rss_mb", "peak_device_mb")}
-        ledger.set(load_s=runner.load_s, prompt_format=prompt_format)
+        ledger.set(load_s=runner.load_s, prompt_format=prompt_format, started_at=ledger.get("started_at") or utc_now())
         self._started = time.perf_counter()
         ledger.alongside = self._figures  # so that an attempt that is killed counts too
 
@@ -264,4 +295,6 @@ class _Attempt:
     def ended(self) -> None:
         device = self._runner.memory_usage()["peak_device_mb"] or 0.0
         peak = max(self._before["peak_device_mb"], device) or None
-        self._ledger.set(runner=self._runner.info(), peak_device_mb=peak, **self._figures())
+        did = self._ledger.noted or self._ledger.get("runner") is None  # else another attempt's figures say more
+        runner = {"runner": self._runner.info()} if did else {}
+        self._ledger.set(peak_device_mb=peak, **runner, **self._figures())

@@ -28,10 +28,13 @@ from llmpipe.records import harmless
 
 BAR_WIDTH = 40
 RATED_EVERY_S = 0.1
+LOGGED_EVERY_S = 60.0
+
+log = logging.getLogger(__name__)
 
 
 class ProgressBar:
-    """Rows done, rate and time left, on the standard error stream; silent where that is no terminal."""
+    """Rows done, rate and time left, on the standard error stream; where that is no terminal, a line a minute."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -46,7 +49,7 @@ class ProgressBar:
         )
         self._id = self._progress.add_task("loading", total=None, rate="")
         self._task = self._progress.tasks[0]
-        self._rated_at = 0.0
+        self._rated_at, self._logged_at = 0.0, time.monotonic()
 
     def update(self, done: int, expected: int, tokens: int) -> None:
         """Show how far the run is; `tokens` counts what was generated since it started."""
@@ -58,6 +61,9 @@ class ProgressBar:
         elapsed = self._task.elapsed or 0.0
         rate = f"{tokens / elapsed:,.0f} tokens/s" if elapsed else ""
         self._progress.update(self._id, description="rows", completed=done, total=expected, rate=rate)
+        if self._progress.disable and now - self._logged_at >= LOGGED_EVERY_S:
+            self._logged_at = now
+            log.info("%s of %s answers, %s", f"{done:,}", f"{expected:,}", rate)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -108,16 +114,20 @@ def show_export(path: Path, rows: int, of: int) -> None:
     _say(_console(), f"{rows:,} of {of:,} rows\n{_short(path)}")
 
 
-def show_comparison(jobs: Sequence[tuple[list[str], dict[str, Any]]]) -> None:
-    """Print the runs of a sweep, a line each, named by the overrides in which they differ."""
+def show_comparison(jobs: Sequence[tuple[list[str], dict[str, Any] | None]]) -> None:
+    """Print the runs of a sweep, a line each, named by the overrides in which they differ; some may have no metrics."""
     shared = set.intersection(*(set(overrides) for overrides, _ in jobs))
-    scores = list(dict.fromkeys(name for _, metrics in jobs for name in metrics["scores"]))
+    scores = list(dict.fromkeys(name for _, metrics in jobs if metrics for name in metrics["scores"]))
     table = Table(title="sweep")
     for column in ("job", "rows", "errors", *scores, "tokens/s", "p50 s", "p99 s", "peak MB"):
         table.add_column(column, justify="left" if column == "job" else "right")
     for overrides, m in jobs:
+        name = " ".join(override for override in overrides if override not in shared)
+        if m is None:
+            table.add_row(Text(name), "not finished")
+            continue
         table.add_row(
-            " ".join(override for override in overrides if override not in shared),
+            Text(name),
             str(m["rows"]),
             str(m["rows_error"]),
             *(_number(m["scores"].get(score), "{:.1%}") for score in scores),
@@ -137,14 +147,17 @@ def _plan_figures(p: dict[str, Any]) -> list[tuple[str, str]]:
     if p["rows_done"] is not None:
         figures.append(("done", f"{p['rows_done']:,} of them, in the run that is there"))
     figures.append(("ids", f"unique, {p['rows_without_id']:,} by position"))
-    if tokens is None:
+    if not p["rows_ok"]:
+        figures.append(("prompt tokens", "none: there is no row that can be run"))
+    elif tokens is None:
         figures.append(("prompt tokens", "unknown without the weights"))
     else:
         shares = ", ".join(f"{name} {tokens[name]:,.0f}" for name in ("p50", "p90", "p99", "max"))
         sampled = f", in {p['counted_rows']:,} rows: 1 of {p['counted_every']}" if p["counted_every"] > 1 else ""
         figures.append(("prompt tokens", f"{tokens['total']:,}{sampled}; {shares}"))
     if "context" in model:
-        figures.append(("context", f"{model['context']:,} tokens, {p['rows_over_context']:,} rows over it"))
+        over = "" if p["rows_over_context"] is None else f", {p['rows_over_context']:,} rows over it"
+        figures.append(("context", f"{model['context']:,} tokens{over}"))
     if sizes:
         slots = f"{sizes['slots']} of {sizes['slot_tokens']:,} tokens, {sizes['prefix_slots']} for shared prefixes"
         figures += [("slots", slots), *(("", reason) for reason in sizes["reasons"])]

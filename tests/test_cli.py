@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -144,6 +147,96 @@ def test_one_failed_job_does_not_end_a_sweep(tmp_path: Path, three_rows: Path) -
     )
     assert done.returncode == 1
     assert len(outputs(tmp_path / "sweep" / "1")) == 3
+    table = done.stdout.split("sweep")[-1]
+    assert "not finished" in table and "sampling.max_tokens=2" in table
+
+
+def test_an_interrupted_sweep_begins_no_further_job(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
+    rows = write_jsonl(*({"prompt": f"{i}"} for i in range(300_000)))
+    command = [sys.executable, "-m", "llmpipe", "-m", "backend=echo", f"dataset.path={rows}", "seed=1,2,3"]
+    sweep = subprocess.Popen(
+        [*command, "hydra.sweep.dir=sweep"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "sweep/0/ledger.sqlite").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    sweep.send_signal(signal.SIGINT)
+    said = sweep.communicate(timeout=60)[1]
+    assert sweep.returncode == 130
+    assert "interrupted by SIGINT; continue with: llmpipe resume=" in said.splitlines()[-1]
+    assert "Error executing job" not in said
+    assert not (tmp_path / "sweep" / "1").exists()
+
+
+RUN = "import sys; from llmpipe.cli import main; sys.path[:] = [p for p in sys.path if p]; sys.exit(main())"
+"""The command `llmpipe`, which does not have the directory it is called from on its path."""
+
+
+@pytest.mark.parametrize("fault", ["", "1 / 0"])
+def test_a_backend_beside_the_data_is_found_and_its_faults_end_the_run_in_a_line(
+    fault: str, tmp_path: Path, three_rows: Path
+) -> None:
+    (tmp_path / "shout.py").write_text(
+        "from llmpipe import BaseLLMRunner, Chunk\n"
+        "class Shout(BaseLLMRunner):\n"
+        "    def _initialize_model(self): pass\n"
+        "    def stream(self, requests):\n"
+        "        for request in requests:\n"
+        f"            {fault or 'pass'}\n"
+        "            yield Chunk(request.id, 0, request.prompt.upper(), 'stop')\n"
+    )
+    own = ["backend=echo", "backend._target_=shout.Shout", "trusted_modules=[shout]", "hydra.run.dir=out"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", RUN, *own, f"dataset.path={three_rows}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    if not fault:
+        assert done.returncode == 0, done.stderr
+        assert outputs(tmp_path / "out")[0]["completion"] == "SAY 0"
+        return
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    hint = f"what was finished is safe: llmpipe resume={tmp_path / 'out'}"
+    assert last == f"llmpipe: Shout failed: division by zero; {hint}"
+    assert "division by zero" in (tmp_path / "out" / "run.log").read_text()
+
+
+def test_a_refused_command_leaves_the_run_it_was_refused_on_as_it_was(tmp_path: Path, three_rows: Path) -> None:
+    first = ["backend=echo", f"dataset.path={three_rows}", "hydra.run.dir=out"]
+    assert run_llmpipe(*first, cwd=tmp_path).returncode == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out" / ".hydra").iterdir()}
+    refused = run_llmpipe(*first, "seed=3", cwd=tmp_path)
+    assert refused.returncode == 1 and "seed was 0, is 3" in refused.stderr
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out" / ".hydra").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["file", "file/deeper", "/proc/none"])
+def test_a_directory_that_cannot_be_written_is_named_in_a_line(name: str, tmp_path: Path, three_rows: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run_llmpipe("backend=echo", f"dataset.path={three_rows}", f"hydra.run.dir={name}", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"llmpipe: cannot write to the run directory: {name}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_log_that_cannot_be_opened_is_said_in_a_line(tmp_path: Path, three_rows: Path) -> None:
+    (tmp_path / "out" / "run.log").mkdir(parents=True)
+    done = run_llmpipe("backend=echo", f"dataset.path={three_rows}", "hydra.run.dir=out", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "run.log: Is a directory" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_resume_without_a_directory_is_refused(tmp_path: Path) -> None:
+    done = run_llmpipe("resume=", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "llmpipe: resume= names no run directory\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_version_is_that_of_llmpipe(tmp_path: Path) -> None:
+    assert run_llmpipe("--version", cwd=tmp_path).stdout == f"llmpipe {llmpipe.__version__}\n"
 
 
 def test_jobs_in_other_processes_count_as_well(tmp_path: Path, three_rows: Path) -> None:

@@ -7,7 +7,6 @@ from itertools import product
 from typing import Any
 
 import pytest
-from hydra.errors import HydraException
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -71,9 +70,33 @@ def test_yaml_only_names_fields_that_exist_and_every_file_says_what_it_is() -> N
         OmegaConf.load(file)
 
 
-def test_a_misspelt_key_is_refused() -> None:
-    with pytest.raises(HydraException):
-        compose(["sampling.temprature=1"])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sampling.temprature=1", "unknown key in sampling 'temprature'; did you mean 'temperature'?"),
+        ("+sampling.temprature=1", "unknown key in sampling 'temprature'; did you mean 'temperature'?"),
+        ("++dataset.columns.promt=x", "unknown key in dataset.columns 'promt'; did you mean 'prompt'?"),
+        ("+backend.foo=1", "unknown key in backend 'foo'; There are: "),
+        ("bakend=echo", "unknown key 'bakend'; did you mean 'backend'?"),
+        ("temperature=1", "unknown key 'temperature'; did you mean sampling.temperature?"),
+        ("slots=4", "unknown key 'slots'; did you mean backend.slots?"),
+        ("backend=vllm", "unknown option of backend 'vllm'"),
+        ("sampling.stop=END", "sampling.stop must be a list, such as sampling.stop=[a,b]"),
+        ("prompt.template=What is {x}?", "needs quotes of its own inside the shell's, such as 'prompt.template="),
+        ("prompt.system=You're it", "needs quotes of its own"),
+        ("prompt.system=Be brief, please", "or sweep over it with -m"),
+        ("sampling.temperature=hot", "sampling.temperature: "),
+    ],
+)
+def test_a_key_or_value_that_cannot_be_is_refused_in_one_line(override: str, said: str) -> None:
+    with pytest.raises(LLMConfigError) as caught:
+        compose([override])
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_backend_of_someone_else_has_options_that_only_its_class_knows() -> None:
+    config = compose(["backend=echo", "backend._target_=elsewhere.Runner", "+backend.url=http://localhost"])
+    assert config.backend["url"] == "http://localhost" and config.backend["slots"] == "auto"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import psutil
 import pytest
 
@@ -161,6 +162,12 @@ def test_completions_come_in_the_order_of_the_prompts(runner: BaseLLMRunner) -> 
 
 
 # --- state ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompts", ["What is 2 + 2?", {"role": "user"}, pd.DataFrame({"prompt": ["a"]})])
+def test_what_is_not_many_prompts_is_refused(prompts: Any, runner: BaseLLMRunner) -> None:
+    with pytest.raises(LLMConfigError, match="it must be a list of prompts"):
+        runner.run(prompts)
 
 
 def test_reload_takes_another_model_and_device(fresh: BaseLLMRunner, tmp_path: Path) -> None:

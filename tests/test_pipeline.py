@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,30 @@ def test_metrics_say_what_was_run_on_what(
     assert metrics["wall_s"] > 0 and metrics["load_s"] >= 0 and metrics["peak_rss_mb"] > 10
     assert (metrics["seed"], metrics["prompt_format"], metrics["output"]) == (3, "raw", "outputs.jsonl")
     assert metrics["dataset_digest"].startswith("sha256:")
+
+
+def test_of_several_right_answers_any_will_do(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
+) -> None:
+    rows = [{"prompt": "five", "reference": ["5", "five"]}, {"prompt": "six", "reference": ["7"]}]
+    rows.append({"prompt": "[]", "reference": []})
+    llmpipe.run(echo_config(write_jsonl(*rows)), tmp_path / "run")
+    assert llmpipe.read_run(tmp_path / "run").rows["score_exact_match"].tolist() == [1.0, 0.0, 1.0]
+
+
+def test_metrics_say_when(tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose) -> None:
+    metrics = llmpipe.run(echo_config(write_jsonl({"prompt": "a"})), tmp_path / "run")
+    started, finished = map(datetime.fromisoformat, (metrics["started_at"], metrics["finished_at"]))
+    assert timedelta() <= finished - started < timedelta(minutes=1) and started.utcoffset() == timedelta()
+
+
+def test_a_configuration_that_resumes_another_directory_is_refused(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
+) -> None:
+    config = echo_config(write_jsonl({"prompt": "a"}), f"resume={tmp_path / 'other'}")
+    with pytest.raises(LLMConfigError, match="give that directory to run"):
+        llmpipe.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_config_of_the_library_runs_in_a_directory_given_as_text(

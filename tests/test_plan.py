@@ -266,6 +266,17 @@ def test_the_command_shows_rows_and_prompts_and_tells_by_its_exit_code_whether_a
     assert f"{path} line 2: the prompt is a number, not text" in bad.stdout
 
 
+@pytest.mark.parametrize("backend", ["echo", "llama_cpp"])
+@pytest.mark.parametrize(("rows", "code"), [([], 0), ([b"{bad", {"prompt": None, "id": 1}], 3)])
+def test_a_plan_of_no_row_that_can_be_run_is_shown(
+    backend: str, rows: list[Any], code: int, tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    path = write_jsonl(*rows)
+    done = run_llmpipe("plan=true", f"backend={backend}", f"dataset.path={path}", cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert "there is no row that can be run" in done.stdout
+
+
 def test_what_a_run_refuses_a_plan_refuses_in_the_same_words(write_jsonl: Callable[..., Path], tmp_path: Path) -> None:
     path = write_jsonl({"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"})
     asked = ["backend=echo", f"dataset.path={path}", "hydra.run.dir=out"]

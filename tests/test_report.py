@@ -75,7 +75,18 @@ def metrics_of(*completions: Completion, **changes: Any) -> dict[str, Any]:
     totals = Totals()
     for completion in completions:
         totals.add(completion)
-    nothing = dict.fromkeys(("load_s", "peak_rss_mb", "peak_device_mb", "prompt_format", "model_digest", "runner"))
+    nothing = dict.fromkeys(
+        (
+            "load_s",
+            "peak_rss_mb",
+            "peak_device_mb",
+            "prompt_format",
+            "model_digest",
+            "runner",
+            "started_at",
+            "finished_at",
+        )
+    )
     rest = {"seed": 0, "dataset_digest": "sha256:0", "environment": environment(), "output": "outputs.jsonl"}
     return {**totals.summary(2.0), **nothing, **rest, **changes}
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from llmpipe.config.backends import BACKENDS
+from llmpipe.config.checks import reject_unknown
 from llmpipe.config.run import RunConfig
+from llmpipe.exceptions import LLMConfigError
 
 
 def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> RunConfig:
@@ -18,28 +21,53 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
         config_dir: A directory of further YAML files, as with `--config-dir`.
 
     Raises:
-        LLMConfigError: a value is out of range.
-        hydra.errors.HydraException: a key or option does not exist.
+        LLMConfigError: a key or option does not exist, or a value is out of range.
     """
     import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from llmpipe.config.messages import one_line
 
     register_schemas()
     extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return to_run_config(hydra.compose("config", [*overrides, *extra]))
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return to_run_config(hydra.compose("config", [*overrides, *extra]))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise LLMConfigError(one_line(error)) from error
 
 
 def to_run_config(composed: Any) -> RunConfig:
     """Turn Hydra's composed config into dataclasses, checking every value.
 
+    The options of a backend that is not llmpipe's stay plain values: the class that `_target_` names knows them.
+
     Raises:
-        LLMConfigError: a value is out of range.
+        LLMConfigError: a key was added that nothing reads, or a value is out of range.
     """
     from omegaconf import OmegaConf
 
+    target = OmegaConf.select(composed, "backend._target_", default=None)
+    foreign = target is not None and not str(target).startswith("llmpipe.")
+    _refuse_added_keys(composed, but=["backend"] if foreign else [])
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)
+    if foreign:
+        config.backend = OmegaConf.to_container(composed.backend, resolve=True, enum_to_str=True)
     return config
+
+
+def _refuse_added_keys(node: Any, path: str = "", but: Sequence[str] = ()) -> None:
+    """Refuse what `+key=` has added to a dataclass: it would be read by nobody."""
+    from omegaconf import DictConfig, OmegaConf
+
+    if not isinstance(node, DictConfig) or not is_dataclass(schema := OmegaConf.get_type(node)):
+        return
+    reject_unknown(map(str, node), [f.name for f in fields(schema)], f"key in {path}" if path else "key")
+    for name in map(str, node):
+        if name not in but and not OmegaConf.is_missing(node, name):
+            _refuse_added_keys(node._get_node(name), f"{path}.{name}" if path else name)
 
 
 def register_schemas() -> None:

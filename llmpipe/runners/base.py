@@ -256,7 +256,16 @@ class BaseLLMRunner(ABC):
         """Answer many prompts in batches; completions come back in the order of `prompts`, n for each.
 
         A prompt that cannot be run has a completion with `error` set.
+
+        Raises:
+            LLMConfigError: `prompts` is one text, chat or table instead of many prompts, or an option is unknown.
+            LLMInferenceError: the runner as a whole failed.
         """
+        if isinstance(prompts, (str, bytes, Mapping)) or hasattr(prompts, "iterrows"):
+            raise LLMConfigError(
+                f"prompts is a {type(prompts).__name__}; it must be a list of prompts, such as [prompt] or "
+                f"frame['prompt'].tolist()"
+            )
         requests = (
             replace(p, id=i) if isinstance(p, Request) else self.request(p, id=i, **sampling)
             for i, p in enumerate(prompts)
