@@ -66,7 +66,7 @@ class ColumnsConfig:
     messages: str = "messages"
     """Chats: lists of {role, content}. Used before prompt where a row has both."""
     reference: str = "reference"
-    """Right answers, for the scorers."""
+    """Right answers, for the scorers: one, or a list of which any will do."""
     sampling: str = "sampling"
     """Objects of sampling options that override the run's for their row."""
 
@@ -126,7 +126,7 @@ class MetricsConfig:
     """What is measured."""
 
     scorers: list[str] = field(default_factory=lambda: ["exact_match"])
-    """Scores of rows with a reference: exact_match, contains."""
+    """Scores of rows with a reference: exact_match (the same text, outer white space aside), contains."""
     memory_interval_s: float = 0.05
     """Seconds between two looks at the process's memory."""
 
