@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif type(error) is ValueError and "--" not in str(error):
             raise  # not Hydra's complaint about flags: a bug of ours
         if isinstance(error, OSError) and error.filename is not None and not isinstance(error, HydraException):
-            error = LLMError(f"cannot write to the run directory: {error.filename}: {error.strerror}")
+            why = f"{error.filename}: {error.strerror}"
+            error = LLMError(f"cannot write to the run directory: {why}; choose another hydra.run.dir")
         print(f"llmpipe: {one_line(error)}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:

@@ -71,8 +71,12 @@ class RunInterrupted(LLMError):
     """
 
     def __init__(self, directory: Path, signum: int) -> None:
-        self.signum = signum
+        self.directory, self.signum = directory, signum
         super().__init__(f"interrupted by {signal.Signals(signum).name}; continue with: llmpipe resume={directory}")
+
+    def __reduce__(self) -> tuple[type, tuple[Path, int]]:
+        # The jobs of a sweep may run in other processes, from which it has to come here.
+        return type(self), (self.directory, self.signum)
 
 
 class RunStopped(LLMError):

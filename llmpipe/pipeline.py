@@ -102,6 +102,8 @@ def look_through(config: RunConfig) -> tuple[Dataset, Scan, ColumnTypes | None]:
         check_system(config, scan, chat=False)
     if not scan.rows:
         log.warning("the dataset has no rows")
+    if config.sampling.n > 1 and config.sampling.is_greedy:
+        log.warning("sampling.n=%d, and all will be alike: sampling.temperature is 0", config.sampling.n)
     return dataset, scan, types
 
 

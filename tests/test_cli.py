@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 
 import llmpipe
+from llmpipe.cli import Interrupted
 from llmpipe.config import BACKENDS, ColumnsConfig, RunConfig, SamplingConfig, conf_dir, field_docs
+from llmpipe.exceptions import RunInterrupted
 
 
 def run_llmpipe(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -167,6 +170,12 @@ def test_an_interrupted_sweep_begins_no_further_job(tmp_path: Path, write_jsonl:
     assert "interrupted by SIGINT; continue with: llmpipe resume=" in said.splitlines()[-1]
     assert "Error executing job" not in said
     assert not (tmp_path / "sweep" / "1").exists()
+
+
+def test_an_interruption_comes_from_another_process_as_it_is() -> None:
+    sent = Interrupted(RunInterrupted(Path("out"), signal.SIGINT))
+    got = pickle.loads(pickle.dumps(sent))
+    assert (got.error.signum, str(got.error)) == (signal.SIGINT, str(sent.error))
 
 
 RUN = "import sys; from llmpipe.cli import main; sys.path[:] = [p for p in sys.path if p]; sys.exit(main())"

@@ -283,6 +283,16 @@ def test_of_several_right_answers_any_will_do(
     assert llmpipe.read_run(tmp_path / "run").rows["score_exact_match"].tolist() == [1.0, 0.0, 1.0]
 
 
+def test_what_is_hardly_meant_is_warned_of(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, caplog: pytest.LogCaptureFixture
+) -> None:
+    llmpipe.run(echo_config(write_jsonl(), "sampling.n=2"), tmp_path / "run")
+    assert caplog.messages == [
+        "the dataset has no rows",
+        "sampling.n=2, and all will be alike: sampling.temperature is 0",
+    ]
+
+
 def test_metrics_say_when(tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose) -> None:
     metrics = llmpipe.run(echo_config(write_jsonl({"prompt": "a"})), tmp_path / "run")
     started, finished = map(datetime.fromisoformat, (metrics["started_at"], metrics["finished_at"]))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmpipe.config import LlamaCppConfig
+from llmpipe.config import LlamaCppConfig, RopeScaling
 from llmpipe.exceptions import LLMConfigError, LLMInitializationError, MissingDependencyError
 from llmpipe.records import Chunk, Message, Request
 from llmpipe.runners.base import BaseLLMRunner, check_bias, fit_prompt
@@ -94,6 +94,9 @@ class LlamaCppRunner(BaseLLMRunner):
         self._threads = sizing.threads(self.config)
         executor = LlamaExecutor(model, self.config, self._threads, self._offload)
         self._limit = self.config.context or min(model.train_context, sizing.most_tokens(executor.footprint))
+        stretched = self.config.rope_scaling is not RopeScaling.model or self.config.rope_freq_scale
+        if self._limit > model.train_context and not stretched:
+            log.warning("backend.context=%d exceeds the %d tokens of training", self._limit, model.train_context)
         return executor
 
     @property
