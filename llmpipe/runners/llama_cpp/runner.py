@@ -11,8 +11,9 @@ from typing import Any
 from llmpipe.config import LlamaCppConfig, RopeScaling
 from llmpipe.exceptions import LLMConfigError, LLMInitializationError, MissingDependencyError
 from llmpipe.records import Chunk, Message, Request
-from llmpipe.runners.base import BaseLLMRunner, check_bias, fit_prompt
+from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.chat import ChatTemplateError
+from llmpipe.runners.fitting import check_bias, fit_prompt
 from llmpipe.runners.weights import find_gguf
 
 try:

@@ -12,9 +12,10 @@ from typing import Any
 from llmpipe.config import Batching, TransformersConfig
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
 from llmpipe.records import Chunk, Message, Request
-from llmpipe.runners.base import BaseLLMRunner, check_bias, fit_prompt
+from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.batching import Engine, Plan, Sample, sizing
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
+from llmpipe.runners.fitting import check_bias, fit_prompt
 from llmpipe.runners.preview import Preview
 from llmpipe.runners.weights import find_checkpoint
 

@@ -1,0 +1,35 @@
+"""What a model can take of a request: as many tokens as its context, and no token that it does not have."""
+
+from __future__ import annotations
+
+from llmpipe.config import SamplingConfig
+
+
+def check_bias(sampling: SamplingConfig, n_vocab: int) -> None:
+    """Refuse a logit bias on a token that the model does not have.
+
+    Raises:
+        ValueError: names the token and the range there is.
+    """
+    for token in sampling.logit_bias:
+        if not 0 <= token < n_vocab:
+            raise ValueError(f"logit_bias names token {token}; the model has tokens 0 to {n_vocab - 1}")
+
+
+def fit_prompt(tokens: list[int], context: int, truncate: bool) -> tuple[list[int], int]:
+    """Return the prompt's tokens and how many were cut off on the left, leaving room for one token of an answer.
+
+    Raises:
+        ValueError: the prompt is empty, or exceeds the context and `truncate` is off.
+    """
+    if not tokens:
+        raise ValueError("the prompt is empty: it has no tokens")
+    excess = len(tokens) - (context - 1)
+    if excess <= 0:
+        return tokens, 0
+    if not truncate:
+        raise ValueError(
+            f"the prompt has {len(tokens)} tokens, and the context of {context} leaves room for {context - 1}: "
+            f"use a larger backend.context, or prompt.overflow=truncate"
+        )
+    return tokens[excess:], excess
