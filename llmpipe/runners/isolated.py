@@ -86,7 +86,8 @@ class IsolatedRunner(BaseLLMRunner):
         """
         if os.name != "posix":
             raise LLMConfigError("backend.isolation=true needs Linux or macOS")
-        self._child = Child(self._target, self.config, self.device, self.sampling, *([] if weights else [False]))
+        no_weights = [] if weights else [False]  # a runner of someone else's may know of no such argument
+        self._child = Child(self._target, self.config, self.device, self.sampling, *no_weights)
         try:
             while (message := self._child.receive(CHECK_S)) is None:  # loading takes what it takes
                 pass

@@ -42,6 +42,8 @@ def probe(path: Path, config: LlamaCppConfig, weights: bool = True) -> None:
     files = [path, *(adapter_file(adapter)[0] for adapter in adapters)]
     if config.isolation or all(file.parent == BUNDLED_DIR for file in files):
         return
+    if os.name != "posix":  # where there is no such process; better a risk than no model at all
+        return
     known = _memory(files, weights)
     if known.exists() or _memory(files, weights=True).exists():
         return
