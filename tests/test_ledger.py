@@ -97,7 +97,7 @@ def test_another_fingerprint_is_refused_with_the_difference(tmp_path: Path, chan
     with Ledger(tmp_path, ASKED) as ledger:
         ledger.add([Completion(0)])
         ledger.commit()
-    with pytest.raises(LedgerError, match=f"another configuration: {shown}. Drop the difference to go on with it, or use"):
+    with pytest.raises(LedgerError, match=f"another configuration: {shown}. Drop the difference to go on"):
         Ledger(tmp_path, {**ASKED, **change})
     with Ledger(tmp_path, ASKED) as ledger:  # neither locked nor changed
         assert ledger.count() == 1
