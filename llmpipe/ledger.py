@@ -126,7 +126,7 @@ class Ledger:
             self.noted += 1
             row, sample = completion.request_id, completion.sample
             data = _dump(_values(completion))
-            self._pending.append((row, sample, data, crc32(data, crc32(b"%d %d" % (row, sample)))))
+            self._pending.append((row, sample, data, _crc(data, b"%d %d" % (row, sample))))
         if len(self._pending) >= COMMIT_EVERY_ROWS or time.monotonic() - self._committed_at >= COMMIT_EVERY_S:
             self.commit()
 
@@ -164,7 +164,7 @@ class Ledger:
     def _verified(self) -> Iterator[tuple[int, int, bytes]]:
         with _faults_named(self.path):
             for row, sample, data, crc in self._db.execute("SELECT * FROM completions ORDER BY row, sample"):
-                if type(data) is not bytes or crc != crc32(data, crc32(b"%d %d" % (row, sample))):
+                if type(data) is not bytes or crc != _crc(data, b"%d %d" % (row, sample)):
                     raise _damaged(self.path, f"row {row}, sample {sample} is not as it was written")
                 yield row, sample, data
 
@@ -218,7 +218,7 @@ class Ledger:
 
     def _note(self, facts: dict[str, Any]) -> None:
         texts = ((key, json.dumps(value)) for key, value in facts.items())
-        rows = [(key, text, _crc(key, text)) for key, text in texts]
+        rows = [(key, text, _crc(text.encode(), key.encode())) for key, text in texts]
         self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", rows)
 
     def close(self) -> None:
@@ -322,13 +322,14 @@ def _fact(path: Path, key: str, found: list[tuple[str, int]]) -> Any:
     if not found:
         return None
     value, crc = found[0]
-    if not isinstance(value, str) or crc != _crc(key, value):
+    if not isinstance(value, str) or crc != _crc(value.encode(), key.encode()):
         raise _damaged(path, f"{key} is not as it was written")
     return json.loads(value)
 
 
-def _crc(key: str, value: str) -> int:
-    return crc32(value.encode(), crc32(key.encode()))
+def _crc(data: bytes, key: bytes) -> int:
+    """Return a checksum of what stands under a key, and of the key: nothing may change its place unnoticed."""
+    return crc32(data, crc32(key))
 
 
 def _dump(values: Sequence[Any]) -> bytes:

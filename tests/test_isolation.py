@@ -115,6 +115,32 @@ def test_text_that_was_given_out_before_a_crash_is_not_there_twice() -> None:
         assert runner.generate_text("still here") == "STILL HERE"
 
 
+def test_answers_that_have_come_are_given_out_before_the_wish_to_stop_is_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Enough(Exception):
+        pass
+
+    def receive(child: Any, timeout_s: float, real: Any = child_module.Child.receive) -> Any:
+        message = real(child, timeout_s)
+        came.extend([message] if message is not None and message[0] == "chunks" else [])
+        return message
+
+    def check() -> None:
+        if came:
+            raise Enough
+
+    came: list[Any] = []
+    monkeypatch.setattr(child_module.Child, "receive", receive)
+    with isolated() as runner:
+        runner.check = check
+        chunks = []
+        with pytest.raises(Enough):
+            for chunk in runner.stream(requests_of("one", "two")):
+                chunks.append(chunk)  # noqa: PERF402  of a stream that ends in an exception
+        assert len(chunks) == len(came[0][1]) > 0
+
+
 def test_a_crash_at_a_time_is_not_held_against_a_row() -> None:
     """A process killed from outside, when no row is at fault: all rows finish."""
     prompts = [f"row {i} with some words" for i in range(30)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ import pytest
 
 import llmpipe
 from llmpipe import Chunk, DatasetError, EchoRunner, LedgerError, LLMConfigError, LLMError, LLMInferenceError, Request
-from llmpipe.exceptions import RunInterrupted
+from llmpipe.exceptions import RunInterrupted, RunStopped
 
 Compose = Callable[..., llmpipe.RunConfig]
 TIMINGS = ("queue_s", "first_token_s", "latency_s")
@@ -291,6 +292,17 @@ def test_what_is_hardly_meant_is_warned_of(
         "the dataset has no rows",
         "sampling.n=2, and all will be alike: sampling.temperature is 0",
     ]
+
+
+def test_an_attempt_that_had_nothing_left_to_do_does_not_hide_what_the_others_did(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = itertools.count(1)
+    monkeypatch.setattr(EchoRunner, "info", lambda self: {"model": "none", "device": "cpu", "attempt": next(attempts)})
+    config = echo_config(write_jsonl({"prompt": "a"}, b"{bad"), "on_error=stop")
+    with pytest.raises(RunStopped):
+        llmpipe.run(config, tmp_path / "run")
+    assert llmpipe.run(config, tmp_path / "run")["runner"]["attempt"] == 1
 
 
 def test_metrics_say_when(tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose) -> None:

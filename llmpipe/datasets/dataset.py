@@ -37,7 +37,6 @@ class Scan:
     """What one look through the whole dataset found."""
 
     rows: int
-    unreadable: int
     columns: list[str]
     digest: str
 
@@ -83,12 +82,9 @@ class Dataset:
                 columns[str(file)] = dict.fromkeys(schema.names)
                 self._check_types(file, schema, template)
         id_hashes = array("q")
-        unreadable = 0
         for row in self.rows():
             id_hashes.append(hash(str(row.id(self.columns.id))))
-            if row.error is not None:
-                unreadable += 1
-            elif not row.values.keys() <= (known := columns.setdefault(row.file, {})).keys():
+            if row.error is None and not row.values.keys() <= (known := columns.setdefault(row.file, {})).keys():
                 known |= dict.fromkeys(row.values)
             if look is not None:
                 look(row)
@@ -96,7 +92,7 @@ class Dataset:
             self._check_columns(name, list(found), template)
         self._check_ids(np.asarray(id_hashes))
         every = dict.fromkeys(name for found in columns.values() for name in found)
-        return Scan(len(id_hashes), unreadable, list(every), self.digest())
+        return Scan(len(id_hashes), list(every), self.digest())
 
     def _check_types(self, file: Path, schema: pa.Schema, template: list[str] | None) -> None:
         allowed = {"id": "text or integers", "messages": "lists or JSON text", "sampling": "structs or JSON text"}
