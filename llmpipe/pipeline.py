@@ -123,16 +123,20 @@ def generate(
         if isinstance(runner, IsolatedRunner):
             runner.suspects = dict(ledger.get("suspects") or [])
             runner.note = ledger.note_suspects
-            runner.check, memory.rss_bytes = stops.check, runner.rss_bytes
-        completions = runner.completions(_requests(islice(dataset.rows(), scan.rows), prompts, ledger, stops))
+            memory.rss_bytes = runner.rss_bytes
+
+        def tick() -> None:
+            ledger.check()
+            stops.check()
+
+        completions = runner.completions(_requests(islice(dataset.rows(), scan.rows), prompts, ledger, stops), tick)
         try:
             for completion in completions:
                 ledger.add([completion])
                 stops.note(completion)
                 tokens += completion.completion_tokens or 0
                 progress(before + ledger.noted, expected, tokens)
-                stops.check()
-        except WaitingIsOver:  # raised here, or in a runner that waits; the end says why
+        except WaitingIsOver:  # the end says why
             pass
         except Exception as error:
             if isinstance(error, LLMError) or type(runner).__module__.startswith("llmpipe."):

@@ -45,6 +45,7 @@ class LlamaCppRunner(BaseLLMRunner):
     """Runs a GGUF model with continuous batching on llama.cpp's own API."""
 
     config_type = LlamaCppConfig
+    ticks = True
     config: LlamaCppConfig
     _model: Model | None = None
     _engine: Engine | None = None
@@ -128,7 +129,7 @@ class LlamaCppRunner(BaseLLMRunner):
         """Answer `requests` in `backend.slots` slots; see `BaseLLMRunner.stream`."""
         self._check_loaded()
         assert self._engine is not None
-        return self._engine.stream(requests, self.encode)
+        return self._engine.stream(requests, self.encode, self.tick)
 
     def encode(self, request: Request) -> tuple[list[int], int]:
         """Return a request's prompt tokens, and how many were cut off on the left to fit the context.
