@@ -35,6 +35,8 @@ COMMIT_EVERY_ROWS = 2000
 """So many wait for no half second; who adds them commits them, so that nobody adds faster than the disk can take."""
 _values = attrgetter(*(f.name for f in fields(Completion)[2:] if f.name != "scores"))
 """The values of a completion as they are kept, in the order of its fields; row and sample are beside them."""
+_NO_TEXT = b"[null,"
+"""What the values of a completion begin with where they begin with no text, as only those of an error do."""
 _TABLES = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID",
     "CREATE TABLE completions (row INTEGER, sample INTEGER, data BLOB NOT NULL, crc INTEGER NOT NULL, "
@@ -201,6 +203,14 @@ class Ledger:
                 if type(data) is not bytes or crc != _crc(data, b"%d %d" % (row, sample)):
                     raise _damaged(self.path, f"row {row}, sample {sample} is not as it was written")
                 yield row, sample, data
+
+    def errors(self) -> Iterator[Completion]:
+        """Yield every completion that is an error, by row and sample."""
+        self.commit()
+        with _faults_named(self.path):
+            found = "SELECT row, sample, data FROM completions WHERE substr(data, 1, ?) = ? ORDER BY row, sample"
+            for row, sample, data in self._db.execute(found, (len(_NO_TEXT), _NO_TEXT)):
+                yield Completion(row, sample, *_load(data))
 
     def count(self) -> int:
         """Return how many completions are noted."""

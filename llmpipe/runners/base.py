@@ -150,6 +150,12 @@ class BaseLLMRunner(ABC):
         """Let whoever drives the stream look at the clock and at signals; what this raises is to end the stream."""
         self._tick()
 
+    def interrupt(self) -> None:  # noqa: B027  most steps are short
+        """Give up the step of `stream` that is being computed, where that can be done; the stream may raise anything.
+
+        Called from another thread, when the stream is to end and no `tick` comes.
+        """
+
     def _run_streaming(self, prompt: str, max_tokens: int, temperature: float) -> Iterator[str]:
         """Generate for one prompt and yield its tokens' text; for backends that do not override `stream`."""
         raise NotImplementedError(f"{type(self).__name__} must implement stream or _run_streaming")

@@ -64,7 +64,7 @@ _ERRORS: dict[str, type[Exception]] = {
 
 
 class Abandoned(BaseException):
-    """The parent wants no more of a stream. No `Exception`, so that a backend that catches those goes on all the same."""
+    """The parent wants no more of a stream. No `Exception`, because a backend may go on after any of those."""
 
 
 class ChildDied(Exception):
@@ -222,6 +222,7 @@ class Service:
             elif kind == "abandon":
                 self._abandoned = True
                 self._blocks.put([])
+                getattr(self._runner, "interrupt", lambda: None)()
             elif kind == "cancel":
                 getattr(self._runner, "cancel", lambda _: None)(content)
             else:
