@@ -35,6 +35,8 @@ NUDGE: int | None = getattr(signal, "SIGURG", None)
 """The signal that wakes the main thread; nobody else sends it, and by default it does nothing. Windows has none."""
 GRACE_S = 0.5
 """How long a step may go on once the run is to end."""
+YIELD_S = 0.1
+"""How long a runner that was asked to give up its step may take; then it is not asked."""
 
 
 class WaitingIsOver(BaseException):
@@ -198,9 +200,10 @@ class Stops:
         if interrupt is None:
             return
         self._interrupted = True
-        if NUDGE in self._handlers:  # first, so that it is there when native code returns
-            signal.pthread_kill(threading.main_thread().ident, NUDGE)  # type: ignore[arg-type]
         interrupt()
+        time.sleep(YIELD_S)
+        if self._interrupt is not None and NUDGE in self._handlers:
+            signal.pthread_kill(threading.main_thread().ident, NUDGE)  # type: ignore[arg-type]
 
     def _on_nudge(self, signum: int, frame: FrameType | None) -> None:
         if self._interrupt is not None:
