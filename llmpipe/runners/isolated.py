@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.2
 """Seconds between two ticks while the child is waited for."""
-LEAVE_S = 2.0
-"""How long the child may take to give up a stream; then it is killed."""
+LEAVE_S = 0.7
+"""How long the child may take to give up a stream; then it is killed: with the tick before it, within a second."""
 ALONE_ATTEMPTS = 3
 """How often a suspect is run alone, resumptions counted."""
 BARREN_DEATHS = 3
