@@ -85,7 +85,9 @@ class RunStopped(LLMError):
     Args:
         directory: The run directory, which can be resumed; rows that are errors stay errors.
         why: Which errors.
+        override: With what to resume it, where it would stop again.
     """
 
-    def __init__(self, directory: Path, why: str) -> None:
-        super().__init__(f"{why}. Errors stay recorded; to go on with the rows after them: llmpipe resume={directory}")
+    def __init__(self, directory: Path, why: str, override: str = "") -> None:
+        command = f"llmpipe resume={directory} {override}".rstrip()
+        super().__init__(f"{why}. Errors stay recorded; to go on with the rows after them: {command}")

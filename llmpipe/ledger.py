@@ -1,7 +1,8 @@
 """Durable progress: which rows are done, and what came of them. One SQLite file in the run directory.
 
-A completion counts as done once it is committed here; commits are made in small groups, each synced to disk. A process
-killed at any instant loses at most the group that was not committed, and starting again does those rows.
+A completion counts as done once it is committed here; commits are made in small groups, each synced to disk, by a
+thread of the ledger's own: they wait for nothing that the model does, nor it for them. A process killed at any instant
+loses at most the group that was not committed, and starting again does those rows.
 
 SQLite notices damage to its own structure only, so every completion and fact carries a checksum of what it says.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import time
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import fields
@@ -31,8 +32,11 @@ VERSION = 3
 that comes, goes or moves makes another version."""
 COMMIT_EVERY_S = 0.5
 COMMIT_EVERY_ROWS = 2000
+"""So many wait for no half second; who adds them commits them, so that nobody adds faster than the disk can take."""
 _values = attrgetter(*(f.name for f in fields(Completion)[2:] if f.name != "scores"))
 """The values of a completion as they are kept, in the order of its fields; row and sample are beside them."""
+_NO_TEXT = b"[null,"
+"""What the values of a completion begin with where they begin with no text, as only those of an error do."""
 _TABLES = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID",
     "CREATE TABLE completions (row INTEGER, sample INTEGER, data BLOB NOT NULL, crc INTEGER NOT NULL, "
@@ -67,9 +71,14 @@ class Ledger:
         self.noted = 0
         """Completions added since the ledger was opened."""
         self.alongside: Callable[[], dict[str, Any]] = dict
-        """Gives the facts that each commit notes with its completions."""
+        """Gives the facts that each commit notes with its completions, from whichever thread makes it."""
         self._pending: list[tuple[int, int, bytes, int]] = []
-        self._committed_at = time.monotonic()
+        self._turn = threading.RLock()
+        """Held by the thread that uses the connection."""
+        self._closing = threading.Event()
+        self._committer: threading.Thread | None = None
+        self._fault: Exception | None = None
+        """Why the thread commits no more."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
             # The lock is the operating system's, so that it ends with the process that holds it.
@@ -83,7 +92,7 @@ class Ledger:
             raise LedgerError(f"cannot write to the run directory {directory}: {error.strerror or error}") from error
         try:
             with _faults_named(self.path):
-                self._db = sqlite3.connect(self.path, isolation_level=None)
+                self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.execute("PRAGMA synchronous=FULL")
                 begun = self._db.execute("SELECT 1 FROM sqlite_schema").fetchone()
@@ -121,28 +130,55 @@ class Ledger:
             )
 
     def add(self, completions: Iterable[Completion]) -> None:
-        """Note completions; they are committed within half a second of further work, or by `commit`."""
+        """Note completions; they are committed within half a second, or by `commit`.
+
+        Raises:
+            LedgerError: as `check`.
+        """
+        self.check()
         for completion in completions:
             self.noted += 1
             row, sample = completion.request_id, completion.sample
             data = _dump(_values(completion))
             self._pending.append((row, sample, data, _crc(data, b"%d %d" % (row, sample))))
-        if len(self._pending) >= COMMIT_EVERY_ROWS or time.monotonic() - self._committed_at >= COMMIT_EVERY_S:
+        if len(self._pending) >= COMMIT_EVERY_ROWS:
             self.commit()
+        elif self._committer is None:
+            self._committer = threading.Thread(target=self._commit_in_time, name="llmpipe-ledger", daemon=True)
+            self._committer.start()
+
+    def check(self) -> None:
+        """See whether what was added could be committed.
+
+        Raises:
+            LedgerError: the disk is full or cannot be written; what was committed before is safe.
+        """
+        if self._fault is not None:
+            raise self._fault
 
     def commit(self) -> None:
         """Make everything that was added durable.
 
         Raises:
-            LedgerError: the disk is full or cannot be written; what was committed before is safe.
+            LedgerError: as `check`.
         """
-        self._committed_at = time.monotonic()
-        if not self._pending:
-            return
-        with self._transaction():
-            self._db.executemany("INSERT OR REPLACE INTO completions VALUES (?, ?, ?, ?)", self._pending)
-            self._note(self.alongside())
-        self._pending.clear()
+        with self._turn:
+            group = list(self._pending)  # others may be added meanwhile
+            if not group:
+                return
+            with self._transaction():
+                self._db.executemany("INSERT OR REPLACE INTO completions VALUES (?, ?, ?, ?)", group)
+                self._note(self.alongside())
+            del self._pending[: len(group)]
+
+    def _commit_in_time(self) -> None:
+        """Commit what waits, again and again, until it cannot be done or the ledger is closed."""
+        while not self._closing.wait(COMMIT_EVERY_S):
+            try:
+                self.commit()
+            except Exception as error:  # whoever adds the next completions is told
+                self._fault = error
+                return
 
     def done(self, first: int, last: int) -> dict[int, frozenset[int]]:
         """Return the samples of each row in [first, last] that were committed; rows without any are left out."""
@@ -167,6 +203,14 @@ class Ledger:
                 if type(data) is not bytes or crc != _crc(data, b"%d %d" % (row, sample)):
                     raise _damaged(self.path, f"row {row}, sample {sample} is not as it was written")
                 yield row, sample, data
+
+    def errors(self) -> Iterator[Completion]:
+        """Yield every completion that is an error, by row and sample."""
+        self.commit()
+        with _faults_named(self.path):
+            found = "SELECT row, sample, data FROM completions WHERE substr(data, 1, ?) = ? ORDER BY row, sample"
+            for row, sample, data in self._db.execute(found, (len(_NO_TEXT), _NO_TEXT)):
+                yield Completion(row, sample, *_load(data))
 
     def count(self) -> int:
         """Return how many completions are noted."""
@@ -223,6 +267,9 @@ class Ledger:
 
     def close(self) -> None:
         """Commit nothing, close the file, let others at the directory."""
+        self._closing.set()
+        if self._committer is not None:
+            self._committer.join()
         try:
             if hasattr(self, "_db"):
                 self._db.close()
@@ -236,13 +283,13 @@ class Ledger:
         self.close()
 
     def _query(self, sql: str, *values: Any) -> list[Any]:
-        with _faults_named(self.path):
+        with self._turn, _faults_named(self.path):
             return self._db.execute(sql, values).fetchall()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """Write all that happens inside, synced to disk, or nothing of it."""
-        with _faults_named(self.path):
+        with self._turn, _faults_named(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -265,6 +312,7 @@ class LedgerSnapshot(Ledger):
 
     def __init__(self, directory: Path, fingerprint: dict[str, Any] | None = None) -> None:
         self.path = directory / FILE
+        self._turn = threading.RLock()
         with _faults_named(self.path):
             self._db = _read_only(self.path)
         try:

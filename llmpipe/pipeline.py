@@ -111,10 +111,13 @@ def generate(
     config: RunConfig, dataset: Dataset, scan: Scan, ledger: Ledger, directory: Path, progress: Progress
 ) -> None:
     """Run every row that the ledger lacks."""
+    stops = Stops(config, scan.rows)
+    stops.recall(ledger.rows(), ledger.errors())
+    stops.raise_if_stopped(directory, dataset)  # before the model loads
     with (
         MemorySampler(config.metrics.memory_interval_s) as memory,
         LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules) as runner,
-        Stops(config, scan.rows) as stops,
+        stops,
     ):
         chat = runs_chats(config, scan, runner)
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
@@ -123,16 +126,21 @@ def generate(
         if isinstance(runner, IsolatedRunner):
             runner.suspects = dict(ledger.get("suspects") or [])
             runner.note = ledger.note_suspects
-            runner.check, memory.rss_bytes = stops.check, runner.rss_bytes
-        completions = runner.completions(_requests(islice(dataset.rows(), scan.rows), prompts, ledger, stops))
+            memory.rss_bytes = runner.rss_bytes
+
+        def tick() -> None:
+            ledger.check()
+            stops.check()
+
+        completions = runner.completions(_requests(islice(dataset.rows(), scan.rows), prompts, ledger, stops), tick)
         try:
-            for completion in completions:
-                ledger.add([completion])
-                stops.note(completion)
-                tokens += completion.completion_tokens or 0
-                progress(before + ledger.noted, expected, tokens)
-                stops.check()
-        except WaitingIsOver:  # raised here, or in a runner that waits; the end says why
+            with stops.watching(runner.interrupt):
+                for completion in completions:
+                    ledger.add([completion])
+                    stops.note(completion)
+                    tokens += completion.completion_tokens or 0
+                    progress(before + ledger.noted, expected, tokens)
+        except WaitingIsOver:  # the end says why
             pass
         except Exception as error:
             if isinstance(error, LLMError) or type(runner).__module__.startswith("llmpipe."):
@@ -191,12 +199,13 @@ def _requests(rows: Iterator[Row], prompts: PromptBuilder, ledger: Ledger, stops
             except (ValueError, RecursionError) as error:
                 if not finished:
                     completion = failed(row.index, str(error))
+                    stops.asked()
                     ledger.add([completion])
-                    stops.asked(1)
                     stops.note(completion)
                 continue
             if request is not None:
-                stops.asked(len(request.samples))
+                if not finished:
+                    stops.asked()
                 yield request
 
 

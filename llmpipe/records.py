@@ -138,6 +138,12 @@ class Completion:
 
 _NOT_WAITING: tuple[float, set[int]] = 0.0, set()
 StreamFn = Callable[[Iterable[Request]], Iterator[Chunk]]
+Tick = Callable[[], None]
+"""Called at each step of a stream; what it raises ends the stream."""
+
+
+def no_tick() -> None:
+    """Go on, whatever happens."""
 
 
 class Stopwatch:
@@ -209,8 +215,17 @@ def failed(request_id: int, reason: str, sample: int = 0) -> Completion:
     return Completion(request_id, sample, text=None, finish_reason="error", error=reason)
 
 
-def complete(stream: StreamFn, requests: Iterable[Request]) -> Iterator[Completion]:
-    """Run `requests` through a runner's `stream` and yield each sample's completion as it finishes."""
+def complete(
+    stream: StreamFn, requests: Iterable[Request], tick: Tick = no_tick, each_chunk: bool = True
+) -> Iterator[Completion]:
+    """Run `requests` through a runner's `stream` and yield each sample's completion as it finishes.
+
+    Args:
+        stream: Answers them.
+        requests: What to answer.
+        tick: Called before it is said of a sample that it got no answer.
+        each_chunk: Call `tick` after each chunk as well: `stream` does not do so by itself.
+    """
     stopwatch = Stopwatch()
     chunks = stream(stopwatch.watch(requests))
     try:
@@ -218,7 +233,11 @@ def complete(stream: StreamFn, requests: Iterable[Request]) -> Iterator[Completi
             completion = stopwatch.add(chunk)
             if completion is not None:
                 yield completion
+            if each_chunk:
+                tick()
     finally:
         if isinstance(chunks, Generator):
             chunks.close()
-    yield from stopwatch.abandoned()
+    for completion in stopwatch.abandoned():
+        tick()
+        yield completion

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import signal
 import time
@@ -18,6 +19,7 @@ DEEDS = {
     "exit": lambda: os._exit(3),
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "hang": lambda: time.sleep(600),
+    "compute": lambda: hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1),  # and lets other threads work
     "stuck": lambda: ctypes.PyDLL(None).sleep(600),  # with Python's lock held, as some native code does
 }
 

@@ -8,7 +8,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -219,25 +219,79 @@ def test_a_stopped_run_says_so_in_a_line_and_resumes_with_another_mind(
 
 
 @pytest.mark.parametrize(("rate", "bad", "ends"), [(0.1, 10, False), (0.1, 11, True), (1.0, 100, False)])
-def test_a_run_ends_where_more_than_max_error_rate_of_its_answers_are_errors(
+def test_a_run_ends_where_more_than_max_error_rate_of_its_rows_are_errors_until_it_is_resumed_with_another(
     tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, rate: float, bad: int, ends: bool
 ) -> None:
     rows = [b"{bad" if i < bad else {"prompt": str(i)} for i in range(RATED_FROM)]
     config = echo_config(write_jsonl(*rows, *({"prompt": f"later {i}"} for i in range(900))), f"max_error_rate={rate}")
-    if ends:
+    for _ in range(2 * ends):  # what the first attempt found, the second knows
         with pytest.raises(
-            RunStopped, match=rf"{bad} of 100 answers are errors, over max_error_rate=0.1; .*line {bad}: not"
+            RunStopped,
+            match=rf"{bad} of 100 rows are errors, over max_error_rate=0.1; the last: .*line {bad}: not.*"
+            r"llmpipe resume=\S+ max_error_rate=null",
         ):
             llmpipe.run(config, tmp_path / "run")
         assert not (tmp_path / "run" / "outputs.jsonl").exists()
-    assert llmpipe.run(config, tmp_path / "run")["rows_error"] == bad  # resumed: what comes after the errors counts
+    config.max_error_rate = None if ends else rate
+    assert llmpipe.run(config, tmp_path / "run")["rows_error"] == bad
+
+
+def test_a_run_that_was_over_its_error_rate_is_stopped_again_before_the_model_loads(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = echo_config(write_jsonl(b"{bad", {"prompt": "a"}), "max_error_rate=0.4")
+    with pytest.raises(RunStopped):
+        llmpipe.run(config, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(llmpipe.EchoRunner, "_initialize_model", lambda self: pytest.fail("a model was loaded"))
+        with pytest.raises(RunStopped, match=r"1 of 2 rows are errors.*line 1: not valid JSON"):
+            llmpipe.run(config, tmp_path / "run")
+    config.max_error_rate = 0.5
+    assert llmpipe.run(config, tmp_path / "run")["rows_error"] == 1
+
+
+def test_errors_of_earlier_attempts_count_with_those_of_later_ones(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
+) -> None:
+    rows = [b"{bad" if i % 10 == 0 else {"prompt": str(i)} for i in range(300)]  # a tenth, wherever one looks
+    rows[280:290] = [b"{bad"] * 10
+
+    def interrupt(done: int, *_: int) -> None:
+        if done == 150:
+            raise KeyboardInterrupt
+
+    config = echo_config(write_jsonl(*rows), "max_error_rate=0.12")
+    with pytest.raises(KeyboardInterrupt):
+        llmpipe.run(config, tmp_path / "run", progress=interrupt)
+    with pytest.raises(RunStopped, match=r"3\d of 2\d\d rows are errors, .*line 2\d\d: not"):
+        llmpipe.run(config, tmp_path / "run")
+
+
+def test_rows_are_compared_with_rows_where_each_has_several_answers(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = llmpipe.EchoRunner.stream
+
+    def failing(runner: llmpipe.EchoRunner, requests: Iterable[llmpipe.Request]) -> Iterator[llmpipe.Chunk]:
+        for chunk in stream(runner, requests):
+            if chunk.text == "bad" and chunk.sample in (1, 3):
+                chunk = llmpipe.Chunk(chunk.request_id, chunk.sample, finish_reason="error", error="no luck")
+            yield chunk
+
+    monkeypatch.setattr(llmpipe.EchoRunner, "stream", failing)
+    path = write_jsonl(b"{bad", *({"prompt": "bad" if i < 4 else "good"} for i in range(9)))
+    options = ["sampling.n=4", "sampling.temperature=1"]
+    assert llmpipe.run(echo_config(path, *options, "max_error_rate=0.5"), tmp_path / "half")["rows_error"] == 5
+    for _ in range(2):
+        with pytest.raises(RunStopped, match=r"5 of 10 rows are errors, .*line 5: no luck"):
+            llmpipe.run(echo_config(path, *options, "max_error_rate=0.49"), tmp_path / "less")
 
 
 def test_few_rows_are_rated_when_all_are_done(
     tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
 ) -> None:
     path = write_jsonl(b"{bad", *({"prompt": str(i)} for i in range(9)))
-    with pytest.raises(RunStopped, match="1 of 10 answers are errors"):
+    with pytest.raises(RunStopped, match="1 of 10 rows are errors"):
         llmpipe.run(echo_config(path, "max_error_rate=0.05"), tmp_path / "run")
     assert llmpipe.run(echo_config(path, "max_error_rate=0.1"), tmp_path / "run")["rows"] == 10
 

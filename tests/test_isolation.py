@@ -126,19 +126,18 @@ def test_answers_that_have_come_are_given_out_before_the_wish_to_stop_is_heard(
         came.extend([message] if message is not None and message[0] == "chunks" else [])
         return message
 
-    def check() -> None:
+    def tick() -> None:
         if came:
             raise Enough
 
     came: list[Any] = []
     monkeypatch.setattr(child_module.Child, "receive", receive)
     with isolated() as runner:
-        runner.check = check
-        chunks = []
+        done = []
         with pytest.raises(Enough):
-            for chunk in runner.stream(requests_of("one", "two")):
-                chunks.append(chunk)  # noqa: PERF402  of a stream that ends in an exception
-        assert len(chunks) == len(came[0][1]) > 0
+            for completion in runner.completions(requests_of("one", "two"), tick):
+                done.append(completion)  # noqa: PERF402  of a stream that ends in an exception
+        assert len(done) == len(came[0][1]) > 0
 
 
 def test_a_crash_at_a_time_is_not_held_against_a_row() -> None:
@@ -156,8 +155,7 @@ def test_a_crash_at_a_time_is_not_held_against_a_row() -> None:
 
 def test_a_backend_that_dies_without_any_row_ends_the_stream_instead_of_being_started_for_ever() -> None:
     with isolated() as runner:
-        stream = runner.stream(iter(()))
-        runner.check = lambda: os.kill(runner._child._process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+        stream = runner.completions((), lambda: os.kill(runner._child._process.pid, signal.SIGKILL))  # type: ignore[union-attr]
         with pytest.raises((LLMInferenceError, LLMInitializationError), match="signal 9"):
             list(stream)
 

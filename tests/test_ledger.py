@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,11 +42,13 @@ def test_completions_come_back_as_they_were_by_row_and_sample(tmp_path: Path) ->
         assert ledger.done(2, 99) == {2: frozenset({0})}
 
 
-def test_what_is_committed_is_visible_to_other_processes_and_what_is_not_is_lost(tmp_path: Path) -> None:
+def test_what_is_committed_is_visible_to_other_processes_and_what_is_not_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmpipe.ledger.COMMIT_EVERY_S", 1000)  # no time passes: the second one stays uncommitted
     ledger = Ledger(tmp_path, ASKED)
     ledger.add([Completion(0)])
     ledger.commit()
-    ledger._committed_at += 1000  # no time passes: the next one stays uncommitted
     ledger.add([Completion(1)])
     with sqlite3.connect(tmp_path / FILE) as other:
         assert other.execute("SELECT row FROM completions").fetchall() == [(0,)]
@@ -53,12 +57,55 @@ def test_what_is_committed_is_visible_to_other_processes_and_what_is_not_is_lost
         assert [one.request_id for one in reopened.completions()] == [0]
 
 
-def test_a_full_group_is_committed_by_itself(tmp_path: Path) -> None:
+def test_a_full_group_is_committed_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmpipe.ledger.COMMIT_EVERY_S", 1000)
     with Ledger(tmp_path, ASKED) as ledger:
-        ledger._committed_at += 1000
         ledger.add(Completion(i) for i in range(COMMIT_EVERY_ROWS))
         with sqlite3.connect(tmp_path / FILE) as other:
             assert other.execute("SELECT count(*) FROM completions").fetchone() == (COMMIT_EVERY_ROWS,)
+
+
+def test_what_was_added_is_durable_within_a_second_though_nobody_adds_more(tmp_path: Path) -> None:
+    with Ledger(tmp_path, ASKED) as ledger, sqlite3.connect(tmp_path / FILE) as other:
+        ledger.alongside = lambda: {"wall_s": 1.5}
+        for row in range(2):  # not only once
+            ledger.add([Completion(row)])
+            until = time.monotonic() + 1
+            while other.execute("SELECT max(row) FROM completions").fetchone() != (row,):
+                assert time.monotonic() < until
+                time.sleep(0.02)
+        assert ledger.get("wall_s") == 1.5
+
+
+def test_what_the_threads_commit_raises_reaches_whoever_adds_or_asks_and_loses_nothing(tmp_path: Path) -> None:
+    with Ledger(tmp_path, ASKED) as ledger:
+        figures: list[dict[str, Any]] = []
+        ledger.alongside = lambda: figures[0]
+        ledger.add([Completion(0)])
+        until = time.monotonic() + 2
+        with pytest.raises(IndexError):
+            while time.monotonic() < until:
+                ledger.check()
+        with pytest.raises(IndexError):
+            ledger.add([Completion(1)])
+        figures.append({})
+        assert [one.request_id for one in ledger.completions()] == [0]
+
+
+def test_completions_are_added_and_read_by_several_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmpipe.ledger.COMMIT_EVERY_S", 0.001)
+    monkeypatch.setattr("llmpipe.ledger.COMMIT_EVERY_ROWS", 10)
+    with Ledger(tmp_path, ASKED) as ledger:
+
+        def work(first: int) -> None:
+            for row in range(first, first + 200):
+                ledger.add([Completion(row)])
+                ledger.done(0, 1000)
+                ledger.set(wall_s=row)
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(work, range(0, 800, 200)))
+        assert [one.request_id for one in ledger.completions()] == list(range(800))
 
 
 def test_facts_are_kept_and_an_empty_ledger_counts_nothing(tmp_path: Path) -> None:

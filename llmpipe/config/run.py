@@ -162,9 +162,9 @@ class RunConfig:
     on_error: OnError = OnError.quarantine
     """quarantine error rows in errors.jsonl, or stop at the first one; the run can be resumed."""
     max_error_rate: float | None = None
-    """End the run, resumable, when more than this share of 100 or more answers (or of all) are errors; null: never."""
+    """End the run if more than this share of 100 or more rows (or all), resumed ones too, are errors; null: never."""
     run_timeout_s: float | None = None
-    """End the run, resumable, after so many seconds of generating; a row that hangs can only be left if isolated."""
+    """End the run, resumable, after so many seconds of generating; native code that hangs has to be isolated."""
     resume: str | None = None
     """A run directory to continue, with its own configuration."""
     plan: bool = False

@@ -31,7 +31,7 @@ from llmpipe.config import (
     reject_unknown,
 )
 from llmpipe.exceptions import LLMConfigError, LLMError, LLMInferenceError, LLMInitializationError
-from llmpipe.records import Chunk, Completion, Message, Request, complete, derive_seed
+from llmpipe.records import Chunk, Completion, Message, Request, Tick, complete, derive_seed, no_tick
 from llmpipe.runners.chat import ChatTemplateError
 from llmpipe.runners.decoding import StopStrings
 from llmpipe.runners.openai_format import chat_chunks, chat_completion
@@ -67,6 +67,8 @@ class BaseLLMRunner(ABC):
 
     config_type: ClassVar[type[BackendConfig]] = BackendConfig
     """The dataclass of this backend's options."""
+    ticks: ClassVar[bool] = False
+    """Whether `stream` calls `tick` by itself, at each of its steps; otherwise that is done after each chunk."""
     config: BackendConfig
     """The options it was loaded with."""
 
@@ -92,6 +94,7 @@ class BaseLLMRunner(ABC):
         self.is_loaded = False
         self._lock = threading.Lock()
         self._holder: int | None = None
+        self._tick: Tick = no_tick
         self._open_stream: weakref.ref[Generator[Any]] | None = None
         self.preview: Preview | None = None
         """What is known without the weights, where they are not loaded and the backend can say."""
@@ -123,7 +126,8 @@ class BaseLLMRunner(ABC):
 
         The last chunk of each sample carries its `finish_reason`. A request that cannot be run ends with an error
         chunk; only a fault of the whole runner raises. This default answers one sample at a time through
-        `_run_streaming`; a backend that batches, or takes more sampling options, overrides it.
+        `_run_streaming`; a backend that batches, or takes more sampling options, overrides it. One that computes or
+        waits for long without a chunk calls `self.tick()` meanwhile, from the same thread.
 
         Raises:
             LLMInferenceError: the runner as a whole failed.
@@ -141,6 +145,16 @@ class BaseLLMRunner(ABC):
                 except Exception as error:  # whatever befalls one prompt, the next one may fare better
                     log.debug("request %d failed", request.id, exc_info=True)
                     yield Chunk(request.id, sample, finish_reason="error", error=_one_line(error))
+
+    def tick(self) -> None:
+        """Let whoever drives the stream look at the clock and at signals; what this raises is to end the stream."""
+        self._tick()
+
+    def interrupt(self) -> None:  # noqa: B027  most steps are short
+        """Give up the step of `stream` that is being computed, where that can be done; the stream may raise anything.
+
+        Called from another thread, when the stream is to end and no `tick` comes.
+        """
 
     def _run_streaming(self, prompt: str, max_tokens: int, temperature: float) -> Iterator[str]:
         """Generate for one prompt and yield its tokens' text; for backends that do not override `stream`."""
@@ -273,9 +287,15 @@ class BaseLLMRunner(ABC):
         done = list(self.completions(requests))
         return sorted(done, key=lambda completion: (completion.request_id, completion.sample))
 
-    def completions(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Answer `requests` and yield each sample's completion, with its times, as it finishes."""
-        return self._exclusively(complete(self.stream, requests))
+    def completions(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
+        """Answer `requests` and yield each sample's completion, with its times, as it finishes.
+
+        Args:
+            requests: What to answer; pulled when there is room.
+            tick: Called at each step, also where no sample finishes, and while the runner waits for another process.
+                What it raises ends the stream.
+        """
+        return self._exclusively(complete(self.stream, requests, self.tick, each_chunk=not self.ticks), tick)
 
     def generate_text(self, prompt: Prompt, prompt_format: str = "auto", **sampling: Any) -> str:
         """Answer one prompt and return the text.
@@ -427,18 +447,18 @@ class BaseLLMRunner(ABC):
         if not self.is_loaded:
             raise LLMInferenceError("this runner is closed: call reload() first")
 
-    def _exclusively(self, items: Iterator[T]) -> Generator[T]:
-        """Yield `items` while holding the runner; closing what is returned closes `items`."""
+    def _exclusively(self, items: Iterator[T], tick: Tick = no_tick) -> Generator[T]:
+        """Yield `items` while holding the runner, `tick` being its tick; closing what is returned closes `items`."""
         own: list[weakref.ref[Generator[T]]] = []  # weak, so that a stream that is dropped half-read is closed
 
         def held() -> Generator[T]:
             with self._turn():
                 self._check_loaded()
-                self._open_stream = own[0]
+                self._open_stream, self._tick = own[0], tick
                 try:
                     yield from items
                 finally:
-                    self._open_stream = None
+                    self._open_stream, self._tick = None, no_tick
                     close = getattr(items, "close", None)
                     if close is not None:
                         close()

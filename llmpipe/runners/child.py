@@ -63,6 +63,10 @@ _ERRORS: dict[str, type[Exception]] = {
 }
 
 
+class Abandoned(BaseException):
+    """The parent wants no more of a stream. No `Exception`, because a backend may go on after any of those."""
+
+
 class ChildDied(Exception):
     """The child is gone; the text says how, such as `crashed the backend (signal 11, SIGSEGV)`."""
 
@@ -218,6 +222,7 @@ class Service:
             elif kind == "abandon":
                 self._abandoned = True
                 self._blocks.put([])
+                getattr(self._runner, "interrupt", lambda: None)()
             elif kind == "cancel":
                 getattr(self._runner, "cancel", lambda _: None)(content)
             else:
@@ -234,15 +239,21 @@ class Service:
     def _stream(self, _: None) -> Message:
         assert self._runner is not None
         self._abandoned, self._blocks = False, queue.SimpleQueue()
-        chunks = self._runner.stream(self._requests())
+        chunks = self._runner._exclusively(self._runner.stream(self._requests()), self._tick)
         try:
             for chunk in chunks:
-                if self._abandoned:
-                    break
                 self._outbox.add(_values(chunk))
+                if not self._runner.ticks:
+                    self._tick()
+        except Abandoned:
+            pass
         finally:
-            getattr(chunks, "close", lambda: None)()
+            chunks.close()
         return "ended", self._status()
+
+    def _tick(self) -> None:
+        if self._abandoned:
+            raise Abandoned
 
     def _requests(self) -> Iterator[Request]:
         """Pull from the parent: one at first, then ever more at a time."""

@@ -26,10 +26,10 @@ from llmpipe.runners.child import Child, ChildDied, error_of
 
 log = logging.getLogger(__name__)
 
-CHECK_S = 0.2
-"""Seconds between two looks at whether the child is to be waited for any longer."""
-LEAVE_S = 2.0
-"""How long the child may take to give up a stream; then it is killed."""
+TICK_S = 0.2
+"""Seconds between two ticks while the child is waited for."""
+LEAVE_S = 0.7
+"""How long the child may take to give up a stream; then it is killed: with the tick before it, within a second."""
 ALONE_ATTEMPTS = 3
 """How often a suspect is run alone, resumptions counted."""
 BARREN_DEATHS = 3
@@ -48,6 +48,7 @@ class IsolatedRunner(BaseLLMRunner):
         weights: Without them, it is only seen whether the model's files can be read.
     """
 
+    ticks = True
     _child: Child | None = None
 
     def __init__(
@@ -67,8 +68,6 @@ class IsolatedRunner(BaseLLMRunner):
         """Requests that were in a child when it died, in an earlier run, and how often each was then run alone."""
         self.note: Callable[[dict[int, int]], None] = lambda suspects: None
         """Makes the suspects durable."""
-        self.check: Callable[[], None] = lambda: None
-        """Called while the child is waited for; what it raises ends the stream."""
         super().__init__(config, device, sampling, weights)
 
     def _initialize_model(self) -> None:
@@ -89,8 +88,8 @@ class IsolatedRunner(BaseLLMRunner):
         no_weights = [] if weights else [False]  # a runner of someone else's may know of no such argument
         self._child = Child(self._target, self.config, self.device, self.sampling, *no_weights)
         try:
-            while (message := self._child.receive(CHECK_S)) is None:  # loading takes what it takes
-                pass
+            while (message := self._child.receive(TICK_S)) is None:  # loading takes what it takes
+                self.tick()
         except ChildDied as death:
             raise LLMInitializationError(f"loading {self.config.model!r} {death}") from death
         self._status = self._content(message)
@@ -204,9 +203,9 @@ class IsolatedRunner(BaseLLMRunner):
             ChildDied: it crashed, or said nothing for too long.
         """
         limit, since = self.config.row_timeout_s, time.monotonic()
-        self.check()
-        while (message := child.receive(CHECK_S)) is None:
-            self.check()
+        self.tick()
+        while (message := child.receive(TICK_S)) is None:
+            self.tick()
             if limit is not None and time.monotonic() - since > limit:
                 child.kill()
                 raise ChildDied(f"hung the backend for {limit:g} s")
@@ -243,7 +242,8 @@ class IsolatedRunner(BaseLLMRunner):
 
     def rss_bytes(self) -> int:
         """Return the resident memory of both processes."""
-        return super().rss_bytes() + (self._child.rss_bytes if self._child is not None else 0)
+        child = self._child  # which another thread may just replace
+        return super().rss_bytes() + (child.rss_bytes if child is not None else 0)
 
     def _device_memory_mb(self) -> tuple[float, float] | None:
         return self._status.get("device_memory_mb")

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from llmpipe.config import BatchingConfig
 from llmpipe.exceptions import LLMInitializationError, LLMOutOfMemoryError
-from llmpipe.records import Chunk, Request
+from llmpipe.records import Chunk, Request, Tick, no_tick
 from llmpipe.runners.batching import sizing
 from llmpipe.runners.batching.executor import Context, Executor, Sampler, Text
 from llmpipe.runners.batching.lookahead import MIN_SHARED_TOKENS, Encode, LookAhead, Sample, Tokens
@@ -99,6 +99,7 @@ class Engine:
         self._free: list[int] = []
         self._prefixes: list[Prefix] = []
         self._clock = 0
+        self._tick: Tick = no_tick
         # What the backend refuses, it refuses now, and not when the first row comes.
         self._fit(sizing.smallest(config))
 
@@ -107,8 +108,9 @@ class Engine:
         """Seconds spent computing."""
         return self._decode_s + (self.context.decode_s if self.context is not None else 0.0)
 
-    def stream(self, requests: Iterable[Request], encode: Encode) -> Iterator[Chunk]:
-        """Answer `requests`; see `BaseLLMRunner.stream`."""
+    def stream(self, requests: Iterable[Request], encode: Encode, tick: Tick = no_tick) -> Iterator[Chunk]:
+        """Answer `requests`, with a `tick` before each step; see `BaseLLMRunner.stream`."""
+        self._tick = tick
         # Sharing a prefix computes a prompt in other pieces, whose sums may round otherwise.
         ahead = LookAhead(requests, encode, self.limit, share=not self._config.reproducible)
         count = sizing.look_ahead(sizing.wanted_slots(self._config, self._executor.footprint))
@@ -342,10 +344,16 @@ class Engine:
         for start in range(done, len(tokens), batch.capacity):
             batch.clear()
             batch.add(tokens[start : start + batch.capacity], start, prefix.slot, False)
-            self.context.decode()
+            self._compute()
         prefix.tokens = tokens
 
     # --- computing ------------------------------------------------------------------------------------------------
+
+    def _compute(self) -> None:
+        """Compute the batch; every step of the engine is one call of this."""
+        assert self.context is not None
+        self._tick()
+        self.context.decode()
 
     def _prefill(self) -> Iterator[Chunk]:
         """Compute one batch of tokens of new rows; those that lack none get the next one."""
@@ -362,7 +370,7 @@ class Engine:
             row.cached += len(part)
             if done:
                 outputs.append(row)
-        self.context.decode()
+        self._compute()
         for row in outputs:
             self._prefilling.remove(row)
         yield from self._sample(outputs)
@@ -377,7 +385,7 @@ class Engine:
         if company:  # any token will do, and it is forgotten again
             tokens, positions, slots = [*tokens, tokens[0]], [*positions, 0], [*slots, slots[0] + 1]
         self.context.batch.set_columns(tokens, positions, slots)
-        self.context.decode()
+        self._compute()
         if company:
             self.context.forget(slots[-1])
         for row in rows:

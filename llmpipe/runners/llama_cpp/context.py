@@ -14,10 +14,12 @@ from llmpipe.config import LlamaCppConfig, RopeScaling, Switch
 from llmpipe.exceptions import LLMInferenceError, LLMInitializationError
 from llmpipe.runners.batching import Batch, Plan
 from llmpipe.runners.llama_cpp import log
+from llmpipe.runners.llama_cpp.abort import Abort
 from llmpipe.runners.llama_cpp.model import Model
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
 FLASH_ATTENTION = {Switch.auto: -1, Switch.off: 0, Switch.on: 1}
+REASONS = {1: "no room in the KV cache", 2: "it was interrupted"}
 ROPE_SCALING = {RopeScaling.model: -1, RopeScaling.none: 0, RopeScaling.linear: 1, RopeScaling.yarn: 2}
 
 
@@ -50,12 +52,15 @@ class LlamaContext:
         plan: How many sequences of which length.
         threads: CPU threads.
         on_gpu: Whether a GPU may take part.
+        abort: Ends what it computes.
 
     Raises:
         LLMInitializationError: llama.cpp cannot make such a context, for want of memory or of a feature.
     """
 
-    def __init__(self, model: Model, config: LlamaCppConfig, plan: Plan, threads: int, on_gpu: bool) -> None:
+    def __init__(
+        self, model: Model, config: LlamaCppConfig, plan: Plan, threads: int, on_gpu: bool, abort: Abort
+    ) -> None:
         self.plan = plan
         self._model = model
         # In reproducible mode a row is never decoded alone, see the engine.
@@ -75,6 +80,7 @@ class LlamaContext:
         params.swa_full = False  # sequences are copied and removed whole, so what a window left behind is not needed
         params.offload_kqv = params.op_offload = on_gpu
         params.no_perf = True
+        abort.tell(params)
         log.clear()
         self._handle: Any = llama_cpp.llama_init_from_model(model.handle, params)
         if not self._handle:
@@ -107,7 +113,7 @@ class LlamaContext:
             llama_cpp.llama_synchronize(self._handle)
         self.decode_s += time.perf_counter() - started
         if status:
-            reason = "no room in the KV cache" if status == 1 else log.last_errors() or "no reason given"
+            reason = REASONS.get(status) or log.last_errors() or "no reason given"
             raise LLMInferenceError(f"llama_decode failed with status {status}: {reason}")
 
     def best_tokens(self) -> npt.NDArray[np.int64]:

@@ -6,6 +6,7 @@ from llmpipe.config import LlamaCppConfig
 from llmpipe.runners.batching import Footprint, Plan, Sample
 from llmpipe.runners.decoding import Utf8Stream
 from llmpipe.runners.llama_cpp import devices
+from llmpipe.runners.llama_cpp.abort import Abort
 from llmpipe.runners.llama_cpp.context import LlamaContext
 from llmpipe.runners.llama_cpp.model import Model
 from llmpipe.runners.llama_cpp.sampler import Sampler, is_plain_greedy
@@ -23,15 +24,17 @@ class LlamaExecutor:
         config: Arithmetic and sizes.
         threads: CPU threads.
         offload: Whether layers may be on a GPU.
+        abort: Ends what it computes.
     """
 
     never_alone = True
 
-    def __init__(self, model: Model, config: LlamaCppConfig, threads: int, offload: bool) -> None:
+    def __init__(self, model: Model, config: LlamaCppConfig, threads: int, offload: bool, abort: Abort) -> None:
         self._model = model
         self._config = config
         self._threads = threads
         self._offload = offload
+        self._abort = abort
         keys, values = model.cache_values_per_token
         per_token = keys * BYTES_PER_VALUE[config.cache_type_k] + values * BYTES_PER_VALUE[config.cache_type_v]
         self.footprint = Footprint(
@@ -44,7 +47,7 @@ class LlamaExecutor:
 
     def context(self, plan: Plan) -> LlamaContext:
         """Make a context; see `LlamaContext`."""
-        return LlamaContext(self._model, self._config, plan, self._threads, self._offload)
+        return LlamaContext(self._model, self._config, plan, self._threads, self._offload, self._abort)
 
     def free_bytes(self) -> int | None:
         """Return the GPUs' free memory where all of the cache goes there, else None."""

@@ -22,6 +22,7 @@ try:
     from llmpipe.runners.batching import Engine, sizing
     from llmpipe.runners.llama_cpp import devices
     from llmpipe.runners.llama_cpp import log as llama_log
+    from llmpipe.runners.llama_cpp.abort import Abort
     from llmpipe.runners.llama_cpp.executor import LlamaExecutor
     from llmpipe.runners.llama_cpp.model import Model, can_offload
     from llmpipe.runners.llama_cpp.probe import probe
@@ -45,6 +46,7 @@ class LlamaCppRunner(BaseLLMRunner):
     """Runs a GGUF model with continuous batching on llama.cpp's own API."""
 
     config_type = LlamaCppConfig
+    ticks = True
     config: LlamaCppConfig
     _model: Model | None = None
     _engine: Engine | None = None
@@ -93,7 +95,8 @@ class LlamaCppRunner(BaseLLMRunner):
     def _executor(self, model: Model) -> LlamaExecutor:
         """Return what computes with the model, and set how many tokens a row may have."""
         self._threads = sizing.threads(self.config)
-        executor = LlamaExecutor(model, self.config, self._threads, self._offload)
+        self._abort = Abort()
+        executor = LlamaExecutor(model, self.config, self._threads, self._offload, self._abort)
         self._limit = self.config.context or min(model.train_context, sizing.most_tokens(executor.footprint))
         stretched = self.config.rope_scaling is not RopeScaling.model or self.config.rope_freq_scale
         if self._limit > model.train_context and not stretched:
@@ -128,7 +131,8 @@ class LlamaCppRunner(BaseLLMRunner):
         """Answer `requests` in `backend.slots` slots; see `BaseLLMRunner.stream`."""
         self._check_loaded()
         assert self._engine is not None
-        return self._engine.stream(requests, self.encode)
+        self._abort.clear()
+        return self._engine.stream(requests, self.encode, self.tick)
 
     def encode(self, request: Request) -> tuple[list[int], int]:
         """Return a request's prompt tokens, and how many were cut off on the left to fit the context.
@@ -156,6 +160,10 @@ class LlamaCppRunner(BaseLLMRunner):
         """Give up a request of the running stream; it ends with an error chunk, and its slots are free at once."""
         if self._engine is not None:
             self._engine.cancelled.add(request_id)
+
+    def interrupt(self) -> None:
+        """Give up the step that is being computed, on a CPU; see `BaseLLMRunner.interrupt`."""
+        self._abort.set()
 
     def _device_memory_mb(self) -> tuple[float, float] | None:
         if not self._offload or self._engine is None:

@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from llmpipe.exceptions import LLMOutOfMemoryError
-from llmpipe.records import Chunk, Request
+from llmpipe.records import Chunk, Request, Tick, no_tick
 from llmpipe.runners.batching.lookahead import Encode, LookAhead, Sample
 from llmpipe.runners.decoding import Answer
 from llmpipe.runners.transformers import memory
@@ -66,6 +66,7 @@ class PaddedEngine:
         """How often memory ran out and batches were made smaller."""
         self._most = slots
         self._batches_since = 0
+        self._tick: Tick = no_tick
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
@@ -73,8 +74,9 @@ class PaddedEngine:
         self._is_recurrent = "cache_params" in parameters
         self._cache_name = "cache_params" if self._is_recurrent else "past_key_values"
 
-    def stream(self, requests: Iterable[Request], encode: Encode) -> Iterator[Chunk]:
-        """Answer `requests`; see `BaseLLMRunner.stream`."""
+    def stream(self, requests: Iterable[Request], encode: Encode, tick: Tick = no_tick) -> Iterator[Chunk]:
+        """Answer `requests`, with a `tick` before each forward pass; see `BaseLLMRunner.stream`."""
+        self._tick = tick
         ahead = LookAhead(requests, encode, self.limit, share=False)
         self.cancelled.clear()
         while True:
@@ -125,6 +127,7 @@ class PaddedEngine:
         ids, mask = self._pad(rows)
         cache = DynamicCache(config=self._model.config)
         while True:
+            self._tick()
             logits = self._forward(ids, mask, cache)
             yield from self._take(rows, logits)
             keep = [i for i, row in enumerate(rows) if not row.answer.finished]

@@ -49,6 +49,7 @@ class TransformersRunner(BaseLLMRunner):
     """Runs a causal language model: in slots where its attention allows it, else in padded batches."""
 
     config_type = TransformersConfig
+    ticks = True
     config: TransformersConfig
     _model: Any = None
     _tokenizer: Any = None
@@ -147,7 +148,7 @@ class TransformersRunner(BaseLLMRunner):
         """Answer `requests`, `backend.slots` rows at a time; see `BaseLLMRunner.stream`."""
         self._check_loaded()
         assert self._engine is not None
-        return self._engine.stream(requests, self.encode)
+        return self._engine.stream(requests, self.encode, self.tick)
 
     def encode(self, request: Request) -> tuple[list[int], int]:
         """Return a request's prompt tokens, and how many were cut off on the left to fit the context.
