@@ -50,7 +50,9 @@ def probe(path: Path, config: LlamaCppConfig, weights: bool = True) -> None:
     from llmpipe.runners.isolated import IsolatedRunner
 
     log.info("not loaded here before, so tried in a process of its own: %s", ", ".join(file.name for file in files))
-    few = replace(config, model=str(path), isolation=True, slots=1, context=CONTEXT, n_gpu_layers=None, lora=adapters)
+    few = replace(
+        config, model=str(path), isolation=True, slots=1, threads=1, context=CONTEXT, n_gpu_layers=None, lora=adapters
+    )
     few = replace(few, tensor_split=[], mmap=True, mlock=False, chat_template=None, reproducible=False)
     try:
         with IsolatedRunner(config._target_, LlamaCppConfig, few, DeviceConfig("cpu"), weights=weights) as runner:
