@@ -1,7 +1,7 @@
 """The command line: argv → Hydra → pipeline → exit code.
 
 Exit codes: 0 every row ok; 1 the run could not start, was refused, or was stopped by a fault or by errors, resumable; 3
-finished, some rows are errors; 130 and 143 interrupted by SIGINT and SIGTERM, resumable.
+finished, some rows are errors; 129, 130 and 143 interrupted by SIGHUP, SIGINT and SIGTERM, resumable.
 """
 
 from __future__ import annotations

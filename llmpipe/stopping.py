@@ -19,6 +19,10 @@ from llmpipe.records import Completion
 
 log = logging.getLogger(__name__)
 
+HANGUP = getattr(signal, "SIGHUP", None)
+"""Comes when the terminal is closed; Windows has none."""
+SIGNALS = [signum for signum in (signal.SIGINT, signal.SIGTERM, HANGUP) if signum is not None]
+
 RATED_FROM = 100
 """Answers that must have been asked for before their error rate means anything."""
 
@@ -30,7 +34,7 @@ class WaitingIsOver(Exception):
 class Stops:
     """Watches one attempt at a run, while its `with` block lasts.
 
-    The first SIGINT or SIGTERM is a wish to stop; a second one ends the process at once.
+    The first SIGINT, SIGTERM or SIGHUP is a wish to stop; a second one ends the process at once.
 
     Args:
         config: The run.
@@ -49,7 +53,9 @@ class Stops:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python delivers no signals
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in SIGNALS:
+                if signum == HANGUP and signal.getsignal(signum) is signal.SIG_IGN:
+                    continue  # by nohup: the run is to outlive its terminal
                 self._handlers[signum] = signal.signal(signum, self._on_signal)
         return self
 
@@ -61,7 +67,7 @@ class Stops:
         if self._received is None:
             self._received = signum
             log.warning("stopping after %s; once more to stop at once", signal.Signals(signum).name)
-        else:
+        elif signum != HANGUP:  # a terminal that is closed says so twice: by itself, and through the shell
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
 

@@ -456,6 +456,27 @@ def test_a_signal_stops_the_run_and_the_library_can_continue_it(
     assert [row["completion"] for row in rows_of(tmp_path / "run")] == list("01234")
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_stops_the_run_once_however_often_it_says_so_unless_nohup_ignores_it(
+    ignored: bool, tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
+) -> None:
+    config = echo_config(write_jsonl({"prompt": "a"}, {"prompt": "b"}))
+
+    def hang_up(*_: int) -> None:
+        for _ in range(2):  # the kernel, and the shell
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        if ignored:
+            assert llmpipe.run(config, tmp_path / "run", progress=hang_up)["rows_ok"] == 2
+        else:
+            with pytest.raises(RunInterrupted, match="interrupted by SIGHUP"):
+                llmpipe.run(config, tmp_path / "run", progress=hang_up)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 # --- real processes ---------------------------------------------------------------------------------------------------
 
 
@@ -510,7 +531,7 @@ def uninterrupted(many_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return rows_of(directory)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_ended_by_a_signal_resumes_to_what_an_uninterrupted_one_gives(
     tmp_path: Path, many_rows: Path, uninterrupted: list[dict[str, Any]], signum: signal.Signals
 ) -> None:

@@ -170,7 +170,7 @@ def error_of(content: tuple[str, str]) -> Exception:
 
 def serve(handle: int, parent: int) -> None:
     """Load a runner and answer what comes through the socket, until it closes."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     if parent and sys.platform == "linux":  # the socket would do, but for native code that never lets Python run
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

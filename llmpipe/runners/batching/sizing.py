@@ -117,7 +117,7 @@ def threads(config: BackendConfig) -> int:
     cores = machine.cores()
     if config.threads is None:
         if cores.limit:
-            log.info("%d threads: %s", cores.physical, cores.limit)
+            log.info("threads: %d, %s", cores.physical, cores.limit)
         return cores.physical
     if config.threads > cores.at_once:
         why = cores.limit or "there are no more processors"
