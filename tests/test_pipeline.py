@@ -275,6 +275,24 @@ def test_metrics_say_what_was_run_on_what(
     assert metrics["dataset_digest"].startswith("sha256:")
 
 
+def test_the_peak_memory_is_also_that_of_writing_the_answers(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hungry = 0
+
+    def score(completion: str, reference: str) -> float:  # which happens while answers are written
+        block = bytearray(b"1") * hungry
+        time.sleep(0.05)
+        return float(len(block) > 0)
+
+    monkeypatch.setitem(llmpipe.metrics.SCORERS, "exact_match", score)
+    config = echo_config(write_jsonl({"prompt": "a", "reference": "a"}), "metrics.memory_interval_s=0.01")
+    frugal = llmpipe.run(config, tmp_path / "run")["peak_rss_mb"]
+    (tmp_path / "run" / "outputs.jsonl").unlink()  # so that it is written anew, and nothing is generated
+    hungry = 400_000_000
+    assert llmpipe.run(config, tmp_path / "run")["peak_rss_mb"] > frugal + 200
+
+
 def test_of_several_right_answers_any_will_do(
     tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
 ) -> None:
