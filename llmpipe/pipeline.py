@@ -232,10 +232,12 @@ def conclude(
     answered = noted(scored(join(dataset.rows(), ledger.completions()), config), totals, report)
     with new_files(directory, names) as files:
         write_answers(files, config.output, layout, types, answered)
+        if ledger.get("summary") is None:  # else a file is written again, as it was
+            ledger.set(peak_rss_mb=max(ledger.get("peak_rss_mb") or 0.0, memory.peak_rss_mb))
         metrics = {
             **totals.summary(ledger.get("wall_s") or 0.0),
             "load_s": ledger.get("load_s"),
-            "peak_rss_mb": max(ledger.get("peak_rss_mb") or 0.0, memory.peak_rss_mb),  # with the writing of the answers
+            "peak_rss_mb": ledger.get("peak_rss_mb"),
             "peak_device_mb": ledger.get("peak_device_mb"),
             "prompt_format": ledger.get("prompt_format"),
             "started_at": ledger.get("started_at"),

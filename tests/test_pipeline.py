@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -278,19 +279,23 @@ def test_metrics_say_what_was_run_on_what(
 def test_the_peak_memory_is_also_that_of_writing_the_answers(
     tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hungry = 0
+    size = -1
 
     def score(completion: str, reference: str) -> float:  # which happens while answers are written
-        block = bytearray(b"1") * hungry
+        block = bytearray(size)
         time.sleep(0.05)
         return float(len(block) > 0)
 
     monkeypatch.setitem(llmpipe.metrics.SCORERS, "exact_match", score)
     config = echo_config(write_jsonl({"prompt": "a", "reference": "a"}), "metrics.memory_interval_s=0.01")
-    frugal = llmpipe.run(config, tmp_path / "run")["peak_rss_mb"]
-    (tmp_path / "run" / "outputs.jsonl").unlink()  # so that it is written anew, and nothing is generated
-    hungry = 400_000_000
-    assert llmpipe.run(config, tmp_path / "run")["peak_rss_mb"] > frugal + 200
+    with pytest.raises(ValueError, match="negative"):  # all is generated, and nothing written
+        llmpipe.run(config, tmp_path / "run")
+    before, size = psutil.Process().memory_info().rss / 1e6, 400_000_000
+    first = llmpipe.run(config, tmp_path / "run")
+    assert first["peak_rss_mb"] > before + 200
+    (tmp_path / "run" / "metrics.json").unlink()
+    size = 1
+    assert llmpipe.run(config, tmp_path / "run") == first
 
 
 def test_of_several_right_answers_any_will_do(
