@@ -28,6 +28,7 @@ from llmpipe.config.messages import one_line
 from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
 from llmpipe.ledger import FILE, saved_arguments
+from llmpipe.streams import lost, usable_streams
 
 log = logging.getLogger("llmpipe")
 
@@ -37,10 +38,15 @@ CONFIG_NAME = "config"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with usable_streams():
+        return command(list(sys.argv[1:] if argv is None else argv))
+
+
+def command(arguments: list[str]) -> int:
+    """Do what the arguments ask for and return the exit code."""
     if arguments == ["--version"]:
         print(f"llmpipe {__version__}")
-        return OK
+        return REFUSED if lost() else OK
     logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     try:
         with tempfile.TemporaryDirectory(prefix="llmpipe-") as outcomes:
@@ -52,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
             try:
                 hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(program.job)()
+            except SystemExit as end:  # Hydra's own, after --help
+                if end.code:
+                    raise
             except Interrupted as interrupted:
                 program.end()
                 print(f"llmpipe: {one_line(interrupted.error)}", file=sys.stderr)
@@ -102,14 +111,15 @@ class Program:
 
     def __init__(self, outcomes: Path) -> None:
         self._directory = outcomes
-        self._exit_code = OK
+        self._exit_code: int | None = None
 
     def job(self, composed: DictConfig) -> dict[str, Any] | None:
         """Run one composed configuration; Hydra calls this for each job, and a failed one does not end a sweep."""
         job = HydraConfig.get()
         self._exit_code, found, metrics = REFUSED, None, None
         try:
-            found, metrics = self._do(composed, job)
+            with usable_streams():  # a launcher may run it in another process
+                found, metrics = self._do(composed, job)
             self._exit_code = SOME_ERRORS if found is not None and found["rows_error"] else OK
         except RunInterrupted as error:
             raise Interrupted(error) from error
@@ -151,7 +161,9 @@ class Program:
         outcomes = [Outcome(**orjson.loads(file.read_bytes())) for file in sorted(self._directory.iterdir())]
         if len(outcomes) > 1 and any(outcome.metrics for outcome in outcomes):
             show_comparison([(outcome.overrides, outcome.metrics) for outcome in outcomes])
-        codes = {outcome.exit_code for outcome in outcomes} or {self._exit_code}
+        if not outcomes and self._exit_code is None:  # nothing was to be done but to print
+            return REFUSED if lost() else OK
+        codes = {outcome.exit_code for outcome in outcomes} or {self._exit_code or OK}
         return REFUSED if REFUSED in codes else max(codes)
 
 
