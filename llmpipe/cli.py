@@ -10,7 +10,8 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,11 +48,16 @@ def command(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"llmpipe {__version__}")
         return REFUSED if lost() else OK
+    try:
+        Path.home()
+    except RuntimeError:  # an unknown user; libraries would make a directory named ~
+        os.environ["HOME"] = "/nonexistent"
     logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     try:
-        with tempfile.TemporaryDirectory(prefix="llmpipe-") as outcomes:
-            program = Program(Path(outcomes))
-            sys.argv[1:] = without_traces(resumed(arguments))
+        arguments = without_traces(resumed(arguments))
+        with temporary_directory(arguments) as outcomes:
+            program = Program(outcomes)
+            sys.argv[1:] = arguments
             register_schemas()
             OmegaConf.register_new_resolver("llmpipe.help", help_text, replace=True)
             # Otherwise Hydra prints errors by itself, with a stack trace, and exits.
@@ -127,7 +133,7 @@ class Program:
             log.error("llmpipe: %s", one_line(error))
         if job.mode is RunMode.MULTIRUN:
             outcome = Outcome(self._exit_code, list(job.overrides.task), metrics)
-            (self._directory / f"{job.job.num:06}").write_bytes(orjson.dumps(outcome._asdict()))
+            (self._directory / f"job-{job.job.num:06}").write_bytes(orjson.dumps(outcome._asdict()))
         return found
 
     def _do(self, composed: DictConfig, job: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -158,13 +164,35 @@ class Program:
         """Print the runs of a sweep beside each other, and return the exit code of the whole command."""
         from llmpipe.terminal import show_comparison
 
-        outcomes = [Outcome(**orjson.loads(file.read_bytes())) for file in sorted(self._directory.iterdir())]
+        outcomes = [Outcome(**orjson.loads(file.read_bytes())) for file in sorted(self._directory.glob("job-*"))]
         if len(outcomes) > 1 and any(outcome.metrics for outcome in outcomes):
             show_comparison([(outcome.overrides, outcome.metrics) for outcome in outcomes])
         if not outcomes and self._exit_code is None:  # nothing was to be done but to print
             return REFUSED if lost() else OK
         codes = {outcome.exit_code for outcome in outcomes} or {self._exit_code or OK}
         return REFUSED if REFUSED in codes else max(codes)
+
+
+@contextmanager
+def temporary_directory(arguments: list[str]) -> Iterator[Path]:
+    """Make a directory for the time of the command; in its run directory where nothing else can be written.
+
+    Then it is also the place for the temporary files of libraries.
+    """
+    place = None
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        given = dict(argument.partition("=")[::2] for argument in arguments)
+        place = given.get("hydra.run.dir") or given.get("hydra.sweep.dir")
+        if place is None:  # nothing can be run then, and what only prints needs none
+            yield Path(os.devnull)
+            return
+        os.makedirs(place, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="llmpipe-", dir=place) as made:
+        if place is not None:
+            os.environ["TMPDIR"] = os.path.abspath(made)
+        yield Path(made)
 
 
 def resumed(arguments: list[str]) -> list[str]:

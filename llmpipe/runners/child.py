@@ -79,7 +79,10 @@ class Child:
         mine, its = socket.socketpair()
         # Linux ends the child with the thread that started it, which must then be the one that lives longest.
         parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
-        self._said = tempfile.TemporaryFile()
+        try:
+            self._said = tempfile.TemporaryFile()
+        except OSError:  # there is no place for one, and so for last words
+            self._said = open(os.devnull, "w+b")
         with its:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(its.fileno()), str(parent)],

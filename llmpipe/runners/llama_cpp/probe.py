@@ -45,7 +45,7 @@ def probe(path: Path, config: LlamaCppConfig, weights: bool = True) -> None:
     if os.name != "posix":  # where there is no such process; better a risk than no model at all
         return
     known = _memory(files, weights)
-    if known.exists() or _memory(files, weights=True).exists():
+    if os.path.exists(known) or os.path.exists(_memory(files, weights=True)):
         return
     from llmpipe.runners.isolated import IsolatedRunner
 
@@ -82,5 +82,8 @@ def _memory(files: Sequence[Path], weights: bool) -> Path:
     found = [(file.resolve(), file.stat()) for file in files]
     facts = [(path, status.st_size, status.st_mtime_ns, status.st_ino) for path, status in found]
     digest = hashlib.sha256(repr((facts, weights, llama_cpp.__version__)).encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # an unknown user, who has no home
+        cache = Path(os.devnull)  # in which nothing can be
     return cache / "llmpipe" / "loaded" / digest[:32]
