@@ -6,6 +6,7 @@ finished, some rows are errors; 129, 130 and 143 interrupted by SIGHUP, SIGINT a
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
-import orjson
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -133,7 +133,7 @@ class Program:
             log.error("llmpipe: %s", one_line(error))
         if job.mode is RunMode.MULTIRUN:
             outcome = Outcome(self._exit_code, list(job.overrides.task), metrics)
-            (self._directory / f"job-{job.job.num:06}").write_bytes(orjson.dumps(outcome._asdict()))
+            (self._directory / f"job-{job.job.num:06}").write_text(json.dumps(outcome._asdict()), "ascii")
         return found
 
     def _do(self, composed: DictConfig, job: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -164,7 +164,7 @@ class Program:
         """Print the runs of a sweep beside each other, and return the exit code of the whole command."""
         from llmpipe.terminal import show_comparison
 
-        outcomes = [Outcome(**orjson.loads(file.read_bytes())) for file in sorted(self._directory.glob("job-*"))]
+        outcomes = [Outcome(**json.loads(file.read_bytes())) for file in sorted(self._directory.glob("job-*"))]
         if len(outcomes) > 1 and any(outcome.metrics for outcome in outcomes):
             show_comparison([(outcome.overrides, outcome.metrics) for outcome in outcomes])
         if not outcomes and self._exit_code is None:  # nothing was to be done but to print
