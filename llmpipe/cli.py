@@ -1,21 +1,22 @@
 """The command line: argv → Hydra → pipeline → exit code.
 
 Exit codes: 0 every row ok; 1 the run could not start, was refused, or was stopped by a fault or by errors, resumable; 3
-finished, some rows are errors; 130 and 143 interrupted by SIGINT and SIGTERM, resumable.
+finished, some rows are errors; 129, 130 and 143 interrupted by SIGHUP, SIGINT and SIGTERM, resumable.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
-import orjson
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -28,6 +29,7 @@ from llmpipe.config.messages import one_line
 from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
 from llmpipe.ledger import FILE, saved_arguments
+from llmpipe.streams import lost, usable_streams
 
 log = logging.getLogger("llmpipe")
 
@@ -37,21 +39,34 @@ CONFIG_NAME = "config"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with usable_streams():
+        return command(list(sys.argv[1:] if argv is None else argv))
+
+
+def command(arguments: list[str]) -> int:
+    """Do what the arguments ask for and return the exit code."""
     if arguments == ["--version"]:
         print(f"llmpipe {__version__}")
-        return OK
+        return REFUSED if lost() else OK
+    try:
+        Path.home()
+    except RuntimeError:  # an unknown user; libraries would make a directory named ~
+        os.environ["HOME"] = "/nonexistent"
     logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     try:
-        with tempfile.TemporaryDirectory(prefix="llmpipe-") as outcomes:
-            program = Program(Path(outcomes))
-            sys.argv[1:] = without_traces(resumed(arguments))
+        arguments = without_traces(resumed(arguments))
+        with temporary_directory(arguments) as outcomes:
+            program = Program(outcomes)
+            sys.argv[1:] = arguments
             register_schemas()
             OmegaConf.register_new_resolver("llmpipe.help", help_text, replace=True)
             # Otherwise Hydra prints errors by itself, with a stack trace, and exits.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
             try:
                 hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(program.job)()
+            except SystemExit as end:  # Hydra's own, after --help
+                if end.code:
+                    raise
             except Interrupted as interrupted:
                 program.end()
                 print(f"llmpipe: {one_line(interrupted.error)}", file=sys.stderr)
@@ -102,14 +117,15 @@ class Program:
 
     def __init__(self, outcomes: Path) -> None:
         self._directory = outcomes
-        self._exit_code = OK
+        self._exit_code: int | None = None
 
     def job(self, composed: DictConfig) -> dict[str, Any] | None:
         """Run one composed configuration; Hydra calls this for each job, and a failed one does not end a sweep."""
         job = HydraConfig.get()
         self._exit_code, found, metrics = REFUSED, None, None
         try:
-            found, metrics = self._do(composed, job)
+            with usable_streams():  # a launcher may run it in another process
+                found, metrics = self._do(composed, job)
             self._exit_code = SOME_ERRORS if found is not None and found["rows_error"] else OK
         except RunInterrupted as error:
             raise Interrupted(error) from error
@@ -117,7 +133,7 @@ class Program:
             log.error("llmpipe: %s", one_line(error))
         if job.mode is RunMode.MULTIRUN:
             outcome = Outcome(self._exit_code, list(job.overrides.task), metrics)
-            (self._directory / f"{job.job.num:06}").write_bytes(orjson.dumps(outcome._asdict()))
+            (self._directory / f"job-{job.job.num:06}").write_text(json.dumps(outcome._asdict()), "ascii")
         return found
 
     def _do(self, composed: DictConfig, job: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -148,11 +164,35 @@ class Program:
         """Print the runs of a sweep beside each other, and return the exit code of the whole command."""
         from llmpipe.terminal import show_comparison
 
-        outcomes = [Outcome(**orjson.loads(file.read_bytes())) for file in sorted(self._directory.iterdir())]
+        outcomes = [Outcome(**json.loads(file.read_bytes())) for file in sorted(self._directory.glob("job-*"))]
         if len(outcomes) > 1 and any(outcome.metrics for outcome in outcomes):
             show_comparison([(outcome.overrides, outcome.metrics) for outcome in outcomes])
-        codes = {outcome.exit_code for outcome in outcomes} or {self._exit_code}
+        if not outcomes and self._exit_code is None:  # nothing was to be done but to print
+            return REFUSED if lost() else OK
+        codes = {outcome.exit_code for outcome in outcomes} or {self._exit_code or OK}
         return REFUSED if REFUSED in codes else max(codes)
+
+
+@contextmanager
+def temporary_directory(arguments: list[str]) -> Iterator[Path]:
+    """Make a directory for the time of the command; in its run directory where nothing else can be written.
+
+    Then it is also the place for the temporary files of libraries.
+    """
+    place = None
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        given = dict(argument.partition("=")[::2] for argument in arguments)
+        place = given.get("hydra.run.dir") or given.get("hydra.sweep.dir")
+        if place is None:  # nothing can be run then, and what only prints needs none
+            yield Path(os.devnull)
+            return
+        os.makedirs(place, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="llmpipe-", dir=place) as made:
+        if place is not None:
+            os.environ["TMPDIR"] = os.path.abspath(made)
+        yield Path(made)
 
 
 def resumed(arguments: list[str]) -> list[str]:

@@ -6,7 +6,6 @@ To add a scorer: write a function of completion and reference, and name it in `S
 
 from __future__ import annotations
 
-import os
 import platform
 import threading
 from array import array
@@ -18,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 import psutil
 
+from llmpipe import machine
 from llmpipe.config import unknown_name
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Completion
@@ -209,13 +209,13 @@ def utc_now() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Say what the run ran on."""
+    """Say what the run ran on: of cores and memory, what it may use."""
     import llmpipe
 
     return {
         "llmpipe": llmpipe.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu_cores": psutil.cpu_count(logical=False) or os.cpu_count(),
-        "memory_mb": psutil.virtual_memory().total / 1e6,
+        "cpu_cores": machine.cores().physical,
+        "memory_mb": machine.memory_bytes() / 1e6,
     }

@@ -74,13 +74,16 @@ def run(
     dataset, scan, types = look_through(config)
     if not (directory / FILE).exists():  # a fresh run: it leaves nothing where it may not write at its end
         found_files(directory, output_files(config.output), {})
-    with Ledger(directory, fingerprint(config, scan)) as ledger:
+    with (
+        Ledger(directory, fingerprint(config, scan)) as ledger,
+        MemorySampler(config.metrics.memory_interval_s) as memory,
+    ):
         if ledger.get("arguments") is None:
             ledger.set(arguments=list(arguments))
         if not ledger.finished():
             found_files(directory, output_files(config.output), ledger.get("files") or {})
-            generate(config, dataset, scan, ledger, directory, progress or (lambda *_: None))
-        return conclude(config, dataset, scan, types, ledger, directory)
+            generate(config, dataset, scan, ledger, directory, memory, progress or (lambda *_: None))
+        return conclude(config, dataset, scan, types, ledger, directory, memory)
 
 
 def look_through(config: RunConfig) -> tuple[Dataset, Scan, ColumnTypes | None]:
@@ -108,14 +111,19 @@ def look_through(config: RunConfig) -> tuple[Dataset, Scan, ColumnTypes | None]:
 
 
 def generate(
-    config: RunConfig, dataset: Dataset, scan: Scan, ledger: Ledger, directory: Path, progress: Progress
+    config: RunConfig,
+    dataset: Dataset,
+    scan: Scan,
+    ledger: Ledger,
+    directory: Path,
+    memory: MemorySampler,
+    progress: Progress,
 ) -> None:
     """Run every row that the ledger lacks."""
     stops = Stops(config, scan.rows)
     stops.recall(ledger.rows(), ledger.errors())
     stops.raise_if_stopped(directory, dataset)  # before the model loads
     with (
-        MemorySampler(config.metrics.memory_interval_s) as memory,
         LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules) as runner,
         stops,
     ):
@@ -210,7 +218,13 @@ def _requests(rows: Iterator[Row], prompts: PromptBuilder, ledger: Ledger, stops
 
 
 def conclude(
-    config: RunConfig, dataset: Dataset, scan: Scan, types: ColumnTypes | None, ledger: Ledger, directory: Path
+    config: RunConfig,
+    dataset: Dataset,
+    scan: Scan,
+    types: ColumnTypes | None,
+    ledger: Ledger,
+    directory: Path,
+    memory: MemorySampler,
 ) -> dict[str, Any]:
     """Write outputs and metrics from the ledger, unless they are there and whole."""
     wanted = {"output": describe(config.output), "metrics": describe(config.metrics)}
@@ -227,6 +241,8 @@ def conclude(
     answered = noted(scored(join(dataset.rows(), ledger.completions()), config), totals, report)
     with new_files(directory, names) as files:
         write_answers(files, config.output, layout, types, answered)
+        if ledger.get("summary") is None:  # else a file is written again, as it was
+            ledger.set(peak_rss_mb=max(ledger.get("peak_rss_mb") or 0.0, memory.peak_rss_mb))
         metrics = {
             **totals.summary(ledger.get("wall_s") or 0.0),
             "load_s": ledger.get("load_s"),

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from llmpipe.config import RunConfig
 from llmpipe.datasets import Scan
@@ -23,7 +22,7 @@ from llmpipe.exceptions import LLMError, LLMInitializationError
 from llmpipe.fingerprint import fingerprint
 from llmpipe.ledger import FILE, LedgerSnapshot
 from llmpipe.metrics import percentiles
-from llmpipe.outputs import found_files, new_files, output_files, seal
+from llmpipe.outputs import found_files, json_text, new_files, output_files, seal
 from llmpipe.pipeline import look_through, runs_chats
 from llmpipe.prompts import PromptBuilder
 from llmpipe.records import Request, Row, harmless
@@ -234,5 +233,5 @@ def write_plan(directory: Path, found: dict[str, Any]) -> None:
     except OSError as error:
         raise LLMError(f"cannot write to the run directory {directory}: {error.strerror or error}") from error
     with new_files(directory, [PLAN_FILE]) as files:
-        files[PLAN_FILE].write(orjson.dumps(found, option=orjson.OPT_INDENT_2) + b"\n")
+        files[PLAN_FILE].write(json_text(found))
         seal(files)

@@ -28,9 +28,12 @@ from llmpipe.records import Completion
 
 log = logging.getLogger(__name__)
 
+HANGUP = getattr(signal, "SIGHUP", None)
+"""Comes when the terminal is closed; Windows has none."""
+SIGNALS = [signum for signum in (signal.SIGINT, signal.SIGTERM, HANGUP) if signum is not None]
+
 RATED_FROM = 100
 """Rows that must have been asked for before their error rate means anything."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NUDGE: int | None = getattr(signal, "SIGURG", None)
 """The signal that wakes the main thread; nobody else sends it, and by default it does nothing. Windows has none."""
 GRACE_S = 0.5
@@ -49,7 +52,7 @@ class WaitingIsOver(BaseException):
 class Stops:
     """Watches one attempt at a run, while its `with` block lasts.
 
-    The first of `SIGNALS` is a wish to stop; a second one ends the process at once.
+    The first of `SIGNALS` is a wish to stop; a second one, other than SIGHUP, ends the process at once.
 
     Args:
         config: The run.
@@ -78,7 +81,10 @@ class Stops:
         self._thread = threading.Thread(target=self._watch, name="llmpipe-stops", daemon=True)
         self._thread.start()
         if threading.current_thread() is threading.main_thread():  # elsewhere Python delivers no signals
-            self._handlers = {signum: signal.signal(signum, self._on_signal) for signum in SIGNALS}
+            for signum in SIGNALS:
+                if signum == HANGUP and signal.getsignal(signum) is signal.SIG_IGN:
+                    continue  # by nohup: the run is to outlive its terminal
+                self._handlers[signum] = signal.signal(signum, self._on_signal)
             if NUDGE is not None:
                 self._handlers[NUDGE] = signal.signal(NUDGE, self._on_nudge)
             self._cord.setblocking(False)
@@ -99,7 +105,7 @@ class Stops:
         if self._received is None:
             self._received = signum
             log.warning("stopping after %s; once more to stop at once", signal.Signals(signum).name)
-        else:
+        elif signum != HANGUP:  # a terminal that is closed says so twice: by itself, and through the shell
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
 
@@ -190,7 +196,8 @@ class Stops:
                 return
             for signum in heard:
                 if signum in SIGNALS:
-                    over_since, signals = min(over_since, time.monotonic()), signals + 1
+                    over_since = min(over_since, time.monotonic())
+                    signals += signum != HANGUP or not signals
             if signals > 1:  # the main thread ends the process, unless it is held up in native code
                 time.sleep(GRACE_S)
                 os._exit(128 + heard[-1])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -275,6 +276,28 @@ def test_metrics_say_what_was_run_on_what(
     assert metrics["dataset_digest"].startswith("sha256:")
 
 
+def test_the_peak_memory_is_also_that_of_writing_the_answers(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = -1
+
+    def score(completion: str, reference: str) -> float:  # which happens while answers are written
+        block = bytearray(size)
+        time.sleep(0.05)
+        return float(len(block) > 0)
+
+    monkeypatch.setitem(llmpipe.metrics.SCORERS, "exact_match", score)
+    config = echo_config(write_jsonl({"prompt": "a", "reference": "a"}), "metrics.memory_interval_s=0.01")
+    with pytest.raises(ValueError, match="negative"):  # all is generated, and nothing written
+        llmpipe.run(config, tmp_path / "run")
+    before, size = psutil.Process().memory_info().rss / 1e6, 400_000_000
+    first = llmpipe.run(config, tmp_path / "run")
+    assert first["peak_rss_mb"] > before + 200
+    (tmp_path / "run" / "metrics.json").unlink()
+    size = 1
+    assert llmpipe.run(config, tmp_path / "run") == first
+
+
 def test_of_several_right_answers_any_will_do(
     tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
 ) -> None:
@@ -456,6 +479,27 @@ def test_a_signal_stops_the_run_and_the_library_can_continue_it(
     assert [row["completion"] for row in rows_of(tmp_path / "run")] == list("01234")
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_stops_the_run_once_however_often_it_says_so_unless_nohup_ignores_it(
+    ignored: bool, tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
+) -> None:
+    config = echo_config(write_jsonl({"prompt": "a"}, {"prompt": "b"}))
+
+    def hang_up(*_: int) -> None:
+        for _ in range(2):  # the kernel, and the shell
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        if ignored:
+            assert llmpipe.run(config, tmp_path / "run", progress=hang_up)["rows_ok"] == 2
+        else:
+            with pytest.raises(RunInterrupted, match="interrupted by SIGHUP"):
+                llmpipe.run(config, tmp_path / "run", progress=hang_up)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 # --- real processes ---------------------------------------------------------------------------------------------------
 
 
@@ -510,7 +554,7 @@ def uninterrupted(many_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return rows_of(directory)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_ended_by_a_signal_resumes_to_what_an_uninterrupted_one_gives(
     tmp_path: Path, many_rows: Path, uninterrupted: list[dict[str, Any]], signum: signal.Signals
 ) -> None:

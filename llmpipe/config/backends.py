@@ -36,7 +36,7 @@ class BackendConfig:
     slots: Any = speed("auto")
     """Rows in flight at once: a number, or auto."""
     threads: int | None = speed(None)
-    """CPU threads; by default the physical cores."""
+    """CPU threads; by default the physical cores that this process may use (CPU affinity, cgroup quota)."""
     context: int | None = None
     """Most tokens of prompt and completion; by default what it was trained for (llama.cpp: and memory allows)."""
     reproducible: bool = False

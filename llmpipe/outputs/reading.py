@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import orjson
-
 from llmpipe.exceptions import LLMError, MissingDependencyError
 from llmpipe.outputs.arrow_types import AS_JSON
 from llmpipe.outputs.writing import METRICS_FILE
@@ -35,7 +33,7 @@ def read_run(directory: str | Path) -> RunFiles:
         import pandas as pd
     except ImportError as error:
         raise MissingDependencyError("pandas", "pandas", "read_run") from error
-    metrics = orjson.loads(_finished(directory, METRICS_FILE).read_bytes())
+    metrics = json.loads(_finished(directory, METRICS_FILE).read_bytes())
     path = _finished(directory, metrics["output"])
     if path.suffix == ".parquet":
         return RunFiles(_read_parquet(path), metrics)

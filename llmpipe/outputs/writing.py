@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import IO, Any, Protocol
 
@@ -102,4 +103,12 @@ def _error_record(answered: Answered, layout: Layout) -> dict[str, Any]:
 
 def write_metrics(files: Mapping[str, IO[bytes]], metrics: dict[str, Any]) -> None:
     """Write `metrics.json`."""
-    files[METRICS_FILE].write(orjson.dumps(metrics, option=orjson.OPT_INDENT_2) + b"\n")
+    files[METRICS_FILE].write(json_text(metrics))
+
+
+def json_text(content: dict[str, Any]) -> bytes:
+    """Return the text of a JSON file for people to read."""
+    try:
+        return orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n"
+    except TypeError:  # it names a file whose name is no UTF-8, which only an escape can hold
+        return json.dumps(content, indent=2).encode("ascii") + b"\n"

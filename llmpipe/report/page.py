@@ -94,7 +94,7 @@ class Report:
             wrong=self._wrong,
             **{function.__name__: function for function in (count, memory, number, percent, seconds, words)},
         )
-        return page.encode("utf-8")
+        return page.encode("utf-8", "backslashreplace")
 
 
 def _backend(config: Mapping[str, Any]) -> str:

@@ -83,7 +83,10 @@ class Child:
         mine, its = socket.socketpair()
         # Linux ends the child with the thread that started it, which must then be the one that lives longest.
         parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
-        self._said = tempfile.TemporaryFile()
+        try:
+            self._said = tempfile.TemporaryFile()
+        except OSError:  # there is no place for one, and so for last words
+            self._said = open(os.devnull, "w+b")
         with its:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(its.fileno()), str(parent)],
@@ -174,7 +177,7 @@ def error_of(content: tuple[str, str]) -> Exception:
 
 def serve(handle: int, parent: int) -> None:
     """Load a runner and answer what comes through the socket, until it closes."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     if parent and sys.platform == "linux":  # the socket would do, but for native code that never lets Python run
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -5,14 +5,15 @@ Every choice can be set by hand, and says why it was made. Knows nothing of any 
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import psutil
-
+from llmpipe import machine
 from llmpipe.config import BackendConfig, BatchingConfig
 from llmpipe.runners.batching.lookahead import Sample
+
+log = logging.getLogger(__name__)
 
 SMALL_PARAMETERS = 50_000_000
 CPU_SLOTS, SMALL_MODEL_SLOTS = 16, 32
@@ -112,8 +113,19 @@ def smallest(config: BatchingConfig) -> Plan:
 
 
 def threads(config: BackendConfig) -> int:
-    """Return the CPU threads: the physical cores, unless set by hand."""
-    return config.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    """Return the CPU threads: the cores that this process may use, unless set by hand."""
+    cores = machine.cores()
+    if config.threads is None:
+        if cores.limit:
+            log.info("threads: %d, %s", cores.physical, cores.limit)
+        return cores.physical
+    if config.threads > cores.at_once:
+        why = cores.limit or "there are no more processors"
+        log.warning(
+            "backend.threads=%d is slower than %d: only %d can run at once (%s), and threads wait for each other",
+            *(config.threads, cores.physical, cores.at_once, why),
+        )
+    return config.threads
 
 
 def wanted_slots(config: BackendConfig, model: Footprint) -> int:
@@ -126,10 +138,10 @@ def wanted_slots(config: BackendConfig, model: Footprint) -> int:
 
 
 def most_tokens(model: Footprint) -> int:
-    """Return how many tokens one row's cache can have on this machine, whatever else runs on it just now."""
+    """Return how many tokens one row's cache can have where this process is, whatever else runs there just now."""
     if model.gpu_slots is not None:  # its memory is not known here; the backend says when there is too little
         return 2**31
-    memory = psutil.virtual_memory().total - model.mapped_bytes
+    memory = machine.memory_bytes() - model.mapped_bytes
     return max(CONTEXT_STEP, int(memory * MEMORY_SHARE / max(model.cache_bytes_per_token, 1)))
 
 
@@ -154,7 +166,7 @@ def plan(
         waiting: The look ahead; at least one sample.
         limit: Most tokens a row may have.
         held_tokens: Tokens of the cache there is now, which makes room for the new one.
-        free_bytes: Memory that is free where the cache goes; by default the host's, and on a GPU without bound.
+        free_bytes: Memory that is free where the cache goes; by default this process's, and on a GPU without bound.
     """
     reasons = []
     longest = max(sample.need for sample in waiting)
@@ -178,7 +190,7 @@ def plan(
         reasons.append("1 slot for a shared prefix: none was found yet")
 
     if free_bytes is None:
-        free_bytes = UNKNOWN_BYTES if model.gpu_slots is not None else psutil.virtual_memory().available
+        free_bytes = UNKNOWN_BYTES if model.gpu_slots is not None else machine.free_memory_bytes()
     free = free_bytes + held_tokens * model.cache_bytes_per_token - model.mapped_bytes
     budget = int(free * (MEMORY_SHARE if config.slots == "auto" else 1))
     if (slots + prefixes) * model.slot_bytes(context) > budget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class Model:
             params.tensor_split = self._tensor_split
         template = read_template(config.chat_template) if config.chat_template else None
         self._adapters: list[tuple[Any, float]] = []
-        self.handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
             raise LLMInitializationError(f"llama.cpp cannot load {path}: {log.last_errors() or 'no reason given'}")
         try:
@@ -214,7 +215,7 @@ class Model:
 
     def _load_adapter(self, text: str) -> None:
         path, scale = adapter_file(text)
-        handle = llama_cpp.llama_adapter_lora_init(self.handle, str(path).encode())
+        handle = llama_cpp.llama_adapter_lora_init(self.handle, os.fsencode(path))
         if not handle:
             reason = log.last_errors() or "no reason given"
             raise LLMInitializationError(f"llama.cpp cannot load the adapter {path}: {reason}")

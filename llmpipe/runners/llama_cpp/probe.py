@@ -59,7 +59,9 @@ def probe(path: Path, config: LlamaCppConfig, weights: bool = True) -> bool:
     if known in layouts or (not weights and _recall(_memory(files, weights=True))):
         return known is not Switch.off
     log.info("not loaded here before, so tried in a process of its own: %s", ", ".join(file.name for file in files))
-    few = replace(config, model=str(path), isolation=True, slots=2, context=CONTEXT, n_gpu_layers=None, lora=adapters)
+    few = replace(
+        config, model=str(path), isolation=True, slots=2, threads=1, context=CONTEXT, n_gpu_layers=None, lora=adapters
+    )
     few = replace(few, tensor_split=[], mmap=True, mlock=False, chat_template=None, reproducible=False)
     while True:
         layout = layouts.pop(0)
@@ -99,7 +101,10 @@ def _memory(files: Sequence[Path], weights: bool) -> Path:
     facts = [(path, status.st_size, status.st_mtime_ns, status.st_ino) for path, status in found]
     here = llama_cpp.__version__, llama_cpp.llama_print_system_info()
     digest = hashlib.sha256(repr((facts, weights, here)).encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # an unknown user, who has no home
+        cache = Path(os.devnull)  # in which nothing can be
     return cache / "llmpipe" / "loaded" / digest[:32]
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import torch
 
+from llmpipe import machine
 from llmpipe.exceptions import LLMInferenceError, LLMOutOfMemoryError
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
@@ -44,10 +44,10 @@ def devices_of(model: Any) -> list[torch.device]:
 
 
 def free_bytes(devices: list[torch.device]) -> int:
-    """Return the memory that is free for a model on these devices: the GPUs' if it is on any, else the host's."""
+    """Return the memory that is free for a model on these devices: the GPUs' if it is on any, else this process's."""
     gpus = [device for device in devices if device.type == "cuda"]
     if not gpus:
-        return int(psutil.virtual_memory().available)
+        return machine.free_memory_bytes()
     # What PyTorch keeps for itself without using it is free as well.
     return sum(
         torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)

@@ -58,8 +58,8 @@ class TransformersRunner(BaseLLMRunner):
 
     def _initialize_model(self) -> None:
         config = self.config
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        threads = sizing.threads(config)
+        torch.set_num_threads(threads if config.threads else min(threads, torch.get_num_threads()))
         loaded = loading.load(config, find_checkpoint(config.model), loading.torch_device(self.device))
         self._model, self._tokenizer, self._choices = loaded.model, loaded.tokenizer, loaded.choices
         self._devices = memory.devices_of(self._model)
