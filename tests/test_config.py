@@ -104,7 +104,8 @@ def test_a_backend_of_someone_else_has_options_that_only_its_class_knows() -> No
     [
         {"temperature": -0.1},
         {"temperature": float("nan")},
-        {"temperature": "0.5"},
+        {"temperature": "hot"},
+        {"temperature": [0.5]},
         {"temperature": True},
         {"top_k": -1},
         {"top_k": 1.5},
@@ -122,7 +123,10 @@ def test_a_backend_of_someone_else_has_options_that_only_its_class_knows() -> No
         {"seed": -1},
         {"logit_bias": {"a": 1}},
         {"logit_bias": [1]},
-        {"ignore_eos": "yes"},
+        {"ignore_eos": "perhaps"},
+        {"ignore_eos": 2},
+        {"logit_bias": {1.5: 1}},
+        {"stop": 5},
     ],
 )
 def test_sampling_values_out_of_range_are_refused_by_name(changes: dict[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmpipe.config.checks import check, count, number
 from llmpipe.config.choices import DeviceType, OnError, OutputFormat, Overflow, PromptFormat
+from llmpipe.config.conversion import settle
 from llmpipe.config.sampling import SamplingConfig
 
 
@@ -26,6 +28,7 @@ class DeviceConfig:
         Raises:
             LLMConfigError: lists the devices there are.
         """
+        settle(self, "device.")
         names = [member.value for member in DeviceType]
         check(
             self.type in names,
@@ -70,6 +73,14 @@ class ColumnsConfig:
     sampling: str = "sampling"
     """Objects of sampling options that override the run's for their row."""
 
+    def __post_init__(self) -> None:
+        """Refuse values of another type.
+
+        Raises:
+            LLMConfigError: names the option and the value.
+        """
+        settle(self, "dataset.columns.")
+
 
 @dataclass
 class DatasetConfig:
@@ -88,6 +99,10 @@ class DatasetConfig:
         Raises:
             LLMConfigError: names the option and the value.
         """
+        settle(self, "dataset.")
+        paths = [self.path] if isinstance(self.path, (str, Path)) else self.path
+        are_paths = isinstance(paths, Sequence) and all(isinstance(path, (str, Path)) for path in paths)
+        check(are_paths, "dataset.path", self.path, "a file, a glob or a list of them")
         if self.limit is not None:
             count("dataset.limit", self.limit, 0, "an integer >= 0, or null")
 
@@ -110,6 +125,14 @@ class PromptConfig:
     overflow: Overflow = Overflow.error
     """error or truncate a prompt that exceeds the context."""
 
+    def __post_init__(self) -> None:
+        """Refuse values of another type.
+
+        Raises:
+            LLMConfigError: names the option and the value.
+        """
+        settle(self, "prompt.")
+
 
 @dataclass
 class OutputConfig:
@@ -119,6 +142,14 @@ class OutputConfig:
     """jsonl or parquet."""
     prefix: str = ""
     """Put before the name of every column that llmpipe adds."""
+
+    def __post_init__(self) -> None:
+        """Refuse values of another type.
+
+        Raises:
+            LLMConfigError: names the option and the value.
+        """
+        settle(self, "output.")
 
 
 @dataclass
@@ -136,6 +167,7 @@ class MetricsConfig:
         Raises:
             LLMConfigError: names the option and the bounds.
         """
+        settle(self, "metrics.")
         number("metrics.memory_interval_s", self.memory_interval_s, 0, 60, "a number in (0, 60]", open_low=True)
 
 
@@ -182,6 +214,7 @@ class RunConfig:
         Raises:
             LLMConfigError: names the option and the bounds.
         """
+        settle(self)
         count("seed", self.seed, 0, "an integer >= 0")
         check(self.export_to is None or self.export is not None, "export_to", self.export_to, "given with export=")
         check(not (self.plan and self.export), "plan", self.plan, "false with export=")

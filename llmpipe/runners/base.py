@@ -80,12 +80,7 @@ class BaseLLMRunner(ABC):
         if isinstance(config, ModelConfig):
             device = device or config.device
             sampling = sampling or config.sampling
-            own = [f.name for f in fields(self.config_type)]
-            reject_unknown(config.options, own, "option", extra=[f.name for f in fields(ModelConfig)])
-            config = {"model": config.model_path, **config.options}
-        if isinstance(config, Mapping):
-            config = cast(BackendConfig, build(self.config_type, config, "backend option"))
-        self.config = config
+        self.config = backend_config(config, self.config_type)
         self.device = DeviceConfig.parse(device)
         self.sampling = sampling or SamplingConfig()
         self.load_s = 0.0
@@ -356,7 +351,7 @@ class BaseLLMRunner(ABC):
             self._unload()
             self.device = after_device
             if model is not None:
-                self.config = replace(self.config, model=str(model))
+                self.config = replace(self.config, model=model)
             try:
                 self._load()
             except LLMError:
@@ -454,6 +449,23 @@ class BaseLLMRunner(ABC):
             return
         if inspect.getgeneratorstate(stream) != inspect.GEN_RUNNING:  # else we are inside it, and `_turn` refuses
             stream.close()
+
+
+def backend_config(
+    config: BackendConfig | ModelConfig | Mapping[str, Any], config_type: type[BackendConfig]
+) -> BackendConfig:
+    """Return the options of a backend, in whichever form they come.
+
+    Raises:
+        LLMConfigError: an option is unknown, of the wrong type or out of range.
+    """
+    if isinstance(config, ModelConfig):
+        own = [f.name for f in fields(config_type)]
+        reject_unknown(config.options, own, "option", extra=[f.name for f in fields(ModelConfig)])
+        config = {"model": config.model_path, **config.options}
+    if isinstance(config, Mapping):
+        config = cast(BackendConfig, build(config_type, config, "backend option"))
+    return config
 
 
 def error_chunks(request: Request, reason: str) -> Iterator[Chunk]:
