@@ -1,8 +1,8 @@
 """A value → the type that its option declares, or a refusal that names both. It knows no option by itself.
 
-A text means what it means on the command line: "8" is a number where one is asked for, and "false" is false. Numbers of
-data frames are read as what they were: 8.0 is an integer where one is asked for, whatever library it comes from. Nothing
-else is converted, so that a mistake is seen: a number is no text, and a text is no list of its letters.
+A text means what it means on the command line: "8" is a number where one is asked for, and "false" is false. Numbers
+of data frames are read as what they were: 8.0 is an integer where one is asked for, whatever library it comes from.
+Nothing else is converted, so that a mistake is seen: a number is no text, and a text is no list of its letters.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import PurePath
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from llmpipe.cells import is_whole
 from llmpipe.config.checks import check
 
 Convert = Callable[[str, Any], Any]
@@ -36,7 +37,8 @@ def settle(config: Any, prefix: str = "") -> None:
     Raises:
         LLMConfigError: a value cannot be of the type; names the option, the value and what is allowed.
     """
-    for name, convert in _converters(type(config)).items():
+    cls: type = type(config)
+    for name, convert in _converters(cls).items():
         setattr(config, name, convert(prefix + name, getattr(config, name)))
 
 
@@ -62,8 +64,10 @@ def converter(hint: Any) -> Convert | None:
         return functools.partial(_list, converter(arguments[0]))
     if origin is dict:
         return functools.partial(_dict, converter(arguments[0]), converter(arguments[1]))
-    if isinstance(hint, type) and (issubclass(hint, Enum) or is_dataclass(hint)):
-        return functools.partial(_member if issubclass(hint, Enum) else _instance, hint)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return functools.partial(_member, hint)
+    if isinstance(hint, type) and is_dataclass(hint):
+        return functools.partial(_instance, hint)
     return _PLAIN.get(hint)
 
 
@@ -74,11 +78,6 @@ def integer(name: str, value: Any) -> int:
         found = _parsed(int, found)
     check(_is_number(found) and is_whole(found), name, value, "an integer")
     return int(found)
-
-
-def is_whole(value: Any) -> bool:
-    """Say whether a number, which may be infinite or NaN, is an integer by value."""
-    return isinstance(value, int) or (value == value and abs(value) != float("inf") and value == int(value))
 
 
 def _float(name: str, value: Any) -> float:
@@ -138,7 +137,7 @@ def _instance(kind: type, name: str, value: Any) -> Any:
 
 
 def _any_of(kinds: Sequence[Any]) -> Convert | None:
-    """Return what takes a value of any of several types: as it is where it has one of them, else as the first it can."""
+    """Return what takes a value of any of several types as it is, and makes of any other one of the first type."""
     converts = [converter(kind) for kind in kinds if kind is not NoneType]
     if None in converts:
         return None

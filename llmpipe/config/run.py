@@ -62,14 +62,14 @@ class DeviceConfig:
 class ColumnsConfig:
     """What the dataset calls its columns. Every other column rides along untouched."""
 
-    id: str = "id"
-    """Unique names of the rows; rows without one are called row-0, row-1, … by position."""
+    id: str | None = "id"
+    """Unique names of the rows; rows without one are called row-0, row-1, … by position, and with null all rows are."""
     prompt: str = "prompt"
     """Plain prompts."""
     messages: str = "messages"
     """Chats: lists of {role, content}. Used before prompt where a row has both."""
     reference: str = "reference"
-    """Right answers, for the scorers: one, or a list of which any will do."""
+    """Right answers, for the scorers: text, a number, true, a date, …; one, or a list of which any will do."""
     sampling: str = "sampling"
     """Objects of sampling options that override the run's for their row."""
 
@@ -216,9 +216,23 @@ class RunConfig:
         """
         settle(self)
         count("seed", self.seed, 0, "an integer >= 0")
+        self._take_seed()
         check(self.export_to is None or self.export is not None, "export_to", self.export_to, "given with export=")
         check(not (self.plan and self.export), "plan", self.plan, "false with export=")
         if self.max_error_rate is not None:
             number("max_error_rate", self.max_error_rate, 0, 1, "a number in (0, 1], or null", open_low=True)
         if self.run_timeout_s is not None:
             number("run_timeout_s", self.run_timeout_s, 0, 1e9, "a number > 0, or null", open_low=True)
+
+    def _take_seed(self) -> None:
+        """Make a `sampling.seed` of all rows the run's seed: as each row's own, all would draw the same numbers.
+
+        Raises:
+            LLMConfigError: the run has another seed already.
+        """
+        given = self.sampling.seed
+        if given is None:
+            return
+        check(self.seed in (0, given), "seed", self.seed, f"sampling.seed={given}, or one of the two left out")
+        self.seed = given
+        self.sampling = self.sampling.replace({"seed": None})

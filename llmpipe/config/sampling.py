@@ -46,7 +46,7 @@ class SamplingConfig:
     n: int = 1
     """Samples per row, each with its own seed."""
     seed: int | None = None
-    """Seed of the row itself; by default derived from the run's seed and the row's id."""
+    """Of a run the same as seed=; of one row's sampling the row's own, by default derived from the run's and its id."""
     ignore_eos: bool = False
     """Generate max_tokens tokens, end tokens or not (for benchmarks)."""
 

@@ -211,7 +211,7 @@ class BaseLLMRunner(ABC):
     def request(self, prompt: Prompt, id: int = 0, prompt_format: str = "auto", **sampling: Any) -> Request:
         """Make the request for one prompt with this runner's sampling options, changed by `sampling`.
 
-        Without `seed=` its seed is derived from `id`, so equal calls give equal answers.
+        Its seed is derived from `seed=` and `id`: equal calls give equal answers, and many prompts various ones.
 
         Raises:
             LLMConfigError: an option is unknown, the prompt is neither text nor messages, or `chat` is asked of a model
@@ -220,7 +220,7 @@ class BaseLLMRunner(ABC):
         """
         self._check_loaded()
         options = self.sampling.replace(sampling)
-        seed = options.seed if options.seed is not None else derive_seed(0, id)
+        seed = derive_seed(options.seed or 0, id)
         samples = tuple(range(options.n))
         if isinstance(prompt, str):
             if not self.is_chat(prompt_format):
