@@ -115,6 +115,8 @@ def test_a_backend_of_someone_else_has_options_that_only_its_class_knows() -> No
         {"temperature": [0.5]},
         {"temperature": True},
         {"top_k": -1},
+        {"top_k": 2**31},
+        {"max_tokens": 1e300},
         {"top_k": 1.5},
         {"top_p": 0},
         {"top_p": 1.1},

@@ -104,7 +104,7 @@ class DatasetConfig:
         are_paths = isinstance(paths, Sequence) and all(isinstance(path, (str, Path)) for path in paths)
         check(are_paths, "dataset.path", self.path, "a file, a glob or a list of them")
         if self.limit is not None:
-            count("dataset.limit", self.limit, 0, "an integer >= 0, or null")
+            count("dataset.limit", self.limit, 0, "an integer >= 0, or null", None)
 
     @property
     def paths(self) -> list[str]:
@@ -215,7 +215,7 @@ class RunConfig:
             LLMConfigError: names the option and the bounds.
         """
         settle(self)
-        count("seed", self.seed, 0, "an integer >= 0")
+        count("seed", self.seed, 0, "an integer >= 0", None)
         self._take_seed()
         check(self.export_to is None or self.export is not None, "export_to", self.export_to, "given with export=")
         check(not (self.plan and self.export), "plan", self.plan, "false with export=")

@@ -68,11 +68,10 @@ class SamplingConfig:
         number("presence_penalty", self.presence_penalty, -2, 2, "a number in [-2, 2]")
         number("frequency_penalty", self.frequency_penalty, -2, 2, "a number in [-2, 2]")
         count("max_tokens", self.max_tokens, 1, "an integer >= 1")
-        count("n", self.n, 1, "an integer >= 1")
-        check(self.n <= MAX_SAMPLES, "n", self.n, f"at most {MAX_SAMPLES}")
+        count("n", self.n, 1, "an integer >= 1", MAX_SAMPLES)
         check(all(self.stop), "stop", self.stop, "a list of non-empty strings")
         if self.seed is not None:
-            count("seed", self.seed, 0, "an integer >= 0, or null")
+            count("seed", self.seed, 0, "an integer >= 0, or null", None)
         for token, bias in self.logit_bias.items():
             number(f"logit_bias[{token}]", bias, -1e9, 1e9, "a number in [-1e9, 1e9]")
         # JSON and the command line have keys that are text.
