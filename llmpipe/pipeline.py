@@ -13,7 +13,7 @@ from llmpipe.cells import right_answers
 from llmpipe.config import PromptFormat, RunConfig, describe
 from llmpipe.datasets import Dataset, Scan
 from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError, LLMInferenceError
-from llmpipe.fingerprint import backend_values, fingerprint
+from llmpipe.fingerprint import backend_values, compare_facts, facts_of, fingerprint
 from llmpipe.ledger import FILE, Ledger
 from llmpipe.metrics import MemorySampler, Totals, environment, scorers, utc_now
 from llmpipe.outputs import (
@@ -119,8 +119,11 @@ def generate(
         LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules) as runner,
         Stops(config, scan.rows) as stops,
     ):
+        known, facts = ledger.get("facts"), facts_of(runner)
+        compare_facts(known or facts, facts, runner.config.reproducible, directory)
         chat = runs_chats(config, scan, runner)
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
+        ledger.set(facts=known or facts)
         attempt = _Attempt(ledger, runner, memory, prompt_format="chat" if chat else "raw")
         before, expected, tokens = ledger.count(), scan.rows * config.sampling.n, 0
         if isinstance(runner, IsolatedRunner):

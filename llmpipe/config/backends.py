@@ -170,7 +170,7 @@ class TransformersConfig(BatchingConfig):
     """LoRA adapters of peft, each DIRECTORY or DIRECTORY=SCALE; merged into the weights."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    local_files_only: bool = False
+    local_files_only: bool = speed(False)
     """Never ask the hub; use what is in its cache."""
     trust_remote_code: bool = False
     """Run the Python code that a checkpoint brings. Off: such code can do anything."""

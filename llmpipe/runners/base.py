@@ -34,6 +34,7 @@ from llmpipe.exceptions import LLMConfigError, LLMError, LLMInferenceError, LLMI
 from llmpipe.records import Chunk, Completion, Message, Request, complete, derive_seed
 from llmpipe.runners.chat import ChatTemplateError
 from llmpipe.runners.decoding import StopStrings
+from llmpipe.runners.facts import Facts
 from llmpipe.runners.openai_format import chat_chunks, chat_completion
 
 if TYPE_CHECKING:
@@ -201,6 +202,10 @@ class BaseLLMRunner(ABC):
     def info(self) -> dict[str, Any]:
         """Say what was loaded and where, and what was chosen automatically; goes into a run's metrics."""
         return {"model": self.config.model, "device": str(self.device)}
+
+    def facts(self) -> Facts:
+        """Say what decides its answers beside its options; without the weights, as far as it is known."""
+        return Facts()
 
     def _device_memory_mb(self) -> tuple[float, float] | None:
         """Return the device memory in use and its peak since loading, in MB; None where it is the host's."""
