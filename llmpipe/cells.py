@@ -7,12 +7,14 @@ whole is read as the integer that it was, and NaN as nothing. Knows nothing of r
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal
 from numbers import Real
 from typing import Any
 
+_FLOAT = re.compile(r"-?\d+\.0|-?\d(\.\d+)?e[+-]\d\d+")
 TRUE_AND_FALSE = {True: ("true", "True", "TRUE"), False: ("false", "False", "FALSE")}
 
 
@@ -41,14 +43,18 @@ def as_id(value: Any) -> str | int | float | None:
     return value if isinstance(value, (int, float)) and abs(value) != float("inf") else _as_text(value)
 
 
-def right_answers(reference: Any) -> list[str]:
+def right_answers(reference: Any, typed: bool = True) -> list[str]:
     """Return the texts that are right, of a row's reference: one value, or a list of which any will do.
 
     Numbers, booleans and dates have each spelling in which people write them: 4.0 is `4` and `4.0`, true is `true`,
     `True` and `TRUE`. Missing values are no answers; an empty list is the answer `[]`.
+
+    Args:
+        reference: The cell.
+        typed: Whether text is meant to be text; in CSV it may be a number as well, or a boolean.
     """
     if isinstance(reference, str):
-        return [reference]
+        return [reference] if typed else [reference, *_spellings(_read(reference))]
     several = reference if isinstance(reference, (list, tuple)) and reference else [reference]
     return [text for one in several if not is_missing(one) for text in dict.fromkeys(_spellings(one))]
 
@@ -66,6 +72,13 @@ def _spellings(value: Any) -> Iterator[str]:
         if value == datetime(value.year, value.month, value.day, tzinfo=value.tzinfo):  # a date, as pandas keeps it
             yield value.date().isoformat()
     yield _as_text(value)
+
+
+def _read(text: str) -> Any:
+    """Return what a data frame has written as text: a float or a boolean, or else the text."""
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def _as_text(value: Any) -> str:

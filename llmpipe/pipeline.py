@@ -252,7 +252,7 @@ def scored(answered: Iterable[Answered], config: RunConfig) -> Iterator[Answered
     """Score each completion whose row has a reference."""
     chosen = scorers(config.metrics.scorers)
     for row, completion in answered:
-        right = right_answers(row.values.get(config.dataset.columns.reference))
+        right = right_answers(row.values.get(config.dataset.columns.reference), row.typed)
         if right and completion.text is not None:
             completion.scores = {
                 name: max(score(completion.text, one) for one in right) for name, score in chosen.items()

@@ -118,7 +118,7 @@ def parse_messages(value: Any) -> tuple[Message, ...]:
 def _parse_message(number: int, message: Any) -> Message:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is {_kind(message)}, not an object with role and content")
-    parsed = {str(key): value for key, value in message.items() if value is not None}
+    parsed = {str(key): value for key, value in message.items() if not is_missing(value)}
     role, content = parsed.get("role"), parsed.get("content")
     if role not in ROLES:
         raise ValueError(f"message {number} has the role {role!r}; there are {', '.join(ROLES)}")

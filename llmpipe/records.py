@@ -62,6 +62,8 @@ class Row:
     """For Parquet: the Arrow batch with the row, and its position there."""
     index: int = -1
     """Position in the dataset, from 0, unreadable rows counted; a reader leaves it to the dataset."""
+    typed: bool = True
+    """Whether its values are what they were written as; in CSV all are text."""
 
     def id(self, column: str | None) -> str | int | float:
         """Return the row's id: what its id column says, or `row-N` by position."""

@@ -101,3 +101,21 @@ def test_a_reference_has_every_spelling_in_which_people_write_it(
 ) -> None:
     found = right_answers(reference)
     assert set(right) <= set(found) and not set(wrong) & set(found)
+
+
+@pytest.mark.parametrize(
+    ("cell", "right", "wrong"),
+    [
+        ("4.0", ["4.0", "4"], []),
+        ("-1e+16", ["-1e+16", "-10000000000000000"], []),
+        ("True", ["True", "true"], ["1"]),
+        ("4.50", ["4.50"], ["4.5"]),
+        ("1.0.0", ["1.0.0"], ["1"]),
+        ("007", ["007"], ["7"]),
+        ("", [""], ["0"]),
+    ],
+)
+def test_text_of_csv_may_be_what_a_data_frame_wrote(cell: str, right: list[str], wrong: list[str]) -> None:
+    found = right_answers(cell, typed=False)
+    assert set(right) <= set(found) and not set(wrong) & set(found)
+    assert right_answers(cell) == [cell]

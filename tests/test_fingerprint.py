@@ -267,6 +267,12 @@ def test_every_backend_names_its_packages_and_what_computes(runner: llmpipe.Base
     json.dumps([facts.decides, facts.may_decide, facts.last_digits])
 
 
+def test_a_runner_in_a_process_of_its_own_says_the_same(llama_cpp_runner: llmpipe.BaseLLMRunner) -> None:
+    options = {"backend": "llama_cpp", "isolation": True, "threads": 1}
+    with llmpipe.LLMRunnerFactory.create_runner(options) as isolated:
+        assert isolated.facts() == llama_cpp_runner.facts()
+
+
 def test_a_hub_model_is_that_of_its_commit(
     begun: Callable[..., Go], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

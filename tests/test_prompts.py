@@ -193,6 +193,8 @@ def test_what_a_data_frame_leaves_open_is_as_the_run_has_it(nothing: Any) -> Non
         assert found.sampling == SamplingConfig(temperature=1.5, logit_bias={5: -1})
     assert request({"prompt": "p", "sampling": nothing}).sampling == SamplingConfig(temperature=0.5)
     assert request({"prompt": "p", "sampling": '{"top_k": NaN}'}).sampling == SamplingConfig(temperature=0.5)
+    messages = [{"role": "user", "content": "hi", "name": nothing}]
+    assert request({"messages": messages}).messages == ({"role": "user", "content": "hi"},)
     with pytest.raises(ValueError, match="both missing or null"):
         build({"prompt": nothing})
     with pytest.raises(ValueError, match="'a', which is missing or null"):

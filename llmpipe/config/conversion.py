@@ -1,15 +1,15 @@
 """A value → the type that its option declares, or a refusal that names both. It knows no option by itself.
 
-A text means what it means on the command line: "8" is a number where one is asked for, and "false" is false. Numbers
-of data frames are read as what they were: 8.0 is an integer where one is asked for, whatever library it comes from.
-Nothing else is converted, so that a mistake is seen: a number is no text, and a text is no list of its letters.
+A value means what it means on the command line, where all is text at first: "8" is a number where one is asked for, 8
+is text where that is, and "false" is false. Numbers of data frames are read as what they were: 8.0 is an integer where
+one is asked for, whatever library it comes from. Nothing else is converted: a text is no list of its letters.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from decimal import Decimal
 from enum import Enum
 from numbers import Real
@@ -38,21 +38,23 @@ def settle(config: Any, prefix: str = "") -> None:
         LLMConfigError: a value cannot be of the type; names the option, the value and what is allowed.
     """
     cls: type = type(config)
-    for name, convert in _converters(cls).items():
-        setattr(config, name, convert(prefix + name, getattr(config, name)))
+    for name, kind, convert in _converters(cls):
+        value = getattr(config, name)
+        if type(value) is not kind:  # nearly always it is; there may be millions of these, one for each row
+            setattr(config, name, convert(prefix + name, value))
 
 
 @functools.cache
-def _converters(cls: type) -> dict[str, Convert]:
-    """Return the fields of a dataclass whose types say something, each with what makes its values."""
+def _converters(cls: type) -> list[tuple[str, Any, Convert]]:
+    """Return the fields of a dataclass whose types say something: name, type, and what makes values of the type."""
     hints: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         try:
             hints |= get_type_hints(base)
         except NameError:  # of someone else's class, with types that only its type checker can see
             continue
-    known = {name: converter(hint) for name, hint in hints.items() if name in cls.__dataclass_fields__}  # type: ignore[attr-defined]
-    return {name: convert for name, convert in known.items() if convert is not None}
+    known = [(f.name, hints[f.name], converter(hints[f.name])) for f in fields(cls) if f.name in hints]
+    return [(name, hint, convert) for name, hint, convert in known if convert is not None]
 
 
 def converter(hint: Any) -> Convert | None:
@@ -99,7 +101,7 @@ def _bool(name: str, value: Any) -> bool:
 
 
 def _text(name: str, value: Any) -> str:
-    found = str(value) if isinstance(value, PurePath) else value
+    found = str(value) if isinstance(value, PurePath) or _is_number(value) else value
     check(isinstance(found, str), name, value, "text")
     return str(found.value if isinstance(found, Enum) else found)
 

@@ -36,8 +36,8 @@ class ModelConfig(SamplingConfig):
         Raises:
             LLMConfigError: names the option, the value and the bounds.
         """
+        self.device = str(DeviceConfig.parse(self.device))
         super().__post_init__()
-        DeviceConfig.parse(self.device)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:

@@ -48,7 +48,7 @@ class DeviceConfig:
         """
         if isinstance(device, DeviceConfig):
             return device
-        text = device.value if isinstance(device, DeviceType) else str(device or "auto").lower()
+        text = device.value if isinstance(device, DeviceType) else str("auto" if device is None else device).lower()
         kind, _, index = text.partition(":")
         if index and not index.isdecimal():
             check(False, "device", text, "such as cpu, cuda or cuda:1")

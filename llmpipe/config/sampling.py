@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -58,6 +58,8 @@ class SamplingConfig:
         """
         if self.stop is None or isinstance(self.stop, str):  # as OpenAI has it
             self.stop = [] if self.stop is None else [self.stop]
+        are_texts = not isinstance(self.stop, Iterable) or all(isinstance(stop, str) for stop in self.stop)
+        check(are_texts, "stop", self.stop, "a list of non-empty strings")  # a number could be meant as a token
         settle(self)
         number("temperature", self.temperature, 0, 100, "a number in [0, 100]")
         count("top_k", self.top_k, 0, "an integer >= 0 (0 is off)")
