@@ -1,14 +1,32 @@
-"""What decides the answers of a run: its resumption must have the same."""
+"""What decides the answers of a run: its resumption must have the same.
+
+What the options and files say is known before anything is loaded, and is compared first. What a runner says of itself,
+its facts, is known once it is loaded, and is compared before any row is run.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from llmpipe import __version__
 from llmpipe.config import BackendConfig, RunConfig, answer_fields, describe
+from llmpipe.config.checks import check
 from llmpipe.datasets import Scan
+from llmpipe.exceptions import LedgerError
+from llmpipe.ledger import differences
+from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.weights import content_digest, model_digest
 
-ROUNDING_OPTIONS = ("n_gpu_layers", "tensor_split", "batching", "batch_tokens", "micro_batch_tokens", "repack")
+log = logging.getLogger(__name__)
+
+ROUNDING_OPTIONS = (
+    *("n_gpu_layers", "main_gpu", "tensor_split", "batching", "batch_tokens", "micro_batch_tokens", "compile"),
+    *("device_map", "max_memory", "repack"),
+)
 """Options that change an answer's last digits, and so count in reproducible mode only."""
 
 
@@ -25,6 +43,43 @@ def fingerprint(config: RunConfig, scan: Scan) -> dict[str, Any]:
         "dataset": {"digest": scan.digest, "columns": describe(config.dataset.columns), "limit": config.dataset.limit},
         "seed": config.seed,
     }
+
+
+def facts_of(runner: BaseLLMRunner) -> dict[str, dict[str, Any]]:
+    """Return what a runner says of itself, as nested plain values; without its weights, what is known without them."""
+    facts = asdict(runner.facts())
+    facts["may_decide"]["llmpipe"] = __version__
+    return facts
+
+
+def compare_facts(
+    known: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]], reproducible: bool, directory: Path
+) -> None:
+    """See to it that a run goes on with the runner that it began with; other versions are mentioned.
+
+    Args:
+        known: The facts of the runner that it began with.
+        found: Those of the runner that it is to go on with.
+        reproducible: Whether every digit counts.
+        directory: The run directory.
+
+    Raises:
+        LedgerError: the answers would not be those of one run; names what was and what is.
+    """
+
+    def changes(*kinds: str) -> str:
+        both = [(kind, known.get(kind, {}).keys() & found.get(kind, {}).keys()) for kind in kinds]
+        said = [({k: known[kind][k] for k in keys}, {k: found[kind][k] for k in sorted(keys)}) for kind, keys in both]
+        return "; ".join(change for old, new in said for change in differences(old, new))
+
+    if refused := changes("decides", *(["may_decide", "last_digits"] if reproducible else [])):
+        why = ", and backend.reproducible=true" if reproducible else ""
+        raise LedgerError(
+            f"{directory} holds answers of another model, package or machine: {refused}{why}. Go on with those of "
+            f"before, or use another hydra.run.dir"
+        )
+    if mentioned := changes("may_decide"):
+        log.warning("answers may differ from those that %s holds so far: %s", directory, mentioned)
 
 
 def _of_backend(config: RunConfig) -> dict[str, Any]:
@@ -44,7 +99,10 @@ def _of_backend(config: RunConfig) -> dict[str, Any]:
 
 def backend_values(config: RunConfig) -> dict[str, Any]:
     """Return a run's backend options, also where its `_target_` is one that has no dataclass here."""
-    return describe(config.backend) if isinstance(config.backend, BackendConfig) else dict(config.backend)
+    if isinstance(config.backend, BackendConfig):
+        return describe(config.backend)
+    check(isinstance(config.backend, Mapping), "backend", config.backend, "a backend's config, or its options by name")
+    return dict(config.backend)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -19,7 +19,7 @@ import numpy as np
 from llmpipe.config import RunConfig
 from llmpipe.datasets import Scan
 from llmpipe.exceptions import LLMError, LLMInitializationError
-from llmpipe.fingerprint import fingerprint
+from llmpipe.fingerprint import compare_facts, facts_of, fingerprint
 from llmpipe.ledger import FILE, LedgerSnapshot
 from llmpipe.metrics import percentiles
 from llmpipe.outputs import found_files, json_text, new_files, output_files, seal
@@ -57,9 +57,10 @@ def plan(config: RunConfig, directory: str | Path) -> dict[str, Any]:
     """
     directory = Path(directory)
     dataset, scan, _ = look_through(config)
-    done = rows_done(config, scan, directory)
+    done, known = so_far(config, scan, directory)
     with LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules, weights=False) as runner:
         try:
+            compare_facts(known, facts_of(runner), runner.config.reproducible, directory)
             chat = runs_chats(config, scan, runner)
             prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
             survey = Survey(runner, prompts, config.dataset.columns.id, every=-(-scan.rows // MOST_COUNTED) or 1)
@@ -90,18 +91,20 @@ def plan(config: RunConfig, directory: str | Path) -> dict[str, Any]:
     return found
 
 
-def rows_done(config: RunConfig, scan: Scan, directory: Path) -> int | None:
-    """Return how many rows a run in the directory has behind it; None where there is none.
+def so_far(config: RunConfig, scan: Scan, directory: Path) -> tuple[int | None, dict[str, Any]]:
+    """Return how many rows a run in the directory has behind it, and the facts that it would have to go on with.
+
+    Without a run there, the first is None. There are no facts where nothing is left to compute, or was ever loaded.
 
     Raises:
         LedgerError: a run with this configuration could not go on, or begin, there.
     """
     if not (directory / FILE).exists():
         found_files(directory, output_files(config.output), {})
-        return None
+        return None, {}
     with LedgerSnapshot(directory, fingerprint(config, scan)) as ledger:
         found_files(directory, output_files(config.output), ledger.get("files") or {})
-        return ledger.rows()
+        return ledger.rows(), {} if ledger.finished() else ledger.get("facts") or {}
 
 
 class Survey:
@@ -114,7 +117,7 @@ class Survey:
         every: Tokens are counted in every row whose number this divides.
     """
 
-    def __init__(self, runner: BaseLLMRunner, prompts: PromptBuilder, id_column: str, every: int) -> None:
+    def __init__(self, runner: BaseLLMRunner, prompts: PromptBuilder, id_column: str | None, every: int) -> None:
         self._runner, self._prompts, self._id_column, self._every = runner, prompts, id_column, every
         self._errors: list[dict[str, Any]] = []
         self._rows = self._bad_rows = self._unnamed = self._over_context = 0
@@ -128,7 +131,7 @@ class Survey:
     def add(self, row: Row) -> None:
         """Look at one row."""
         self._rows += 1
-        self._unnamed += not isinstance(row.values.get(self._id_column), (str, int, float))
+        self._unnamed += row.own_id(self._id_column) is None
         try:
             request = self._prompts.build(row)
             assert request is not None  # of a row of which nothing is done

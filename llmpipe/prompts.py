@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from llmpipe.cells import is_missing, without_fraction
 from llmpipe.config import ColumnsConfig, Overflow, PromptConfig, SamplingConfig
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Message, Request, Row, derive_seed, is_utf8
@@ -54,7 +55,7 @@ class PromptBuilder:
             return None
         seed = sampling.seed if sampling.seed is not None else derive_seed(self._seed, row.id(self._columns.id))
         messages = row.values.get(self._columns.messages) if self._prompt.template is None else None
-        if messages is not None:
+        if not is_missing(messages):
             text, chat = "", self._with_system(parse_messages(messages))
         else:
             text, chat = self._text_of(row), None
@@ -68,7 +69,7 @@ class PromptBuilder:
             text: Any = fill(self._prompt.template, row.values)
         else:
             text = row.values.get(self._columns.prompt)
-        if text is None:
+        if is_missing(text):
             raise ValueError(
                 f"no prompt: {self._columns.prompt!r} and {self._columns.messages!r} are both missing or null"
             )
@@ -86,14 +87,15 @@ class PromptBuilder:
         return ({"role": "system", "content": self._prompt.system}, *messages)
 
     def _sampling_of(self, overrides: Any) -> SamplingConfig:
-        if overrides is None:
+        if is_missing(overrides):
             return self._sampling
         if isinstance(overrides, str):
             overrides = _json(overrides, "sampling")
-        if not isinstance(overrides, Mapping):
+        said = _said(overrides)
+        if not isinstance(said, Mapping):
             raise ValueError(f"the row's sampling is {_kind(overrides)}, not an object of options")
-        try:  # a Parquet struct has every field in every row, null where the row says nothing
-            return self._sampling.replace({name: value for name, value in overrides.items() if value is not None})
+        try:
+            return self._sampling.replace({name: _said(value) for name, value in said.items()})
         except (LLMConfigError, TypeError, OverflowError) as error:
             raise ValueError(f"the row's sampling: {error}") from error
 
@@ -116,7 +118,7 @@ def parse_messages(value: Any) -> tuple[Message, ...]:
 def _parse_message(number: int, message: Any) -> Message:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is {_kind(message)}, not an object with role and content")
-    parsed = {str(key): value for key, value in message.items() if value is not None}
+    parsed = {str(key): value for key, value in message.items() if not is_missing(value)}
     role, content = parsed.get("role"), parsed.get("content")
     if role not in ROLES:
         raise ValueError(f"message {number} has the role {role!r}; there are {', '.join(ROLES)}")
@@ -155,8 +157,8 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
     def value_of(match: re.Match[str]) -> str:
         if match[1] is None:
             return match[0][0]
-        value = values.get(match[1])
-        if value is None:
+        value = without_fraction(values.get(match[1]))
+        if is_missing(value):
             raise ValueError(f"the prompt template names the column {match[1]!r}, which is missing or null")
         if isinstance(value, (dict, list, bool)):
             return json.dumps(value, ensure_ascii=False, default=str)
@@ -165,11 +167,26 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
     return _FIELD.sub(value_of, template)
 
 
+def _said(value: Any) -> Any:
+    """Return an object without what it leaves unsaid, and what is none as it is.
+
+    A Parquet struct has every field in every row, null where the row says nothing, or NaN; a map is a list of pairs.
+    """
+    if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value):
+        value = dict(value)
+    if not isinstance(value, Mapping):
+        return value
+    return {name: inner for name, inner in value.items() if not is_missing(inner)}
+
+
 def _json(text: str, what: str) -> Any:
     try:
         return orjson.loads(text)
     except ValueError as error:
-        raise ValueError(f"{what} is text, and not valid JSON: {error}") from error
+        try:
+            return json.loads(text)  # which reads NaN, as data frames write it
+        except (ValueError, RecursionError):
+            raise ValueError(f"{what} is text, and not valid JSON: {error}") from error
 
 
 def _kind(value: Any) -> str:

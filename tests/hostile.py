@@ -63,7 +63,7 @@ JSONL = [
         for row, reason in [
             ({"prompt": None}, "missing or null"),
             ({"prompt": ""}, "empty"),
-            ({"prompt": float("nan")}, "a number, not text"),
+            ({"prompt": float("nan")}, "missing or null"),
             ({"prompt": ["x"]}, "a list, not text"),
             ({"messages": []}, "an empty list"),
             ({"messages": "x"}, "not valid JSON"),

@@ -298,6 +298,39 @@ def test_the_peak_memory_is_also_that_of_writing_the_answers(
     assert llmpipe.run(config, tmp_path / "run") == first
 
 
+@pytest.mark.parametrize("format", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("output", ["jsonl", "parquet"])
+def test_a_data_frame_with_gaps_means_what_it_says(
+    tmp_path: Path, echo_config: Compose, asked: list[Any], format: str, output: str
+) -> None:
+    frame = pd.DataFrame(
+        {
+            "id": [7, 8, None],
+            "prompt": ["4", "one two three", "True"],
+            "reference": [4, 1, None],
+            "sampling": [
+                {"max_tokens": 2.0, "n": None},
+                {"max_tokens": 1.0, "n": 2.0},
+                {"max_tokens": None, "n": None},
+            ],
+        }
+    )
+    path = tmp_path / f"a.{format}"
+    if format == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    elif format == "csv":
+        frame.assign(sampling=frame["sampling"].map(json.dumps)).to_csv(path, index=False)
+    else:
+        frame.to_parquet(path)
+    metrics = llmpipe.run(echo_config(path, f"output={output}"), tmp_path / "run")
+    assert (metrics["rows_error"], metrics["scores"]) == (0, {"exact_match": pytest.approx(1 / 3)})
+    assert asked == [(0, (0,)), (1, (0, 1)), (2, (0,))]
+    rows = llmpipe.read_run(tmp_path / "run").rows
+    assert rows["completion"].tolist() == ["4", "one", "one", "True"]
+    names = ["7.0", "8.0", "8.0"] if format == "csv" else ["7", "8", "8"]  # what CSV has is text
+    assert list(map(str, rows["id"])) == [*names, "row-2"]
+
+
 def test_of_several_right_answers_any_will_do(
     tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
 ) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 from llmpipe.exceptions import LLMConfigError
 
+LARGEST = 2**31 - 1
+"""Most that a backend can count to: a larger number would wrap around in its library."""
+
 
 def check(ok: bool, name: str, got: object, allowed: str) -> None:
     """Refuse a value that is not `ok`, saying what was got and what is allowed.
@@ -30,13 +33,15 @@ def number(name: str, value: object, low: float, high: float, allowed: str, *, o
     check(bool(inside), name, value, allowed)
 
 
-def count(name: str, value: object, low: int, allowed: str) -> None:
-    """Refuse what is not an integer of at least `low`.
+def count(name: str, value: object, low: int, allowed: str, high: int | None = LARGEST) -> None:
+    """Refuse what is not an integer of at least `low`, and at most `high`.
 
     Raises:
         LLMConfigError: as `check`.
     """
-    check(isinstance(value, int) and not isinstance(value, bool) and value >= low, name, value, allowed)
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    check(is_count and value >= low, name, value, allowed)  # type: ignore[operator]
+    check(high is None or value <= high, name, value, f"at most {high}")  # type: ignore[operator]
 
 
 def reject_unknown(given: Iterable[str], allowed: Iterable[str], what: str, extra: Iterable[str] = ()) -> None:

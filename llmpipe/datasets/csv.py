@@ -44,7 +44,8 @@ def read_csv(path: Path) -> Iterator[Row]:
                     continue
                 error = _problem_of_cells(cells, header)
             if error is None:
-                yield Row(source, line, {name: cell or None for name, cell in zip(header, cells, strict=True)})
+                values = {name: cell or None for name, cell in zip(header, cells, strict=True)}
+                yield Row(source, line, values, typed=False)
                 continue
             if lines.give_back():
                 error = f"not valid CSV: a quote that opens on line {line} is never closed"

@@ -95,7 +95,11 @@ class Dataset:
         return Scan(len(id_hashes), list(every), self.digest())
 
     def _check_types(self, file: Path, schema: pa.Schema, template: list[str] | None) -> None:
-        allowed = {"id": "text or integers", "messages": "lists or JSON text", "sampling": "structs or JSON text"}
+        allowed = {
+            "id": "text, numbers, dates or UUIDs",
+            "messages": "lists or JSON text",
+            "sampling": "structs or JSON text",
+        }
         if template is None:
             allowed["prompt"] = "text"
         types = {field.name: field.type for field in schema}
@@ -109,7 +113,7 @@ class Dataset:
 
     def _check_columns(self, file: str, columns: list[str], template: list[str] | None) -> None:
         default = ColumnsConfig()
-        named = [name for key, name in vars(self.columns).items() if name != getattr(default, key)]
+        named = [name for key, name in vars(self.columns).items() if name not in (None, getattr(default, key))]
         for name in [*(template or []), *named]:
             if name not in columns:
                 raise DatasetError(f"{file} has no column {name!r}; it has: {', '.join(columns)}")
@@ -132,7 +136,8 @@ class Dataset:
                     first = seen[name]
                     raise DatasetError(
                         f"the id {name!r} stands twice: {first.file} line {first.line} and {row.file} line {row.line}; "
-                        f"make ids unique, or name another column with dataset.columns.id="
+                        f"make ids unique, name another column with dataset.columns.id=, or name rows by position "
+                        f"with dataset.columns.id=null, as where each file counts from the beginning"
                     )
                 seen[name] = row
 

@@ -34,6 +34,7 @@ from llmpipe.exceptions import LLMConfigError, LLMError, LLMInferenceError, LLMI
 from llmpipe.records import Chunk, Completion, Message, Request, Tick, complete, derive_seed, no_tick
 from llmpipe.runners.chat import ChatTemplateError
 from llmpipe.runners.decoding import StopStrings
+from llmpipe.runners.facts import Facts
 from llmpipe.runners.openai_format import chat_chunks, chat_completion
 
 if TYPE_CHECKING:
@@ -82,12 +83,7 @@ class BaseLLMRunner(ABC):
         if isinstance(config, ModelConfig):
             device = device or config.device
             sampling = sampling or config.sampling
-            own = [f.name for f in fields(self.config_type)]
-            reject_unknown(config.options, own, "option", extra=[f.name for f in fields(ModelConfig)])
-            config = {"model": config.model_path, **config.options}
-        if isinstance(config, Mapping):
-            config = cast(BackendConfig, build(self.config_type, config, "backend option"))
-        self.config = config
+        self.config = backend_config(config, self.config_type)
         self.device = DeviceConfig.parse(device)
         self.sampling = sampling or SamplingConfig()
         self.load_s = 0.0
@@ -221,6 +217,10 @@ class BaseLLMRunner(ABC):
         """Say what was loaded and where, and what was chosen automatically; goes into a run's metrics."""
         return {"model": self.config.model, "device": str(self.device)}
 
+    def facts(self) -> Facts:
+        """Say what decides its answers beside its options; without the weights, as far as it is known."""
+        return Facts()
+
     def _device_memory_mb(self) -> tuple[float, float] | None:
         """Return the device memory in use and its peak since loading, in MB; None where it is the host's."""
         return None
@@ -230,7 +230,7 @@ class BaseLLMRunner(ABC):
     def request(self, prompt: Prompt, id: int = 0, prompt_format: str = "auto", **sampling: Any) -> Request:
         """Make the request for one prompt with this runner's sampling options, changed by `sampling`.
 
-        Without `seed=` its seed is derived from `id`, so equal calls give equal answers.
+        Its seed is derived from `seed=` and `id`: equal calls give equal answers, and many prompts various ones.
 
         Raises:
             LLMConfigError: an option is unknown, the prompt is neither text nor messages, or `chat` is asked of a model
@@ -239,7 +239,7 @@ class BaseLLMRunner(ABC):
         """
         self._check_loaded()
         options = self.sampling.replace(sampling)
-        seed = options.seed if options.seed is not None else derive_seed(0, id)
+        seed = derive_seed(options.seed or 0, id)
         samples = tuple(range(options.n))
         if isinstance(prompt, str):
             if not self.is_chat(prompt_format):
@@ -376,7 +376,7 @@ class BaseLLMRunner(ABC):
             self._unload()
             self.device = after_device
             if model is not None:
-                self.config = replace(self.config, model=str(model))
+                self.config = replace(self.config, model=model)
             try:
                 self._load()
             except LLMError:
@@ -474,6 +474,23 @@ class BaseLLMRunner(ABC):
             return
         if inspect.getgeneratorstate(stream) != inspect.GEN_RUNNING:  # else we are inside it, and `_turn` refuses
             stream.close()
+
+
+def backend_config(
+    config: BackendConfig | ModelConfig | Mapping[str, Any], config_type: type[BackendConfig]
+) -> BackendConfig:
+    """Return the options of a backend, in whichever form they come.
+
+    Raises:
+        LLMConfigError: an option is unknown, of the wrong type or out of range.
+    """
+    if isinstance(config, ModelConfig):
+        own = [f.name for f in fields(config_type)]
+        reject_unknown(config.options, own, "option", extra=[f.name for f in fields(ModelConfig)])
+        config = {"model": config.model_path, **config.options}
+    if isinstance(config, Mapping):
+        config = cast(BackendConfig, build(config_type, config, "backend option"))
+    return config
 
 
 def error_chunks(request: Request, reason: str) -> Iterator[Chunk]:

@@ -277,6 +277,7 @@ class Service:
         assert self._runner is not None
         return {
             "info": self._runner.info() if self._runner.is_loaded else {},
+            "facts": self._runner.facts(),
             "chat_template": self._runner.chat_template,
             "device_memory_mb": self._runner._device_memory_mb(),
             "load_s": self._runner.load_s,

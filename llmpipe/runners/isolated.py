@@ -23,6 +23,7 @@ from llmpipe.exceptions import LLMConfigError, LLMInferenceError, LLMInitializat
 from llmpipe.records import Chunk, Message, Request
 from llmpipe.runners.base import BaseLLMRunner, error_chunks
 from llmpipe.runners.child import Child, ChildDied, error_of
+from llmpipe.runners.facts import Facts
 
 log = logging.getLogger(__name__)
 
@@ -239,6 +240,10 @@ class IsolatedRunner(BaseLLMRunner):
         """Say what was loaded in the child, and what the child took."""
         own = {"restarts": self._restarts, **{name: self._status.get(name) for name in ("load_s", "peak_rss_mb")}}
         return {**self._status.get("info", {}), "isolation": own}
+
+    def facts(self) -> Facts:
+        """Say what decides the answers of the runner in the child; see `BaseLLMRunner.facts`."""
+        return self._status.get("facts") or Facts()
 
     def rss_bytes(self) -> int:
         """Return the resident memory of both processes."""

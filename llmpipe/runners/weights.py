@@ -143,6 +143,22 @@ def model_digest(model: str) -> str:
     return f"sha256:{digest.hexdigest()[:32]}"
 
 
+def hub_commit(model: str, file: str, revision: str | None = None) -> str | None:
+    """Return the commit of a hub model whose files have been fetched; None of a local one, or where that is unknown.
+
+    Args:
+        model: As in `backend.model`.
+        file: Name of a file of the repository.
+        revision: The branch, tag or commit that was asked for.
+    """
+    if local_path(model) is not None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.partition(":")[0], file, revision=revision)
+    return Path(found).parts[-1 - len(Path(file).parts)] if isinstance(found, str) else None
+
+
 def content_digest(text: str) -> str:
     """Return `text` with what it names, a path alone or PATH=VALUE, replaced by a digest of its content."""
     name, sign, rest = text.rpartition("=") if "=" in text and not _exists(text) else (text, "", "")

@@ -13,8 +13,9 @@ from llmpipe.exceptions import LLMConfigError, LLMInitializationError, MissingDe
 from llmpipe.records import Chunk, Message, Request
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.chat import ChatTemplateError
+from llmpipe.runners.facts import Facts
 from llmpipe.runners.fitting import check_bias, fit_prompt
-from llmpipe.runners.weights import find_gguf
+from llmpipe.runners.weights import find_gguf, hub_commit
 
 try:
     import llama_cpp
@@ -90,7 +91,8 @@ class LlamaCppRunner(BaseLLMRunner):
         if config.slots != "auto" and config.slots + sizing.PREFIX_SLOTS > limit:
             most = limit - sizing.PREFIX_SLOTS
             raise LLMInitializationError(f"backend.slots={config.slots} is more than {most}, llama.cpp's most")
-        return find_gguf(config.model)
+        self._path = find_gguf(config.model)
+        return self._path
 
     def _executor(self, model: Model) -> LlamaExecutor:
         """Return what computes with the model, and set how many tokens a row may have."""
@@ -171,6 +173,14 @@ class LlamaCppRunner(BaseLLMRunner):
         used = devices.gpu_memory()[0]
         peak = max(used, self._engine.device_bytes)
         return (used - self._device_bytes_before) / 1e6, (peak - self._device_bytes_before) / 1e6
+
+    def facts(self) -> Facts:
+        """Say what decides the answers beside the options; see `BaseLLMRunner.facts`."""
+        return Facts(
+            decides={"commit": hub_commit(self.config.model, self._path.name)},
+            may_decide={"context": self._limit, "llama_cpp_python": llama_cpp.__version__},
+            last_digits={"device": self._where, "kernels": llama_cpp.llama_print_system_info().decode().strip()},
+        )
 
     def info(self) -> dict[str, Any]:
         """Say what was loaded and what was chosen."""

@@ -43,6 +43,12 @@ def devices_of(model: Any) -> list[torch.device]:
     return sorted({p.device for p in model.parameters() if p.device.type != "meta"}, key=str)
 
 
+def kernels(devices: list[torch.device]) -> str:
+    """Name what computes on these devices; what has the same name rounds alike."""
+    names = {"cuda": torch.cuda.get_device_name, "cpu": lambda _: f"cpu {torch.backends.cpu.get_cpu_capability()}"}
+    return ", ".join(names.get(device.type, str)(device) for device in devices)
+
+
 def free_bytes(devices: list[torch.device]) -> int:
     """Return the memory that is free for a model on these devices: the GPUs' if it is on any, else this process's."""
     gpus = [device for device in devices if device.type == "cuda"]

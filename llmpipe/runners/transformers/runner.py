@@ -15,9 +15,10 @@ from llmpipe.records import Chunk, Message, Request
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.batching import Engine, Plan, Sample, sizing
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
+from llmpipe.runners.facts import Facts
 from llmpipe.runners.fitting import check_bias, fit_prompt
 from llmpipe.runners.preview import Preview
-from llmpipe.runners.weights import find_checkpoint
+from llmpipe.runners.weights import find_checkpoint, hub_commit
 
 try:
     import torch
@@ -180,6 +181,24 @@ class TransformersRunner(BaseLLMRunner):
             self._chat = ChatTemplate(self.chat_template, special)
         return self._chat.render(messages)
 
+    def facts(self) -> Facts:
+        """Say what decides the answers beside the options; see `BaseLLMRunner.facts`."""
+        commit = hub_commit(self.config.model, "config.json", self.config.revision)
+        versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+        facts = Facts({"commit": commit}, {"context": self._limit, **versions})
+        if self._model is not None:
+            facts.decides["dtype"] = self._dtype
+            facts.last_digits.update(kernels=memory.kernels(self._devices), batching=self._batching)
+        return facts
+
+    @property
+    def _dtype(self) -> str:
+        return str(self._model.dtype).removeprefix("torch.")
+
+    @property
+    def _batching(self) -> str:
+        return "slots" if isinstance(self._engine, Engine) else "padded"
+
     def info(self) -> dict[str, Any]:
         """Say what was loaded and what was chosen."""
         self._check_loaded()
@@ -189,8 +208,8 @@ class TransformersRunner(BaseLLMRunner):
             "model": self.config.model,
             "model_type": type(self._model).__name__,
             "device": str(memory.input_device(self._model)),
-            "dtype": str(self._model.dtype).removeprefix("torch."),
-            "batching": "slots" if isinstance(engine, Engine) else "padded",
+            "dtype": self._dtype,
+            "batching": self._batching,
             "slots": engine.most_slots if isinstance(engine, Engine) else engine.slots,
             "context": engine.limit,
             "sizes": [*self._choices, *(engine.reasons if isinstance(engine, Engine) else [])],
