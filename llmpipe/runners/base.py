@@ -172,8 +172,20 @@ class BaseLLMRunner(ABC):
         """The model's chat template, or None where it has none."""
         return None
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+    ) -> str:
         """Return the prompt text of a chat; without a template, the messages' text, a line each.
+
+        Args:
+            messages: The chat.
+            tools: What the model may call, in OpenAI's format.
+            template_kwargs: Further names that the template may ask for, such as `enable_thinking`.
+            continue_final: End with the text of the last message, which the answer continues.
 
         Raises:
             ChatTemplateError: the template refuses the messages.
@@ -190,7 +202,7 @@ class BaseLLMRunner(ABC):
             return request.prompt
         if not request.messages:
             raise ChatTemplateError("the chat is empty: it has no messages")
-        return self.render(request.messages)
+        return self.render(request.messages, request.tools, request.template_kwargs, request.continue_final)
 
     def encode(self, request: Request) -> tuple[list[int], int] | None:
         """Return a request's prompt tokens, and how many were cut off on the left to fit; None where nobody can tell.

@@ -7,7 +7,7 @@ gives for the same template. Text from a dataset is only ever a value, never a t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,20 @@ class ChatTemplate:
                 f"the chat template is not valid Jinja, line {error.lineno}: {error.message}"
             ) from error
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Render `messages` up to where the assistant's answer begins.
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+    ) -> str:
+        """Render `messages` up to where the assistant's answer begins, or goes on.
+
+        Args:
+            messages: The chat.
+            tools: What the model may call, in OpenAI's format.
+            template_kwargs: Further names that the template may ask for.
+            continue_final: End with the text of the last message, which the answer continues.
 
         Raises:
             ChatTemplateError: the template refuses the messages, or fails on them.
@@ -72,11 +84,10 @@ class ChatTemplate:
         try:
             with self._environment.limits():
                 pieces = self._template.generate(
+                    **{**self._special_tokens, "documents": None, **(template_kwargs or {})},
                     messages=list(messages),
-                    add_generation_prompt=True,
-                    tools=None,
-                    documents=None,
-                    **self._special_tokens,
+                    add_generation_prompt=not continue_final,
+                    tools=None if tools is None else list(tools),
                 )
                 return "".join(self._environment.at_most(pieces))
         except Exception as error:  # a template is a program of the model's: it may fail in any way

@@ -255,9 +255,9 @@ class Service:
             yield from block
             count = min(2 * count, MOST_HANDED)
 
-    def _render(self, messages: list[dict[str, Any]]) -> Message:
+    def _render(self, chat: tuple[Any, ...]) -> Message:
         assert self._runner is not None
-        return "rendered", self._runner.render(messages)
+        return "rendered", self._runner.render(*chat)
 
     def _status(self) -> dict[str, Any]:
         assert self._runner is not None

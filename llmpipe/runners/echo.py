@@ -6,7 +6,7 @@ For trying out a dataset and a configuration in a second, and for tests of every
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llmpipe.config import EchoConfig
@@ -27,7 +27,13 @@ class EchoRunner(BaseLLMRunner):
         """Say that there is no model."""
         return {"model": "none", "model_type": "echo", "device": "cpu"}
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+    ) -> str:
         """Return the last message."""
         return str(messages[-1].get("content", ""))
 

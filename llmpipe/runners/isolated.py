@@ -225,13 +225,19 @@ class IsolatedRunner(BaseLLMRunner):
         template: str | None = self._status.get("chat_template")
         return template
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+    ) -> str:
         """Return the prompt text of a chat; see `BaseLLMRunner.render`."""
         self._check_loaded()
         with self._turn():
             child = self._living_child()
             try:
-                child.send("render", list(messages))
+                child.send("render", (list(messages), tools, template_kwargs, continue_final))
                 return str(self._content(self._receive(child)))
             except ChildDied as death:
                 raise LLMInferenceError(f"the chat template {death}") from death

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,11 +146,17 @@ class LlamaCppRunner(BaseLLMRunner):
         """The template in the file's metadata, or the configured one."""
         return self._model.chat.source if self._model is not None and self._model.chat is not None else None
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+    ) -> str:
         """Return the prompt text of a chat; see `BaseLLMRunner.render`."""
         if self._model is None or self._model.chat is None:
             raise ChatTemplateError("the model has no chat template: use prompt=raw or backend.chat_template=FILE")
-        return self._model.chat.render(messages)
+        return self._model.chat.render(messages, tools, template_kwargs, continue_final)
 
     def cancel(self, request_id: int) -> None:
         """Give up a request of the running stream; it ends with an error chunk, and its slots are free at once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -169,7 +169,13 @@ class TransformersRunner(BaseLLMRunner):
             template = template.get("default")
         return template if template is None else str(template)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+    ) -> str:
         """Return the prompt text of a chat; see `BaseLLMRunner.render`."""
         if self.chat_template is None:
             raise ChatTemplateError("the model has no chat template: use prompt=raw or backend.chat_template=FILE")
@@ -177,7 +183,7 @@ class TransformersRunner(BaseLLMRunner):
         if self._chat is None or self._chat.source != self.chat_template:
             special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
             self._chat = ChatTemplate(self.chat_template, special)
-        return self._chat.render(messages)
+        return self._chat.render(messages, tools, template_kwargs, continue_final)
 
     def info(self) -> dict[str, Any]:
         """Say what was loaded and what was chosen."""
