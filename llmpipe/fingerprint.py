@@ -8,7 +8,7 @@ from llmpipe.config import BackendConfig, RunConfig, answer_fields, describe
 from llmpipe.datasets import Scan
 from llmpipe.runners.weights import content_digest, model_digest
 
-ROUNDING_OPTIONS = ("n_gpu_layers", "tensor_split", "batching", "batch_tokens", "micro_batch_tokens")
+ROUNDING_OPTIONS = ("n_gpu_layers", "tensor_split", "batching", "batch_tokens", "micro_batch_tokens", "repack")
 """Options that change an answer's last digits, and so count in reproducible mode only."""
 
 

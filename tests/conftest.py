@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,19 @@ def transformers_runner() -> Iterator[BaseLLMRunner]:
         {"backend": "transformers", "temperature": 0.0, "device": "cpu", "threads": 1}
     ) as runner:
         yield runner
+
+
+@pytest.fixture(scope="session")
+def real() -> Callable[[str], Path]:
+    """Find a model or a data file that others made, below one of the directories in LLMPIPE_REAL."""
+
+    def find(name: str) -> Path:
+        for directory in filter(None, os.environ.get("LLMPIPE_REAL", "").split(os.pathsep)):
+            for found in sorted(Path(directory).rglob(name)):
+                return found
+        pytest.skip(f"{name} is not below a directory in LLMPIPE_REAL")
+
+    return find
 
 
 @pytest.fixture(params=BACKENDS)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -55,6 +59,22 @@ def test_all_combinations_of_backend_and_device_compose() -> None:
         config = compose([f"backend={backend}", f"device={device}"])
         assert type(config.backend) is BACKENDS[BackendType(backend)]
         assert config.device.type == device
+
+
+def test_composing_inside_a_hydra_program_leaves_that_program_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "app.yaml").write_text("x: 1\n")
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
+        assert compose(["sampling.max_tokens=7"]).sampling.max_tokens == 7
+        with pytest.raises(LLMConfigError):
+            compose(["sampling.max_tokens=0"])
+        assert hydra.compose("app", ["+y=2"]) == {"x": 1, "y": 2}
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_threads_may_compose_at_the_same_time() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda n: compose([f"sampling.max_tokens={n}"]).sampling.max_tokens, range(1, 17))
+    assert list(found) == list(range(1, 17))
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)

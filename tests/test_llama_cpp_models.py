@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import string
 from collections.abc import Callable
 from functools import cache
@@ -17,7 +18,9 @@ import pytest
 
 from llmpipe import BaseLLMRunner, LLMInitializationError, LLMRunnerFactory, Request
 from llmpipe.cli import main
+from llmpipe.config import LlamaCppConfig, Switch
 from llmpipe.runners.llama_cpp import log as llama_log
+from llmpipe.runners.llama_cpp.probe import probe
 from llmpipe.runners.weights import BUNDLED_DIR
 
 BUNDLED = BUNDLED_DIR / "tiny-chat.gguf"
@@ -316,3 +319,19 @@ def test_a_vocabulary_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LLMInitializationError, match=rf"cannot load {file}: .*key not found") as caught:
         load(file)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_stay_as_they_are_where_laying_them_out_anew_crashes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copy(BUNDLED, path)
+    target = "repacking.BreakingWhenRepacked"
+    for _ in range(2):
+        assert probe(path, LlamaCppConfig(_target_=target)) is False
+    assert [record.message for record in caplog.records].count(
+        "llama.cpp crashes with weights laid out for this processor; trying them as they are"
+    ) == 1  # the second time it is remembered
+    assert probe(path, LlamaCppConfig(_target_=target, repack=Switch.off)) is False
+    with pytest.raises(LLMInitializationError, match="crashed the backend"):
+        probe(path, LlamaCppConfig(_target_=target, repack=Switch.on))

@@ -113,6 +113,8 @@ class LlamaCppConfig(BatchingConfig):
     """Map the file into memory instead of reading it."""
     mlock: bool = speed(False)
     """Keep the model from being swapped out."""
+    repack: Switch = speed(Switch.auto)
+    """Lay quantised weights out for this processor, which is faster; auto: unless that crashes, as it may with AMX."""
     lora: list[str] = field(default_factory=list)
     """LoRA adapters in GGUF, each FILE or FILE=SCALE."""
     rope_scaling: RopeScaling = RopeScaling.model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from llmpipe.config.backends import BACKENDS
 from llmpipe.config.checks import reject_unknown
 from llmpipe.config.run import RunConfig
 from llmpipe.exceptions import LLMConfigError
+
+_one_at_a_time = threading.RLock()
 
 
 def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> RunConfig:
@@ -29,13 +33,27 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
 
     from llmpipe.config.messages import one_line
 
-    register_schemas()
     extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
-        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with _apart_from_others(), hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            register_schemas()
             return to_run_config(hydra.compose("config", [*overrides, *extra]))
     except (HydraException, OmegaConfBaseException) as error:
         raise LLMConfigError(one_line(error)) from error
+
+
+@contextmanager
+def _apart_from_others() -> Iterator[None]:
+    """Put aside what Hydra was initialised with: it can be only once, and the caller may be a Hydra program itself."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    with _one_at_a_time:
+        theirs = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            yield
+        finally:
+            GlobalHydra.instance().hydra = theirs
 
 
 def to_run_config(composed: Any) -> RunConfig:

@@ -25,17 +25,27 @@ LOAD_MODES = {  # (mmap, mlock) → how the file gets into memory
 class Model:
     """The weights and the vocabulary.
 
+    Args:
+        path: The file.
+        config: How it is loaded.
+        offload: Whether layers go to a GPU.
+        gpu: To which one alone; None leaves that to llama.cpp.
+        repack: Whether quantised weights may be laid out anew for this processor.
+
     Raises:
         LLMInitializationError: the file is no model that can generate text, or does not fit in memory.
     """
 
     vocab_only = False
 
-    def __init__(self, path: Path, config: LlamaCppConfig, offload: bool, gpu: int | None = None) -> None:
+    def __init__(
+        self, path: Path, config: LlamaCppConfig, offload: bool, gpu: int | None = None, repack: bool = True
+    ) -> None:
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = self.vocab_only
         params.n_gpu_layers = (-1 if config.n_gpu_layers is None else config.n_gpu_layers) if offload else 0
         params.main_gpu = config.main_gpu
+        params.use_extra_bufts = repack
         if offload and gpu is not None:  # device=cuda:1 means there and nowhere else
             params.split_mode, params.main_gpu = llama_cpp.LLAMA_SPLIT_MODE_NONE, gpu
         params.load_mode = LOAD_MODES[config.mmap, config.mlock]

@@ -51,9 +51,9 @@ class LlamaCppRunner(BaseLLMRunner):
 
     def _initialize_model(self) -> None:
         path = self._find_model()
-        probe(path, self.config)
+        repack = probe(path, self.config)
         self._device_bytes_before = devices.gpu_memory()[0]
-        self._model = model = Model(path, self.config, self._offload, self.device.index)
+        self._model = model = Model(path, self.config, self._offload, self.device.index, repack)
         executor = self._executor(model)
         self._engine = Engine(executor, self.config, self._limit)
         log.info("%s: %s on %s, rows of at most %d tokens", path.name, model.describe(), self._where, self._limit)
