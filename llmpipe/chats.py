@@ -168,11 +168,16 @@ def continues(how: bool | str, messages: Any) -> bool:
     return isinstance(last, Mapping) and last.get("role") == "assistant" and not last.get("tool_calls")
 
 
-def without_nulls(value: Any) -> Any:
-    """Return a value of an Arrow column without the nulls that objects have there for the names they lack."""
+def from_arrow(value: Any) -> Any:
+    """Return a value of an Arrow column as JSON would have it.
+
+    Its objects have null for each name that they lack and others have, which is left out, or they are lists of pairs.
+    """
+    if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value):
+        value = dict(value)
     if isinstance(value, dict):
-        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {name: from_arrow(inner) for name, inner in value.items() if inner is not None}
+    return [from_arrow(inner) for inner in value] if isinstance(value, list) else value
 
 
 def from_json(text: str, what: str) -> Any:
@@ -184,7 +189,10 @@ def from_json(text: str, what: str) -> Any:
     try:
         return orjson.loads(text)
     except ValueError as error:
-        raise ValueError(f"{what} is text, and not valid JSON: {error}") from error
+        try:
+            return json.loads(text)  # which reads NaN, as data frames write it
+        except (ValueError, RecursionError):
+            raise ValueError(f"{what} is text, and not valid JSON: {error}") from error
 
 
 def kind_of(value: Any) -> str:

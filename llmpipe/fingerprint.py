@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from llmpipe.config import BackendConfig, RunConfig, answer_fields, describe
+from llmpipe.config.checks import check
 from llmpipe.datasets import Scan
 from llmpipe.runners.weights import content_digest, model_digest
 
@@ -44,7 +46,10 @@ def _of_backend(config: RunConfig) -> dict[str, Any]:
 
 def backend_values(config: RunConfig) -> dict[str, Any]:
     """Return a run's backend options, also where its `_target_` is one that has no dataclass here."""
-    return describe(config.backend) if isinstance(config.backend, BackendConfig) else dict(config.backend)
+    if isinstance(config.backend, BackendConfig):
+        return describe(config.backend)
+    check(isinstance(config.backend, Mapping), "backend", config.backend, "a backend's config, or its options by name")
+    return dict(config.backend)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -26,9 +26,9 @@ from llmpipe.exceptions import LedgerError
 from llmpipe.records import Completion
 
 FILE = "ledger.sqlite"
-VERSION = 3
+VERSION = 4
 """Of the tables and of what is in them. A completion's values are kept by their place, so that a field of `Completion`
-that comes, goes or moves makes another version."""
+that comes, goes or moves makes another version; so does another way to derive a row's seed."""
 COMMIT_EVERY_S = 0.5
 COMMIT_EVERY_ROWS = 2000
 _values = attrgetter(*(f.name for f in fields(Completion)[2:] if f.name != "scores"))

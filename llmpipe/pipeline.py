@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from llmpipe.cells import right_answers
 from llmpipe.config import PromptFormat, RunConfig, describe
 from llmpipe.datasets import Dataset, Scan
 from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError, LLMInferenceError
@@ -18,6 +19,8 @@ from llmpipe.fingerprint import backend_values, fingerprint
 from llmpipe.ledger import FILE, Ledger
 from llmpipe.metrics import MemorySampler, Totals, environment, scorers, timestamp
 from llmpipe.outputs import (
+    ID,
+    POSITION,
     REPORT_FILE,
     Answered,
     ColumnTypes,
@@ -257,13 +260,12 @@ def scored(answered: Iterable[Answered], config: RunConfig) -> Iterator[Answered
     """Score each completion whose row has a reference."""
     chosen = scorers(config.metrics.scorers)
     for row, completion in answered:
-        reference = row.values.get(config.dataset.columns.reference)
-        if reference is not None and completion.text is not None:
-            right = reference if isinstance(reference, list) and reference else [reference]  # any of several will do
+        right = right_answers(row.values.get(config.dataset.columns.reference))
+        if right and completion.text is not None:
             completion.scores = {
-                name: max(score(completion.text, str(one)) for one in right) for name, score in chosen.items()
+                name: max(score(completion.text, one) for one in right) for name, score in chosen.items()
             }
-        elif reference is not None:
+        elif right:
             completion.scores = dict.fromkeys(chosen, 0.0)  # a row without an answer has no right one
         yield Answered(row, completion)
 
@@ -278,14 +280,17 @@ def noted(answered: Iterable[Answered], totals: Totals, report: Report) -> Itera
 
 def layout_of(config: RunConfig, scan: Scan, samples: int) -> Layout:
     """Return the columns that the answers gain, for rows of at most so many samples."""
-    scored = config.dataset.columns.reference in scan.columns
+    columns, has_id = config.dataset.columns, ID in scan.columns
+    scored = columns.reference in scan.columns
     return Layout(
         prefix=config.output.prefix,
-        id_column=config.dataset.columns.id,
-        adds_id=config.dataset.columns.id != "id" or "id" not in scan.columns,
+        id_column=columns.id,
+        adds_id=columns.id != ID or not has_id,
         sample=samples > 1,
         truncated=config.prompt.overflow.value == "truncate",
         scorers=tuple(config.metrics.scorers) if scored else (),
+        # Where rows are named by position, ids of their own ride along.
+        id_name=POSITION if columns.id is None and has_id else ID,
     )
 
 

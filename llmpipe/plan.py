@@ -116,7 +116,7 @@ class Survey:
         every: Tokens are counted in every row whose number this divides.
     """
 
-    def __init__(self, runner: BaseLLMRunner, prompts: PromptBuilder, id_column: str, every: int) -> None:
+    def __init__(self, runner: BaseLLMRunner, prompts: PromptBuilder, id_column: str | None, every: int) -> None:
         self._runner, self._prompts, self._id_column, self._every = runner, prompts, id_column, every
         self._errors: list[dict[str, Any]] = []
         self._rows = self._bad_rows = self._unnamed = self._over_context = 0
@@ -130,7 +130,7 @@ class Survey:
     def add(self, row: Row) -> None:
         """Look at one row."""
         self._rows += 1
-        self._unnamed += not isinstance(row.values.get(self._id_column), (str, int, float))
+        self._unnamed += row.own_id(self._id_column) is None
         try:
             request = self._prompts.build(row)
             assert request is not None  # of a row of which nothing is done

@@ -12,14 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llmpipe.cells import is_missing, without_fraction
 from llmpipe.chats import (
+    Chat,
     continues,
+    from_arrow,
     from_json,
     kind_of,
     parse_messages,
     parse_template_kwargs,
     parse_tools,
-    without_nulls,
 )
 from llmpipe.config import ColumnsConfig, Overflow, PromptConfig, SamplingConfig
 from llmpipe.exceptions import LLMConfigError
@@ -80,7 +82,7 @@ class PromptBuilder:
 
     def _chat_of(self, row: Row, request: Request, messages: tuple[Message, ...]) -> None:
         """Put a chat into its request, with what its template is told besides."""
-        request.messages = parse_messages(self._with_system(messages))
+        request.messages = Chat(self._with_system(messages))
         request.continue_final = continues(self._prompt.continue_final, messages)
         tools = self._value(row, self._columns.tools)
         request.tools = self._tools if tools is None else parse_tools(tools)
@@ -89,9 +91,11 @@ class PromptBuilder:
 
     @staticmethod
     def _value(row: Row, column: str | None) -> Any:
-        """Return what a row has in a column of objects."""
+        """Return what a row has in a column of lists or objects; None for nothing."""
         value = None if column is None else row.values.get(column)
-        return value if row.batch is None else without_nulls(value)
+        if is_missing(value):
+            return None
+        return value if row.batch is None else from_arrow(value)
 
     def _text_of(self, row: Row) -> str:
         """Return the plain prompt of a row that is no chat."""
@@ -99,7 +103,7 @@ class PromptBuilder:
             text: Any = fill(self._prompt.template, row.values)
         else:
             text = row.values.get(self._columns.prompt)
-        if text is None:
+        if is_missing(text):
             raise ValueError(
                 f"no prompt: {self._columns.prompt!r} and {self._columns.messages!r} are both missing or null"
             )
@@ -117,14 +121,15 @@ class PromptBuilder:
         return ({"role": "system", "content": self._prompt.system}, *messages)
 
     def _sampling_of(self, overrides: Any) -> SamplingConfig:
-        if overrides is None:
+        if is_missing(overrides):
             return self._sampling
         if isinstance(overrides, str):
             overrides = from_json(overrides, "sampling")
-        if not isinstance(overrides, Mapping):
+        said = _said(overrides)
+        if not isinstance(said, Mapping):
             raise ValueError(f"the row's sampling is {kind_of(overrides)}, not an object of options")
-        try:  # a Parquet struct has every field in every row, null where the row says nothing
-            return self._sampling.replace({name: value for name, value in overrides.items() if value is not None})
+        try:
+            return self._sampling.replace({name: _said(value) for name, value in said.items()})
         except (LLMConfigError, TypeError, OverflowError) as error:
             raise ValueError(f"the row's sampling: {error}") from error
 
@@ -220,11 +225,23 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
     def value_of(match: re.Match[str]) -> str:
         if match[1] is None:
             return match[0][0]
-        value = values.get(match[1])
-        if value is None:
+        value = without_fraction(values.get(match[1]))
+        if is_missing(value):
             raise ValueError(f"the prompt template names the column {match[1]!r}, which is missing or null")
         if isinstance(value, (dict, list, bool)):
             return json.dumps(value, ensure_ascii=False, default=str)
         return str(value)
 
     return _FIELD.sub(value_of, template)
+
+
+def _said(value: Any) -> Any:
+    """Return an object without what it leaves unsaid, and what is none as it is.
+
+    A Parquet struct has every field in every row, null where the row says nothing, or NaN; a map is a list of pairs.
+    """
+    if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value):
+        value = dict(value)
+    if not isinstance(value, Mapping):
+        return value
+    return {name: inner for name, inner in value.items() if not is_missing(inner)}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llmpipe.cells import as_id
 from llmpipe.exceptions import LLMInferenceError
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ Message = dict[str, Any]
 
 
 def derive_seed(*parts: object) -> int:
-    """Hash `parts` to a seed in [0, 2**31), the same on every machine and in every process."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=4)
-    return int.from_bytes(digest.digest(), "big") & 0x7FFFFFFF
+    """Hash `parts` to a seed in [0, 2**64), the same on every machine and in every process."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "big")
 
 
 def is_utf8(text: str) -> bool:
@@ -62,10 +63,14 @@ class Row:
     index: int = -1
     """Position in the dataset, from 0, unreadable rows counted; a reader leaves it to the dataset."""
 
-    def id(self, column: str) -> Any:
-        """Return the row's id: the value of its id column, or `row-N` by position."""
-        value = self.values.get(column)
-        return value if isinstance(value, (str, int, float)) else f"row-{self.index}"
+    def id(self, column: str | None) -> str | int | float:
+        """Return the row's id: what its id column says, or `row-N` by position."""
+        own = self.own_id(column)
+        return f"row-{self.index}" if own is None else own
+
+    def own_id(self, column: str | None) -> str | int | float | None:
+        """Return what the row's id column says; None where it says nothing, or there is none."""
+        return None if column is None else as_id(self.values.get(column))
 
 
 @dataclass(slots=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from decimal import Decimal
+from enum import Enum
 from itertools import product
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
+import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import given
@@ -27,6 +32,7 @@ from llmpipe.config import (
     ModelConfig,
     OutputConfig,
     PromptConfig,
+    Switch,
     answer_fields,
     build,
     conf_dir,
@@ -124,7 +130,8 @@ def test_a_backend_of_someone_else_has_options_that_only_its_class_knows() -> No
     [
         {"temperature": -0.1},
         {"temperature": float("nan")},
-        {"temperature": "0.5"},
+        {"temperature": "hot"},
+        {"temperature": [0.5]},
         {"temperature": True},
         {"top_k": -1},
         {"top_k": 1.5},
@@ -142,7 +149,10 @@ def test_a_backend_of_someone_else_has_options_that_only_its_class_knows() -> No
         {"seed": -1},
         {"logit_bias": {"a": 1}},
         {"logit_bias": [1]},
-        {"ignore_eos": "yes"},
+        {"ignore_eos": "perhaps"},
+        {"ignore_eos": 2},
+        {"logit_bias": {1.5: 1}},
+        {"stop": 5},
     ],
 )
 def test_sampling_values_out_of_range_are_refused_by_name(changes: dict[str, Any]) -> None:
@@ -160,6 +170,106 @@ def test_sampling_values_in_range_are_kept(temperature: float, top_k: int, top_p
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, stop=stop)
     assert describe(sampling)["stop"] == stop
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (temperature, top_k, top_p)
+
+
+WRONG: dict[Any, list[Any]] = {
+    int: ["many", 1.5, "1.5", True, [1], {}, math.nan, math.inf, None],
+    float: ["hot", True, [0.5], {}, None],
+    bool: ["perhaps", 2, 0.5, [], None],
+    str: [5, 0.5, True, ["a"], b"a", None],
+    list: ["ab", 5, {"a": 1}, [None], None],
+    dict: ["ab", 5, ["a"], {"a": None}, None],
+    Enum: ["perhaps", 5, ["auto"], None],
+}
+
+
+def declared(hint: Any) -> tuple[Any, bool]:
+    """Return which of the kinds in `WRONG` a type is, and whether None is one of its values."""
+    kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    kind = get_origin(kinds[0]) or kinds[0]
+    return Enum if isinstance(kind, type) and issubclass(kind, Enum) else kind, NoneType in kinds
+
+
+@pytest.mark.parametrize(
+    ("schema", "name"), [(schema, f.name) for schema in SCHEMAS for f in fields(schema)], ids=lambda x: str(x)
+)
+def test_a_value_of_another_type_is_refused_by_name(schema: type[Any], name: str) -> None:
+    hint = get_type_hints(schema)[name]
+    kind, optional = declared(hint)
+    if hint is Any or hint == dict[str, Any]:
+        return
+    values = WRONG.get(kind, ["other", 5, None, {}])  # else it is a dataclass
+    for value in values:
+        if (value is None and (optional or name == "stop")) or (name == "stop" and isinstance(value, str)):
+            continue
+        if schema is ModelConfig and name in ("backend", "device") and isinstance(value, str):
+            continue  # checked where they are read
+        with pytest.raises(LLMConfigError, match=name) as caught:
+            schema(**{name: value})
+        assert "is not allowed; it must be" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"threads": "2"}, 2),
+        ({"threads": 2.0}, 2),
+        ({"threads": np.int64(2)}, 2),
+        ({"slots": 3.0}, 3),
+        ({"reproducible": "false"}, False),
+        ({"reproducible": "True"}, True),
+        ({"reproducible": np.bool_(True)}, True),
+        ({"rope_freq_scale": "0.5"}, 0.5),
+        ({"rope_freq_scale": Decimal("0.5")}, 0.5),
+        ({"model": Path("m.gguf")}, "m.gguf"),
+        ({"lora": ("a", "b=0.5")}, ["a", "b=0.5"]),
+        ({"tensor_split": np.array([0.5, 0.5])}, [0.5, 0.5]),
+        ({"flash_attention": False}, Switch.off),
+        ({"threads": None}, None),
+    ],
+    ids=str,
+)
+def test_the_library_reads_a_value_as_the_command_line_does(given: dict[str, Any], expected: Any) -> None:
+    ((name, _),) = given.items()
+    for config in (LlamaCppConfig(**given), build(LlamaCppConfig, given, "backend option")):
+        assert getattr(config, name) == expected
+        assert type(getattr(config, name)) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sampling.logit_bias={5:-100}", {5: -100.0}),
+        ("sampling.logit_bias={5:-100, 7:1.5}", {5: -100.0, 7: 1.5}),
+        ("sampling.logit_bias.5=-100", {5: -100.0}),
+        ("+sampling.logit_bias.5=-100", {5: -100.0}),
+    ],
+)
+def test_a_logit_bias_can_be_given_on_the_command_line(override: str, expected: dict[int, float]) -> None:
+    assert compose([override]).sampling.logit_bias == expected
+
+
+def test_a_logit_bias_has_numbers_or_text_as_keys() -> None:
+    for bias in ({5: -1}, {"5": -1}, {5.0: "-1"}):
+        assert SamplingConfig(logit_bias=bias).logit_bias == {5: -1}
+    with pytest.raises(LLMConfigError, match="a token of logit_bias='five' is not allowed; it must be an integer"):
+        SamplingConfig(logit_bias={"five": 1})
+
+
+def test_whole_floats_are_integers_on_the_command_line_too() -> None:
+    config = compose(["sampling.max_tokens=8.0", "sampling.seed=1e3", "dataset.limit=2.0", "backend.threads=1.0"])
+    assert (config.sampling.max_tokens, config.seed, config.dataset.limit, config.backend.threads) == (8, 1000, 2, 1)
+    with pytest.raises(LLMConfigError, match="max_tokens=8.5 is not allowed; it must be an integer"):
+        compose(["sampling.max_tokens=8.5"])
+
+
+def test_keys_of_a_map_are_the_users() -> None:
+    config = compose(["backend=transformers", "backend.max_memory={0:20GiB,cpu:60GiB}"])
+    assert config.backend.max_memory == {"0": "20GiB", "cpu": "60GiB"}
+
+
+def test_rows_can_be_named_by_position() -> None:
+    assert compose(["dataset.columns.id=null"]).dataset.columns.id is None
 
 
 def test_one_stop_string_may_stand_without_a_list() -> None:

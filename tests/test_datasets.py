@@ -9,8 +9,11 @@ import os
 import sys
 import tracemalloc
 from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pandas as pd
 import pyarrow as pa
@@ -18,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+import llmpipe
 from llmpipe.config import ColumnsConfig, DatasetConfig
 from llmpipe.datasets import Dataset
 from llmpipe.datasets.jsonl import MAX_LEVELS
@@ -25,7 +29,7 @@ from llmpipe.exceptions import DatasetError, MissingDependencyError
 from llmpipe.records import Row
 
 
-def dataset(*paths: Path | str, limit: int | None = None, **columns: str) -> Dataset:
+def dataset(*paths: Path | str, limit: int | None = None, **columns: str | None) -> Dataset:
     names = [str(path) for path in paths]
     return Dataset(DatasetConfig(path=names, columns=ColumnsConfig(**columns), limit=limit))
 
@@ -191,7 +195,8 @@ def test_parquet_with_damaged_pages_is_refused_by_name(tmp_path: Path) -> None:
         ({"prompt": [b"a"]}, "prompt", "text"),
         ({"prompt": [["a"]]}, "prompt", "text"),
         ({"messages": [1.5]}, "messages", "lists or JSON text"),
-        ({"prompt": ["a"], "id": [1.5]}, "id", "text or integers"),
+        ({"prompt": ["a"], "id": [[1]]}, "id", "text, numbers, dates or UUIDs"),
+        ({"prompt": ["a"], "id": [{"a": 1}]}, "id", "text, numbers, dates or UUIDs"),
         ({"prompt": ["a"], "sampling": [3]}, "sampling", "structs or JSON text"),
     ],
 )
@@ -293,6 +298,40 @@ def test_duplicate_ids_are_refused_naming_both_places(write_jsonl: Callable[...,
     path = write_jsonl(*({"prompt": "p", "id": one} for one in ids))
     with pytest.raises(DatasetError, match=r"stands twice: .*rows\.jsonl line \d and .*rows\.jsonl line 3"):
         dataset(path).scan()
+
+
+def test_rows_whose_ids_begin_again_in_each_file_are_named_by_position_when_asked_for(
+    write_jsonl: Callable[..., Path],
+) -> None:
+    shards = [write_jsonl({"prompt": "p", "id": 1}, name=name) for name in ("one.jsonl", "two.jsonl")]
+    with pytest.raises(DatasetError, match=r"dataset\.columns\.id=null"):
+        dataset(*shards).scan()
+    by_position = dataset(*shards, id=None)
+    assert by_position.scan().rows == 2
+    assert [row.id(by_position.columns.id) for row in by_position.rows()] == ["row-0", "row-1"]
+
+
+IDS = {
+    "whole": pa.array([1.0, 2.0, None]),
+    "doubles": pa.array([0.5, 1.5, None]),
+    "decimals": pa.array([Decimal("1.10"), Decimal("2.00"), None], pa.decimal128(5, 2)),
+    "dates": pa.array([date(2024, 1, 1), date(2024, 1, 2), None]),
+    "instants": pa.array([1, 2, None], pa.timestamp("ns", "Europe/Paris")),
+    "uuids": pa.array([UUID(int=1).bytes, UUID(int=2).bytes, None], pa.uuid()),
+    "hashes": pa.array([b"\xff" * 16, b"\xfe" * 16, None], pa.binary(16)),
+    "categories": pa.array(["a", "b", None]).dictionary_encode(),
+}
+
+
+@pytest.mark.parametrize("kind", IDS)
+@pytest.mark.parametrize("output", ["jsonl", "parquet"])
+def test_ids_of_every_single_value_name_their_rows_in_input_and_output(tmp_path: Path, kind: str, output: str) -> None:
+    path = write_parquet(tmp_path / "a.parquet", {"id": IDS[kind], "prompt": ["x", "y", "z"]})
+    ids = [row.id("id") for row in read(path)]
+    assert ids[2] == "row-2" and len(set(ids)) == 3
+    llmpipe.run(llmpipe.compose(["backend=echo", f"dataset.path={path}", f"output={output}"]), tmp_path / "run")
+    found = llmpipe.read_run(tmp_path / "run").rows
+    assert list(map(str, found["id"])) == list(map(str, ids))
 
 
 def test_duplicate_ids_are_found_across_files(write_jsonl: Callable[..., Path]) -> None:

@@ -245,7 +245,7 @@ def test_values_of_a_completion_are_kept_by_their_place_so_other_fields_are_anot
     values = "text finish_reason prompt_tokens cached_prompt_tokens truncated_prompt_tokens completion_tokens"
     times = "queue_s first_token_s latency_s"
     assert [f.name for f in fields(Completion)] == f"request_id sample {values} {times} error scores".split()
-    assert VERSION == 3
+    assert VERSION == 4
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

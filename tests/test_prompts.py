@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pytest
 
+from llmpipe import compose
 from llmpipe.chats import parse_messages
-from llmpipe.config import ColumnsConfig, Overflow, PromptConfig, SamplingConfig
+from llmpipe.config import ColumnsConfig, Overflow, PromptConfig, SamplingConfig, describe
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.prompts import PromptBuilder, fill, template_columns
 from llmpipe.records import Request, Row
@@ -22,10 +26,9 @@ def build(
     seed: int = 0,
     n: int = 1,
     done: frozenset[int] = frozenset(),
-    run_seed: int | None = None,
     **prompt: Any,
 ) -> Request | None:
-    sampling = SamplingConfig(temperature=0.5, n=n, seed=run_seed)
+    sampling = SamplingConfig(temperature=0.5, n=n)
     builder = PromptBuilder(PromptConfig(**prompt), ColumnsConfig(), sampling, seed, chat)
     return builder.build(Row("f", index + 1, values or {}, error=error, index=index), done)
 
@@ -86,7 +89,9 @@ def test_an_unreadable_row_keeps_its_reason() -> None:
     ("sampling", "reason"),
     [
         ({"temperature": -1}, r"temperature=-1 is not allowed; it must be a number in \[0, 100\]"),
-        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"max_tokens": 8.5}, "max_tokens=8.5 is not allowed; it must be an integer"),
+        ({"seed": float("inf")}, "seed=inf is not allowed; it must be an integer"),
         ({"temperature": 10**400}, "sampling"),
         ({"temperature": "hot"}, "temperature='hot'"),
         ({"top_p": 0}, "top_p=0"),
@@ -176,6 +181,32 @@ def test_a_row_overrides_the_sampling_of_the_run(sampling: Any) -> None:
     assert request({"prompt": "p", "sampling": None}).sampling == SamplingConfig(temperature=0.5)
 
 
+@pytest.mark.parametrize("kind", [float, np.float64, np.int64, Decimal])
+def test_whole_numbers_of_a_data_frame_are_integers(kind: Any) -> None:
+    values = {"max_tokens": 8, "top_k": 40, "n": 2, "seed": 1}
+    found = request({"prompt": "p", "sampling": {name: kind(value) for name, value in values.items()}}).sampling
+    assert found == SamplingConfig(temperature=0.5, **values)
+    assert all(type(getattr(found, name)) is int for name in values)
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan, np.float32("nan")])
+def test_what_a_data_frame_leaves_open_is_as_the_run_has_it(nothing: Any) -> None:
+    options = {"temperature": 1.5, "max_tokens": nothing, "stop": nothing, "logit_bias": {"5": -1, "7": nothing}}
+    for sampling in (options, list(options.items())):  # a struct, and a map as Arrow gives it
+        found = request({"prompt": "p", "messages": nothing, "sampling": sampling})
+        assert found.sampling == SamplingConfig(temperature=1.5, logit_bias={5: -1})
+    assert request({"prompt": "p", "sampling": nothing}).sampling == SamplingConfig(temperature=0.5)
+    assert request({"prompt": "p", "sampling": '{"top_k": NaN}'}).sampling == SamplingConfig(temperature=0.5)
+    with pytest.raises(ValueError, match="both missing or null"):
+        build({"prompt": nothing})
+    with pytest.raises(ValueError, match="'a', which is missing or null"):
+        build({"a": nothing}, template="{a}")
+
+
+def test_a_whole_number_of_a_data_frame_is_an_integer_in_a_template() -> None:
+    assert request({"a": 4.0, "b": 4.5}, template="{a} and {b}").prompt == "4 and 4.5"
+
+
 def test_only_the_samples_that_are_not_done_are_asked_for() -> None:
     assert request({"prompt": "p"}, n=3).samples == (0, 1, 2)
     assert request({"prompt": "p"}, n=3, done=frozenset({0, 2})).samples == (1,)
@@ -191,9 +222,21 @@ def test_the_seed_follows_from_the_runs_seed_and_the_rows_id_not_from_its_place(
     assert request({"prompt": "p", "id": "\ud800"}).seed >= 0
 
 
-def test_a_seed_that_is_given_is_taken() -> None:
-    assert request({"prompt": "p"}, run_seed=5).seed == 5
-    assert request({"prompt": "p", "sampling": {"seed": 6}}, run_seed=5).seed == 6
+def test_a_seed_of_a_rows_own_is_taken() -> None:
+    assert request({"prompt": "p", "sampling": {"seed": 6}}).seed == 6
+    assert request({"prompt": "p", "sampling": {"seed": 6}}, seed=5, index=1).seed == 6
+
+
+def test_a_sampling_seed_of_the_run_is_the_runs_seed_of_which_each_row_has_its_own() -> None:
+    config, same = compose(["sampling.seed=5"]), compose(["seed=5"])
+    assert (config.seed, config.sampling.seed) == (5, None)
+    assert describe(config) == describe(same)
+    builder = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, False)
+    seeds = [builder.build(Row("f", i, {"prompt": "p"}, index=i)).seed for i in range(2)]  # type: ignore[union-attr]
+    assert seeds == [request({"prompt": "p"}, index=i, seed=5).seed for i in range(2)]
+    assert seeds[0] != seeds[1]
+    with pytest.raises(LLMConfigError, match="seed=4 is not allowed; it must be sampling.seed=5"):
+        compose(["sampling.seed=5", "seed=4"])
 
 
 def test_overflow_reaches_the_runner() -> None:

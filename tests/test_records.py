@@ -19,13 +19,17 @@ def request(id: int, *samples: int) -> Request:
 
 
 def test_a_seed_is_the_same_on_every_machine() -> None:
-    assert derive_seed(0, "row-1") == 689400658
-    assert Request(7, SAMPLING, seed=5).seed_of(2) == derive_seed(5, 2) == 628789062
+    assert derive_seed(0, "row-1") == 4178248522598161734
+    assert Request(7, SAMPLING, seed=5).seed_of(2) == derive_seed(5, 2) == 11126141739881149385
 
 
 @given(st.lists(st.text() | st.integers(), min_size=1, max_size=3))
 def test_a_seed_fits_what_backends_take(parts: list[object]) -> None:
-    assert 0 <= derive_seed(*parts) < 2**31
+    assert 0 <= derive_seed(*parts) < 2**64
+
+
+def test_no_two_of_a_million_rows_share_a_seed() -> None:
+    assert len({derive_seed(0, row) for row in range(1_000_000)}) == 1_000_000
 
 
 def test_parts_of_a_seed_do_not_run_together() -> None:
@@ -36,7 +40,9 @@ def test_the_seed_of_a_sample_does_not_depend_on_which_samples_are_asked_for() -
     assert request(0, 0, 1, 2).seed_of(2) == request(0, 2).seed_of(2) != request(0, 1).seed_of(1)
 
 
-@pytest.mark.parametrize(("value", "expected"), [("a", "a"), (3, 3), (None, "row-4"), (1.5, 1.5), ([1], "row-4")])
+@pytest.mark.parametrize(
+    ("value", "expected"), [("a", "a"), (3, 3), (3.0, 3), (None, "row-4"), (float("nan"), "row-4"), ([1], "row-4")]
+)
 def test_a_row_without_a_usable_id_is_named_by_its_position(value: object, expected: object) -> None:
     assert Row("f", 1, {"id": value}, index=4).id("id") == expected
 

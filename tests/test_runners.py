@@ -360,8 +360,11 @@ def test_samples_of_a_row_differ_and_come_again_with_the_seed(backend: str, make
 
 
 def test_equal_prompts_of_one_run_get_samples_of_their_own(backend: str, make: Make) -> None:
-    done = make(backend).run([STORY] * 5, temperature=1.0, max_tokens=10)
-    assert len({c.text for c in done}) > 1
+    runner = make(backend)
+    for seed in ({}, {"seed": 5}, {"seed": 2**70}):
+        done = runner.run([STORY] * 5, temperature=1.0, max_tokens=10, **seed)
+        assert len({c.text for c in done}) > 1
+        assert done[0].text == runner.generate_text(STORY, temperature=1.0, max_tokens=10, **seed)
 
 
 def test_options_out_of_range_and_unknown_ones_are_refused_by_name(backend: str, make: Make) -> None:

@@ -8,6 +8,7 @@ This describes. It never touches the network, a device, or a backend's package.
 
 choices.py     the options that are a choice from a few names
 checks.py      what refuses a wrong value or an unknown name
+conversion.py  what makes a value of the type that its option declares
 sampling.py    how tokens are chosen
 backends.py    the options of each backend
 run.py         a whole run: device, dataset, prompt, output, metrics

@@ -11,6 +11,7 @@ from typing import Any
 
 from llmpipe.config.checks import check, count, number
 from llmpipe.config.choices import BackendType, Batching, Dtype, RopeScaling, Switch
+from llmpipe.config.conversion import integer, settle
 from llmpipe.exceptions import LLMConfigError
 
 BUNDLED = "bundled"
@@ -54,19 +55,15 @@ class BackendConfig:
         Raises:
             LLMConfigError: names the option, the value and the bounds.
         """
-        check(
-            isinstance(self.model, str) and bool(self.model.strip()),
-            "backend.model",
-            self.model,
-            "a file, directory or hub id",
-        )
+        settle(self, "backend.")
+        check(bool(self.model.strip()), "backend.model", self.model, "a file, directory or hub id")
         if self.slots != "auto":
+            self.slots = integer("backend.slots", self.slots)
             count("backend.slots", self.slots, 1, "an integer >= 1, or auto")
         if self.threads is not None:
             count("backend.threads", self.threads, 1, "an integer >= 1, or null")
         if self.context is not None:  # a token of the prompt, and one of the completion
             count("backend.context", self.context, 2, "an integer >= 2, or null")
-        check(isinstance(self.isolation, bool), "backend.isolation", self.isolation, "true or false")
         if self.row_timeout_s is not None:
             number("backend.row_timeout_s", self.row_timeout_s, 0, 1e9, "a number > 0, or null", open_low=True)
             if not self.isolation:
@@ -167,7 +164,7 @@ class TransformersConfig(BatchingConfig):
     """torch.compile the forward pass; pays off on long runs on a GPU."""
     device_map: str | None = speed(None)
     """Spread the model over GPUs, host memory and disk through accelerate, such as auto; overrides device."""
-    max_memory: dict[str, str] = field(default_factory=dict, metadata={"speed": True})
+    max_memory: dict[Any, str] = field(default_factory=dict, metadata={"speed": True})
     """Most memory of the weights per device for device_map, such as {0: 20GiB, cpu: 60GiB}."""
     offload_folder: str | None = speed(None)
     """Where device_map puts the weights for which there is no memory."""
@@ -190,6 +187,7 @@ class TransformersConfig(BatchingConfig):
         """
         super().__post_init__()
         _check_adapters(self.lora)
+        self.max_memory = {str(device): size for device, size in self.max_memory.items()}
 
 
 @dataclass
@@ -217,8 +215,7 @@ def split_adapter(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _check_adapters(adapters: Sequence[Any]) -> None:
+def _check_adapters(adapters: Sequence[str]) -> None:
     for adapter in adapters:
-        is_named = isinstance(adapter, str) and bool(split_adapter(adapter)[0])
-        check(is_named, "backend.lora", adapter, "PATH or PATH=SCALE")
+        check(bool(split_adapter(adapter)[0]), "backend.lora", adapter, "PATH or PATH=SCALE")
         number(f"the scale in backend.lora={adapter!r}", split_adapter(adapter)[1], -1e6, 1e6, "a finite number")

@@ -38,7 +38,6 @@ class ModelConfig(SamplingConfig):
         """
         super().__post_init__()
         DeviceConfig.parse(self.device)
-        self.model_path = str(self.model_path)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
@@ -50,7 +49,9 @@ class ModelConfig(SamplingConfig):
         flat = config.get("llm", config)
         check(isinstance(flat, Mapping), "llm", flat, "a dictionary of options")
         own = {f.name for f in fields(cls)}
-        options = {**flat.get("options", {}), **{k: v for k, v in flat.items() if k not in own}}
+        given = flat.get("options", {})
+        check(isinstance(given, Mapping), "options", given, "a dictionary of options")
+        options = {**given, **{k: v for k, v in flat.items() if k not in own}}
         return cls(**{**{k: v for k, v in flat.items() if k in own}, "options": options})
 
     @property

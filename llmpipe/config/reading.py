@@ -95,9 +95,32 @@ def register_schemas() -> None:
 
     OmegaConf.register_new_resolver("llmpipe.data", lambda name: str(data_dir() / name), replace=True)
     store = ConfigStore.instance()
-    store.store(name="run_schema", node=RunConfig)
+    store.store(name="run_schema", node=_schema(RunConfig))
     for backend, schema in BACKENDS.items():
-        store.store(group="schema", name=backend.group, node=schema)
+        store.store(group="schema", name=backend.group, node=_schema(schema))
+
+
+def _schema(cls: type[Any]) -> Any:
+    """Return a dataclass as Hydra's schema, less what OmegaConf is stricter in than the dataclass itself."""
+    from omegaconf import OmegaConf
+
+    schema = OmegaConf.structured(cls)
+    _loosen(schema)
+    return schema
+
+
+def _loosen(node: Any) -> None:
+    """Let maps take keys that they do not have yet, and integers be written as 8.0; the dataclasses see to the rest."""
+    from omegaconf import AnyNode, DictConfig, IntegerNode, OmegaConf
+
+    for key in node:
+        inner = node._get_node(key)
+        if isinstance(inner, IntegerNode):
+            node._content[key] = AnyNode(inner._value(), key=key, parent=node)
+        elif isinstance(inner, DictConfig) and is_dataclass(OmegaConf.get_type(inner)):
+            _loosen(inner)
+        elif isinstance(inner, DictConfig):
+            OmegaConf.set_struct(inner, False)
 
 
 def conf_dir() -> Path:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmpipe.config.checks import auto_or_bool, check, count, number
 from llmpipe.config.choices import DeviceType, OnError, OutputFormat, Overflow, PromptFormat
+from llmpipe.config.conversion import settle
 from llmpipe.config.sampling import SamplingConfig
 
 
@@ -26,6 +28,7 @@ class DeviceConfig:
         Raises:
             LLMConfigError: lists the devices there are.
         """
+        settle(self, "device.")
         names = [member.value for member in DeviceType]
         check(
             self.type in names,
@@ -59,20 +62,28 @@ class DeviceConfig:
 class ColumnsConfig:
     """What the dataset calls its columns. Every other column rides along untouched."""
 
-    id: str = "id"
-    """Unique names of the rows; rows without one are called row-0, row-1, … by position."""
+    id: str | None = "id"
+    """Unique names of the rows; rows without one are called row-0, row-1, … by position, and with null all rows are."""
     prompt: str = "prompt"
     """Plain prompts."""
     messages: str = "messages"
     """Chats: lists of {role, content}. Used before prompt where a row has both."""
     reference: str = "reference"
-    """Right answers, for the scorers: one, or a list of which any will do."""
+    """Right answers, for the scorers: text, a number, true, a date, …; one, or a list of which any will do."""
     tools: str | None = "tools"
     """What the model may call in a chat: lists of tools in OpenAI's format, instead of prompt.tools; null: none."""
     chat_template_kwargs: str | None = "chat_template_kwargs"
     """Objects of arguments for the chat template, above those of prompt.chat_template_kwargs; null: none."""
     sampling: str = "sampling"
     """Objects of sampling options that override the run's for their row."""
+
+    def __post_init__(self) -> None:
+        """Refuse values of another type.
+
+        Raises:
+            LLMConfigError: names the option and the value.
+        """
+        settle(self, "dataset.columns.")
 
 
 @dataclass
@@ -92,6 +103,10 @@ class DatasetConfig:
         Raises:
             LLMConfigError: names the option and the value.
         """
+        settle(self, "dataset.")
+        paths = [self.path] if isinstance(self.path, (str, Path)) else self.path
+        are_paths = isinstance(paths, Sequence) and all(isinstance(path, (str, Path)) for path in paths)
+        check(are_paths, "dataset.path", self.path, "a file, a glob or a list of them")
         if self.limit is not None:
             count("dataset.limit", self.limit, 0, "an integer >= 0, or null")
 
@@ -121,11 +136,12 @@ class PromptConfig:
     """error or truncate a prompt that exceeds the context."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range.
+        """Refuse values of another type or out of range.
 
         Raises:
-            LLMConfigError: names the option and what it may be.
+            LLMConfigError: names the option and the value.
         """
+        settle(self, "prompt.")
         auto_or_bool("prompt.continue_final", self.continue_final)
 
 
@@ -137,6 +153,14 @@ class OutputConfig:
     """jsonl or parquet."""
     prefix: str = ""
     """Put before the name of every column that llmpipe adds."""
+
+    def __post_init__(self) -> None:
+        """Refuse values of another type.
+
+        Raises:
+            LLMConfigError: names the option and the value.
+        """
+        settle(self, "output.")
 
 
 @dataclass
@@ -154,6 +178,7 @@ class MetricsConfig:
         Raises:
             LLMConfigError: names the option and the bounds.
         """
+        settle(self, "metrics.")
         number("metrics.memory_interval_s", self.memory_interval_s, 0, 60, "a number in (0, 60]", open_low=True)
 
 
@@ -200,10 +225,25 @@ class RunConfig:
         Raises:
             LLMConfigError: names the option and the bounds.
         """
+        settle(self)
         count("seed", self.seed, 0, "an integer >= 0")
+        self._take_seed()
         check(self.export_to is None or self.export is not None, "export_to", self.export_to, "given with export=")
         check(not (self.plan and self.export), "plan", self.plan, "false with export=")
         if self.max_error_rate is not None:
             number("max_error_rate", self.max_error_rate, 0, 1, "a number in (0, 1], or null", open_low=True)
         if self.run_timeout_s is not None:
             number("run_timeout_s", self.run_timeout_s, 0, 1e9, "a number > 0, or null", open_low=True)
+
+    def _take_seed(self) -> None:
+        """Make a `sampling.seed` of all rows the run's seed: as each row's own, all would draw the same numbers.
+
+        Raises:
+            LLMConfigError: the run has another seed already.
+        """
+        given = self.sampling.seed
+        if given is None:
+            return
+        check(self.seed in (0, given), "seed", self.seed, f"sampling.seed={given}, or one of the two left out")
+        self.seed = given
+        self.sampling = self.sampling.replace({"seed": None})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from llmpipe.config.checks import check, count, number, reject_unknown
+from llmpipe.config.conversion import integer, settle
 
 MAX_SAMPLES = 4096
 """Most samples of one row; they are held in memory together."""
@@ -36,8 +37,8 @@ class SamplingConfig:
     """Subtract from the logit of each token already in the completion, as OpenAI defines it. In [-2, 2]."""
     frequency_penalty: float = 0.0
     """Subtract once per occurrence of the token in the completion, as OpenAI defines it. In [-2, 2]."""
-    logit_bias: dict[int, float] = field(default_factory=dict)
-    """Add to the logits of these token ids."""
+    logit_bias: dict[Any, float] = field(default_factory=dict)
+    """Add to the logits of these token ids, as {5: -100}."""
     max_tokens: int = 256
     """Most tokens to generate per sample; the end token is not counted."""
     stop: list[str] = field(default_factory=list)
@@ -45,7 +46,7 @@ class SamplingConfig:
     n: int = 1
     """Samples per row, each with its own seed."""
     seed: int | None = None
-    """Seed of the row itself; by default derived from the run's seed and the row's id."""
+    """Of a run the same as seed=; of one row's sampling the row's own, by default derived from the run's and its id."""
     ignore_eos: bool = False
     """Generate max_tokens tokens, end tokens or not (for benchmarks)."""
 
@@ -55,10 +56,9 @@ class SamplingConfig:
         Raises:
             LLMConfigError: names the option, the value and the bounds.
         """
-        if isinstance(self.stop, str):
-            self.stop = [self.stop]
-        check(self.stop is None or isinstance(self.stop, Sequence), "stop", self.stop, "a list of non-empty strings")
-        self.stop = list(self.stop or [])
+        if self.stop is None or isinstance(self.stop, str):  # as OpenAI has it
+            self.stop = [] if self.stop is None else [self.stop]
+        settle(self)
         number("temperature", self.temperature, 0, 100, "a number in [0, 100]")
         count("top_k", self.top_k, 0, "an integer >= 0 (0 is off)")
         number("top_p", self.top_p, 0, 1, "a number in (0, 1]", open_low=True)
@@ -70,17 +70,13 @@ class SamplingConfig:
         count("max_tokens", self.max_tokens, 1, "an integer >= 1")
         count("n", self.n, 1, "an integer >= 1")
         check(self.n <= MAX_SAMPLES, "n", self.n, f"at most {MAX_SAMPLES}")
-        check(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "a list of non-empty strings")
+        check(all(self.stop), "stop", self.stop, "a list of non-empty strings")
         if self.seed is not None:
             count("seed", self.seed, 0, "an integer >= 0, or null")
-        check(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "true or false")
-        check(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, "a map of token id to bias")
-        try:
-            self.logit_bias = {int(token): float(bias) for token, bias in self.logit_bias.items()}
-        except (TypeError, ValueError, OverflowError):
-            check(False, "logit_bias", self.logit_bias, "a map of token id to bias")
         for token, bias in self.logit_bias.items():
             number(f"logit_bias[{token}]", bias, -1e9, 1e9, "a number in [-1e9, 1e9]")
+        # JSON and the command line have keys that are text.
+        self.logit_bias = {integer("a token of logit_bias", token): bias for token, bias in self.logit_bias.items()}
 
     @property
     def is_greedy(self) -> bool:

@@ -6,32 +6,22 @@ import ast
 import functools
 import inspect
 from collections.abc import Mapping
-from dataclasses import MISSING as REQUIRED
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
 from itertools import pairwise
 from typing import Any
 
-from llmpipe.config.checks import check, reject_unknown
+from llmpipe.config.checks import reject_unknown
 
 
 def build(cls: type[Any], values: Mapping[str, Any], what: str) -> Any:
-    """Make a config dataclass from plain values, converting enum names; unknown names are refused.
+    """Make a config dataclass from plain values; unknown names are refused.
 
     Raises:
-        LLMConfigError: a name is unknown or a value out of range.
+        LLMConfigError: a name is unknown, or a value of the wrong type or out of range.
     """
-    known = {f.name: f for f in fields(cls)}
-    reject_unknown(values, known, what, ())
-    converted = dict(values)
-    for name, f in known.items():
-        default = f.default if f.default is not REQUIRED else None
-        if isinstance(default, Enum) and name in values and not isinstance(values[name], Enum):
-            kinds = [member.value for member in type(default)]
-            value = {True: "on", False: "off"}.get(values[name], values[name])
-            check(value in kinds, f"{what} {name}", values[name], f"one of {', '.join(kinds)}")
-            converted[name] = type(default)(value)
-    return cls(**converted)
+    reject_unknown(values, [f.name for f in fields(cls)], what)
+    return cls(**values)
 
 
 def describe(config: Any) -> dict[str, Any]:

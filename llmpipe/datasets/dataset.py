@@ -95,8 +95,13 @@ class Dataset:
         return Scan(len(id_hashes), list(every), self.digest())
 
     def _check_types(self, file: Path, schema: pa.Schema, template: list[str] | None) -> None:
-        allowed = {"id": "text or integers", "messages": "lists or JSON text", "sampling": "structs or JSON text"}
-        allowed |= {"tools": "lists or JSON text", "chat_template_kwargs": "structs or JSON text"}
+        allowed = {
+            "id": "text, numbers, dates or UUIDs",
+            "messages": "lists or JSON text",
+            "tools": "lists or JSON text",
+            "chat_template_kwargs": "structs or JSON text",
+            "sampling": "structs or JSON text",
+        }
         if template is None:
             allowed["prompt"] = "text"
         types = {field.name: field.type for field in schema}
@@ -133,7 +138,8 @@ class Dataset:
                     first = seen[name]
                     raise DatasetError(
                         f"the id {name!r} stands twice: {first.file} line {first.line} and {row.file} line {row.line}; "
-                        f"make ids unique, or name another column with dataset.columns.id="
+                        f"make ids unique, name another column with dataset.columns.id=, or name rows by position "
+                        f"with dataset.columns.id=null, as where each file counts from the beginning"
                     )
                 seen[name] = row
 

@@ -91,6 +91,6 @@ def fits(kind: pa.DataType, what: str) -> bool:
     types = pa.types
     kind = kind.value_type if types.is_dictionary(kind) else kind
     fits = types.is_null(kind) or types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    fits |= "integers" in what and types.is_integer(kind)
+    fits |= "numbers" in what and not types.is_nested(kind)
     fits |= "lists" in what and (types.is_list(kind) or types.is_large_list(kind))
     return fits or ("structs" in what and types.is_struct(kind))

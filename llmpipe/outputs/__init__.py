@@ -6,7 +6,7 @@ name it in `WRITERS`.
 
 from llmpipe.outputs.arrow_types import ColumnTypes
 from llmpipe.outputs.files import found_files, new_files, seal
-from llmpipe.outputs.layout import COLUMNS, Answered, Layout, join
+from llmpipe.outputs.layout import COLUMNS, ID, POSITION, Answered, Layout, join
 from llmpipe.outputs.reading import RunFiles, read_run
 from llmpipe.outputs.writing import (
     ERRORS_FILE,
@@ -23,7 +23,9 @@ from llmpipe.outputs.writing import (
 __all__ = [
     "COLUMNS",
     "ERRORS_FILE",
+    "ID",
     "METRICS_FILE",
+    "POSITION",
     "REPORT_FILE",
     "WRITERS",
     "Answered",

@@ -25,7 +25,8 @@ class JsonlWriter:
         """Append one output row: the row as it stands in its file, with the new columns spliced in at the end."""
         row, completion = answered
         added = dict(zip(self._names, self._layout.values(row, completion), strict=True))
-        if not self._layout.adds_id and row.values.get(ID) is None:
+        own = row.values.get(ID)
+        if not (self._layout.adds_id or type(own) in (str, int) or isinstance(own, (list, dict))):
             added = {ID: row.id(self._layout.id_column), **added}
         if row.error is not None:
             own = b"{}"

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from llmpipe.exceptions import DatasetError, LLMError
 from llmpipe.records import Completion, Row
 
-ID = "id"
+ID, POSITION = "id", "row_id"
+"""What the names of the rows are called; the second where the dataset has ids that are not to name its rows."""
 
 COLUMNS = {
     "completion": "string",
@@ -30,16 +31,18 @@ class Layout:
     """Which columns an output row gains, in order."""
 
     prefix: str
-    id_column: str
+    id_column: str | None
     adds_id: bool
     """Whether the dataset lacks a column `id`, so that one is added."""
     sample: bool
     truncated: bool
     scorers: tuple[str, ...]
+    id_name: str = ID
+    """What the added column with the ids is called."""
 
     def types(self) -> dict[str, str]:
         """Return name → Arrow type of the added columns, prefix included."""
-        names = {ID: "string"} if self.adds_id else {}
+        names = {self.id_name: "string"} if self.adds_id else {}
         names |= {"sample": "int64"} if self.sample else {}
         names |= COLUMNS
         names |= {"truncated_prompt_tokens": "int64"} if self.truncated else {}

@@ -34,11 +34,11 @@ class ParquetWriter:
         assert types is not None
         self._own = types.schema()
         place = self._own.get_field_index(ID)
-        # Rows without an id get one, as far as the column can hold it.
-        self._fills_ids = not layout.adds_id and (place < 0 or pa.types.is_string(self._own.field(place).type))
-        if self._fills_ids:
+        kind = None if layout.adds_id else _id_type(self._own.field(place).type if place >= 0 else pa.string())
+        self._fills_ids = kind is not None
+        if kind is not None:
             others = [field for field in self._own if field.name != ID]
-            others.insert(max(0, place), pa.field(ID, pa.string()))
+            others.insert(max(0, place), pa.field(ID, kind))
             self._own = pa.schema(others)
         self._added = pa.schema([pa.field(name, kind) for name, kind in layout.types().items()])
         self._schema = pa.schema([*self._own, *self._added])
@@ -99,3 +99,16 @@ class ParquetWriter:
         except UnicodeEncodeError:
             spelt = [value and value.encode("utf-8", "backslashreplace").decode() for value in values]
             return self._pa.array(spelt, kind)
+
+
+def _id_type(own: pa.DataType) -> pa.DataType | None:
+    """Return the text type in which ids are written, those by position too; None where the column stays as it is.
+
+    Integers stay, and what is no id at all; floats, UUIDs and dates become the text that they are called by.
+    """
+    import pyarrow as pa
+
+    types = pa.types
+    if types.is_integer(own) or types.is_boolean(own) or types.is_nested(own):
+        return None
+    return own if types.is_large_string(own) or types.is_string_view(own) else pa.string()

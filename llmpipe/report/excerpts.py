@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+from llmpipe.cells import is_missing
 from llmpipe.config import ColumnsConfig
 from llmpipe.records import Completion, Row, harmless
 
@@ -78,7 +79,7 @@ def answer_of(row: Row, completion: Completion, columns: ColumnsConfig, template
         asked=asked,
         turns_before=max(0, len(turns) - TURNS),
         text=cut(completion.text or ""),
-        reference=None if reference is None else cut(reference),
+        reference=None if is_missing(reference) else cut(reference),
         scores=dict(completion.scores),
         finish_reason=completion.finish_reason,
         tokens=completion.completion_tokens,

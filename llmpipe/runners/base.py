@@ -84,12 +84,7 @@ class BaseLLMRunner(ABC):
         if isinstance(config, ModelConfig):
             device = device or config.device
             sampling = sampling or config.sampling
-            own = [f.name for f in fields(self.config_type)]
-            reject_unknown(config.options, own, "option", extra=[f.name for f in fields(ModelConfig)])
-            config = {"model": config.model_path, **config.options}
-        if isinstance(config, Mapping):
-            config = cast(BackendConfig, build(self.config_type, config, "backend option"))
-        self.config = config
+        self.config = backend_config(config, self.config_type)
         self.device = DeviceConfig.parse(device)
         self.sampling = sampling or SamplingConfig()
         self.load_s = 0.0
@@ -259,7 +254,7 @@ class BaseLLMRunner(ABC):
     ) -> Request:
         """Make the request for one prompt with this runner's sampling options, changed by `sampling`.
 
-        Without `seed=` its seed is derived from `id`, so equal calls give equal answers.
+        Its seed is derived from `seed=` and `id`: equal calls give equal answers, and many prompts various ones.
 
         Args:
             prompt: Text, or the messages of a chat.
@@ -283,7 +278,7 @@ class BaseLLMRunner(ABC):
             tools, kwargs = parse_tools(tools), parse_template_kwargs(chat_template_kwargs)
         except ValueError as error:
             raise LLMConfigError(str(error)) from error
-        seed = options.seed if options.seed is not None else derive_seed(0, id)
+        seed = derive_seed(options.seed or 0, id)
         samples = tuple(range(options.n))
         if isinstance(prompt, str):
             if not self.is_chat(prompt_format):
@@ -447,7 +442,7 @@ class BaseLLMRunner(ABC):
             self._unload()
             self.device = after_device
             if model is not None:
-                self.config = replace(self.config, model=str(model))
+                self.config = replace(self.config, model=model)
             try:
                 self._load()
             except LLMError:
@@ -545,6 +540,23 @@ class BaseLLMRunner(ABC):
             return
         if inspect.getgeneratorstate(stream) != inspect.GEN_RUNNING:  # else we are inside it, and `_turn` refuses
             stream.close()
+
+
+def backend_config(
+    config: BackendConfig | ModelConfig | Mapping[str, Any], config_type: type[BackendConfig]
+) -> BackendConfig:
+    """Return the options of a backend, in whichever form they come.
+
+    Raises:
+        LLMConfigError: an option is unknown, of the wrong type or out of range.
+    """
+    if isinstance(config, ModelConfig):
+        own = [f.name for f in fields(config_type)]
+        reject_unknown(config.options, own, "option", extra=[f.name for f in fields(ModelConfig)])
+        config = {"model": config.model_path, **config.options}
+    if isinstance(config, Mapping):
+        config = cast(BackendConfig, build(config_type, config, "backend option"))
+    return config
 
 
 def error_chunks(request: Request, reason: str) -> Iterator[Chunk]:

@@ -17,7 +17,7 @@ from llmpipe.config import (
     unknown_name,
 )
 from llmpipe.exceptions import LLMConfigError
-from llmpipe.runners.base import BaseLLMRunner
+from llmpipe.runners.base import BaseLLMRunner, backend_config
 
 
 class LLMRunnerFactory:
@@ -51,18 +51,17 @@ class LLMRunnerFactory:
             config = ModelConfig.from_dict(config)
         name = str(getattr(config.backend, "value", config.backend))
         builtin = _builtin(name)
-        if builtin is not None and config.options.get("isolation"):
-            return _isolated(BACKENDS[builtin]._target_, BACKENDS[builtin], config)
         if builtin is not None:
-            runner = import_class(BACKENDS[builtin]._target_)
+            schema, target = BACKENDS[builtin], BACKENDS[builtin]._target_
         elif name in cls._registered:
             runner = cls._registered[name]
+            schema, target = runner.config_type, f"{runner.__module__}.{runner.__qualname__}"
         else:
             names = [backend.value for backend in BackendType] + list(cls._registered)
             raise LLMConfigError(unknown_name(name, names, "backend"))
-        if config.options.get("isolation"):
-            return _isolated(f"{runner.__module__}.{runner.__qualname__}", runner.config_type, config)
-        return runner(config)
+        if backend_config(config, schema).isolation:  # then nothing of a backend of llmpipe's is imported here
+            return _isolated(target, schema, config)
+        return import_class(target)(config) if builtin is not None else runner(config)
 
     @classmethod
     def from_target(

@@ -66,7 +66,8 @@ class Sampler:
             self._add(llama_cpp.llama_sampler_init_min_p(sampling.min_p, MIN_KEEP))
         if sampling.typical_p < 1:
             self._add(llama_cpp.llama_sampler_init_typical(sampling.typical_p, MIN_KEEP))
-        self._add(llama_cpp.llama_sampler_init_dist(seed))
+        # Its generator takes 32 bits; the last such number would mean a seed from the clock.
+        self._add(llama_cpp.llama_sampler_init_dist(seed % llama_cpp.LLAMA_DEFAULT_SEED))
 
     def sample(self, context: LlamaContext, output: int) -> int:
         """Draw a token from one of the outputs of the last decode call, and remember it for the penalties."""
