@@ -148,9 +148,10 @@ class LlamaCppRunner(BaseLLMRunner):
 
     def template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
         """Return what renders a chat; see `BaseLLMRunner.template_for`."""
-        if self._model is None or self._model.chat is None:
+        template = None if self._model is None else self._model.tool_chat if tools else self._model.chat
+        if template is None:
             raise ChatTemplateError("the model has no chat template: use prompt=raw or backend.chat_template=FILE")
-        return self._model.chat
+        return template
 
     def cancel(self, request_id: int) -> None:
         """Give up a request of the running stream; it ends with an error chunk, and its slots are free at once."""
