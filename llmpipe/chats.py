@@ -1,16 +1,18 @@
 """What people call a chat → the messages, tools and arguments that a chat template is given.
 
-The one way in, for the rows of a dataset and for the calls of the library. Knows nothing of files, models or templates.
+The one way in, for the rows of a dataset and for the calls of the library. Knows nothing of models or templates.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import orjson
 
+from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Message, is_utf8
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -130,6 +132,28 @@ def parse_tools(value: Any) -> tuple[dict[str, Any], ...] | None:
     if not _is_text_throughout(tools):
         raise ValueError("tools hold a lone surrogate, which no UTF-8 text can")
     return tuple(dict(tool) for tool in tools) or None
+
+
+def read_tools(given: Any) -> list[dict[str, Any]] | None:
+    """Return the tools that a run is given.
+
+    Args:
+        given: A list of tools, its JSON text, or the name of a file that holds it.
+
+    Raises:
+        LLMConfigError: the file cannot be read, or there are no tools in it.
+    """
+    text, what = given, "prompt.tools"
+    try:
+        if isinstance(given, (str, Path)) and not str(given).lstrip().startswith(("[", "{")):
+            what = f"prompt.tools={str(given)!r}"
+            text = Path(given).expanduser().read_text(encoding="utf-8-sig")
+        tools = parse_tools(text)
+    except OSError as error:
+        raise LLMConfigError(f"{what} cannot be read: {error.strerror or error} (from {Path.cwd()})") from error
+    except ValueError as error:
+        raise LLMConfigError(f"{what} is not allowed: {error}") from error
+    return None if tools is None else list(tools)
 
 
 def parse_template_kwargs(value: Any) -> dict[str, Any] | None:

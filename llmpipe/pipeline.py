@@ -35,7 +35,7 @@ from llmpipe.outputs import (
     write_answers,
     write_metrics,
 )
-from llmpipe.prompts import PromptBuilder, template_columns, unread_columns, with_tools_read
+from llmpipe.prompts import PromptBuilder, settle_prompt, template_columns, unread_columns
 from llmpipe.records import Request, Row, failed
 from llmpipe.report import Report
 from llmpipe.runners.base import BaseLLMRunner
@@ -72,7 +72,7 @@ def run(
         RunInterrupted, RunStopped: a signal or errors ended the run; what was finished is in the ledger.
     """
     directory = Path(directory)
-    config = replace(config, prompt=with_tools_read(config.prompt))
+    config = replace(config, prompt=settle_prompt(config.prompt))
     if config.plan or config.export is not None:
         raise LLMConfigError("plan=true and export= generate nothing: call llmpipe.plan.plan or llmpipe.export.export")
     if config.resume is not None and Path(config.resume).resolve() != directory.resolve():

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from llmpipe.cells import is_missing, without_fraction
 from llmpipe.chats import (
@@ -22,12 +21,12 @@ from llmpipe.chats import (
     parse_messages,
     parse_template_kwargs,
     parse_tools,
+    read_tools,
 )
 from llmpipe.config import ColumnsConfig, Overflow, PromptConfig, SamplingConfig
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Message, Request, Row, derive_seed, is_utf8
 
-T = TypeVar("T")
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
@@ -35,7 +34,7 @@ class PromptBuilder:
     """Turns rows into requests.
 
     Args:
-        prompt: What becomes of a prompt; a file of tools must have been read.
+        prompt: What becomes of a prompt.
         columns: Where it is.
         sampling: The run's options, which a row's own override.
         seed: The run's seed.
@@ -53,8 +52,8 @@ class PromptBuilder:
         self._sampling = sampling
         self._seed = seed
         self._chat = chat
-        self._tools = _of_run(parse_tools, prompt.tools)
-        self._template_kwargs = _of_run(parse_template_kwargs, prompt.chat_template_kwargs)
+        settled = settle_prompt(prompt)
+        self._tools, self._template_kwargs = parse_tools(settled.tools), settled.chat_template_kwargs
 
     def build(self, row: Row, done: frozenset[int] = frozenset()) -> Request | None:
         """Return the request for a row's samples that are not `done`; None when all are.
@@ -87,7 +86,7 @@ class PromptBuilder:
         tools = self._value(row, self._columns.tools)
         request.tools = self._tools if tools is None else parse_tools(tools)
         own = parse_template_kwargs(self._value(row, self._columns.chat_template_kwargs))
-        request.template_kwargs = {**(self._template_kwargs or {}), **(own or {})} or None
+        request.template_kwargs = {**self._template_kwargs, **(own or {})} or None
 
     @staticmethod
     def _value(row: Row, column: str | None) -> Any:
@@ -134,38 +133,17 @@ class PromptBuilder:
             raise ValueError(f"the row's sampling: {error}") from error
 
 
-def _of_run(parse: Callable[[Any], T], value: Any) -> T:
-    """Return what a key of the run holds, once it is looked at.
+def settle_prompt(prompt: PromptConfig) -> PromptConfig:
+    """Return the options with a file of tools read, which is then not looked at again.
 
     Raises:
-        LLMConfigError: says what is wrong with it.
+        LLMConfigError: the file cannot be read, or the tools or the arguments for the template are none.
     """
     try:
-        return parse(value)
+        kwargs = parse_template_kwargs(prompt.chat_template_kwargs)
     except ValueError as error:
-        raise LLMConfigError(f"prompt: {error}") from error
-
-
-def with_tools_read(config: PromptConfig) -> PromptConfig:
-    """Return the options with the content of a file of tools in the place of its name.
-
-    Raises:
-        LLMConfigError: the file cannot be read, or holds no JSON.
-    """
-    given = config.tools
-    if not isinstance(given, str) or given.lstrip().startswith(("[", "{")):
-        return config
-    try:
-        text = Path(given).expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise LLMConfigError(
-            f"prompt.tools={given!r} cannot be read ({why}, from {Path.cwd()}); it must be a JSON file, or a list"
-        ) from error
-    try:
-        return replace(config, tools=json.loads(text))
-    except (ValueError, RecursionError) as error:
-        raise LLMConfigError(f"prompt.tools={given!r} is not valid JSON: {error}") from error
+        raise LLMConfigError(f"prompt.chat_template_kwargs is not allowed: {error}") from error
+    return replace(prompt, tools=read_tools(prompt.tools), chat_template_kwargs=kwargs or {})
 
 
 OTHER_NAMES = {
