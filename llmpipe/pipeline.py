@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from llmpipe.datasets import Dataset, Scan
 from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError, LLMInferenceError
 from llmpipe.fingerprint import backend_values, fingerprint
 from llmpipe.ledger import FILE, Ledger
-from llmpipe.metrics import MemorySampler, Totals, environment, scorers, timestamp
+from llmpipe.metrics import MemorySampler, Totals, environment, scorers, utc_now
 from llmpipe.outputs import (
     ID,
     POSITION,
@@ -159,7 +159,7 @@ def generate(
         raise LedgerError(
             f"{scan.rows} rows went in and {ledger.rows()} came out; this is a bug of llmpipe, please report it"
         )
-    ledger.finish(finished_at=timestamp())
+    ledger.finish(finished_at=utc_now())
 
 
 def runs_chats(config: RunConfig, scan: Scan, runner: BaseLLMRunner) -> bool:
@@ -300,9 +300,13 @@ class _Attempt:
     def __init__(self, ledger: Ledger, runner: BaseLLMRunner, memory: MemorySampler, prompt_format: str) -> None:
         self._ledger, self._runner, self._memory = ledger, runner, memory
         self._before = {name: ledger.get(name) or 0.0 for name in ("wall_s", "peak_rss_mb", "peak_device_mb")}
-        started_at = ledger.get("started_at") or timestamp()
-        ledger.set(load_s=runner.load_s, prompt_format=prompt_format, started_at=started_at)
-        runner.now = datetime.fromisoformat(started_at)
+        started_at, offset_s = ledger.get("started_at") or utc_now(), ledger.get("utc_offset_s")
+        started = datetime.fromisoformat(started_at)
+        if offset_s is None:
+            offset_s = time.localtime(started.timestamp()).tm_gmtoff
+        runner.now = started.astimezone(timezone(timedelta(seconds=offset_s)))  # by the clocks where the run began
+        facts = {"started_at": started_at, "utc_offset_s": offset_s}
+        ledger.set(load_s=runner.load_s, prompt_format=prompt_format, **facts)
         self._started = time.perf_counter()
         ledger.alongside = self._figures  # so that an attempt that is killed counts too
 

@@ -137,7 +137,7 @@ def _cut_at_mark(text: str, final: str) -> str:
             "the chat template drops or alters the last message, which the answer should continue: "
             "use prompt.continue_final=false"
         )
-    if text.startswith(MARK, end):
+    if text.startswith(MARK, end) or not final.strip():
         return before
     return before.removesuffix(final[len(final.rstrip()) :])
 
