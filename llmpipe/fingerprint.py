@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe import __version__
+from llmpipe.chats import read_tools
 from llmpipe.config import BackendConfig, RunConfig, answer_fields, describe
 from llmpipe.config.checks import check
 from llmpipe.datasets import Scan
@@ -39,7 +40,7 @@ def fingerprint(config: RunConfig, scan: Scan) -> dict[str, Any]:
     return {
         **_of_backend(config),
         "sampling": answer_fields(config.sampling),
-        "prompt": answer_fields(config.prompt),
+        "prompt": {**answer_fields(config.prompt), "tools": read_tools(config.prompt.tools)},
         "dataset": {"digest": scan.digest, "columns": describe(config.dataset.columns), "limit": config.dataset.limit},
         "seed": config.seed,
     }

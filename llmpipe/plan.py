@@ -24,7 +24,7 @@ from llmpipe.ledger import FILE, LedgerSnapshot
 from llmpipe.metrics import percentiles
 from llmpipe.outputs import found_files, json_text, new_files, output_files, seal
 from llmpipe.pipeline import look_through, runs_chats
-from llmpipe.prompts import PromptBuilder
+from llmpipe.prompts import PromptBuilder, settle_prompt
 from llmpipe.records import Request, Row, harmless
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.batching.lookahead import LookAhead
@@ -56,6 +56,7 @@ def plan(config: RunConfig, directory: str | Path) -> dict[str, Any]:
         LLMConfigError, DatasetError, LLMInitializationError, LedgerError: the run could not start.
     """
     directory = Path(directory)
+    config = replace(config, prompt=settle_prompt(config.prompt))
     dataset, scan, _ = look_through(config)
     done, known = so_far(config, scan, directory)
     with LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules, weights=False) as runner:

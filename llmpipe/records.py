@@ -93,6 +93,12 @@ class Request:
     """Which of the row's `sampling.n` samples to generate (a resumed run asks for those it lacks)."""
     truncate: bool = False
     """Cut a prompt that exceeds the context from the left, instead of refusing the row."""
+    tools: tuple[dict[str, Any], ...] | None = None
+    """What the model may call, in OpenAI's format; the chat template is told of them."""
+    template_kwargs: dict[str, Any] | None = None
+    """Further names that the chat template may ask for, such as `enable_thinking`."""
+    continue_final: bool = False
+    """The last message is the beginning of the answer, which goes on from there."""
 
     def seed_of(self, sample: int) -> int:
         """Return the seed of one sample; it depends on nothing but the row's seed and the sample's number."""

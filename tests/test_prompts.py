@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmpipe import compose
+from llmpipe.chats import parse_messages
 from llmpipe.config import ColumnsConfig, Overflow, PromptConfig, SamplingConfig, describe
 from llmpipe.exceptions import LLMConfigError
-from llmpipe.prompts import PromptBuilder, fill, parse_messages, template_columns
+from llmpipe.prompts import PromptBuilder, fill, settle_prompt, template_columns, unread_columns
 from llmpipe.records import Request, Row
+
+HI = {"role": "user", "content": "hi"}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "default": None}}}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
 
 
 def build(
@@ -25,11 +42,14 @@ def build(
     seed: int = 0,
     n: int = 1,
     done: frozenset[int] = frozenset(),
+    columns: dict[str, str | None] | None = None,
+    arrow: bool = False,
     **prompt: Any,
 ) -> Request | None:
     sampling = SamplingConfig(temperature=0.5, n=n)
-    builder = PromptBuilder(PromptConfig(**prompt), ColumnsConfig(), sampling, seed, chat)
-    return builder.build(Row("f", index + 1, values or {}, error=error, index=index), done)
+    builder = PromptBuilder(PromptConfig(**prompt), ColumnsConfig(**(columns or {})), sampling, seed, chat)
+    batch = (pa.RecordBatch.from_pydict({}), 0) if arrow else None
+    return builder.build(Row("f", index + 1, values or {}, error=error, index=index, batch=batch), done)
 
 
 def request(*args: Any, **options: Any) -> Request:
@@ -65,7 +85,28 @@ def request(*args: Any, **options: Any) -> Request:
         ({"messages": [{"role": ["user"], "content": "x"}]}, "has the role"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "user"}]}, "message 2 has null as content"),
         ({"messages": [{"role": "user", "content": 5}]}, "message 1 has a number as content, not text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "has a list as content, not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a content part of type 'image_url'"),
+        (
+            {"messages": [HI, {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "file"}]}]},
+            "message 2 has a content part of type 'file', and only text can be run",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "a"}]}]}, "of type 'image_url'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "of type 'text' with null as its text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "with a number as its text"),
+        ({"messages": [{"role": "user", "content": [None]}]}, "has null as a part of its content"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "has null as content"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"a": "\udfff"}]}]}, "holds a lone surrogate"),
+        ({"messages": [HI], "tools": 5}, "tools are a number, not a list"),
+        ({"messages": [HI], "tools": "none"}, "tools is text, and not valid JSON"),
+        ({"messages": [HI], "tools": [WEATHER, "x"]}, "tool 2 is text, not an object"),
+        ({"messages": [HI], "tools": [{"name": "\ud800"}]}, "tools hold a lone surrogate"),
+        ({"messages": [HI], "chat_template_kwargs": [1]}, "chat_template_kwargs are a list, not an object"),
+        ({"messages": [HI], "chat_template_kwargs": "x"}, "chat_template_kwargs is text, and not valid JSON"),
+        ({"messages": [HI], "chat_template_kwargs": {"a": "\ud800"}}, "chat_template_kwargs hold a lone surrogate"),
+        *(
+            ({"messages": [HI], "chat_template_kwargs": {name: 1}}, f"cannot have the name '{name}'")
+            for name in ("messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception")
+        ),
         ({"messages": [{"role": "user", "content": "\udfff"}]}, "message 1 holds a lone surrogate"),
         ({"messages": [{"role": "user", "content": "x", "name": ["\ud800"]}]}, "message 1 holds a lone surrogate"),
     ],
@@ -134,12 +175,190 @@ def test_messages_may_be_json_text_or_have_text_parts_or_only_tool_calls() -> No
     assert parse_messages([calls]) == ({**calls, "content": ""},)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}],
+        [{"type": "input_text", "text": "a "}, {"type": "output_text", "text": "b", "annotations": []}],
+        [{"type": "text", "text": "a ", "image_url": None}, {"text": "b"}],
+        ["a ", "b"],
+    ],
+)
+def test_the_text_parts_of_a_message_are_its_text(parts: list[Any]) -> None:
+    assert parse_messages([{"role": "user", "content": parts}]) == ({"role": "user", "content": "a b"},)
+
+
+def called(arguments: Any) -> Any:
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}]
+    (message,) = parse_messages([{"role": "assistant", "content": None, "tool_calls": calls}])
+    assert calls[0]["function"]["arguments"] is arguments  # the caller's own are as they were
+    return message["tool_calls"][0]["function"]["arguments"]
+
+
+@given(arguments=st.dictionaries(st.text(st.characters(codec="utf-8")), JSON, max_size=4))
+def test_arguments_of_tool_calls_that_are_an_objects_json_text_become_the_object(arguments: dict[str, Any]) -> None:
+    assert called(json.dumps(arguments)) == called(f"\n {json.dumps(arguments, indent=1)}") == arguments
+    assert called(arguments) == arguments
+
+
+@pytest.mark.parametrize("text", ["", "Lyon", "{Lyon}", "[1]", "5", '"{}"', "null", '{"a":' * 10**5])
+def test_arguments_that_are_no_objects_text_stay_as_they_are(text: str) -> None:
+    assert called(text) == text
+
+
+def test_arguments_keep_integers_of_any_size() -> None:
+    assert called(f'{{"n": {10**30}}}') == {"n": 10**30}
+
+
+def test_tool_calls_and_messages_may_be_json_text_in_a_list() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"town": "Lyon"}}}
+    message = {"role": "assistant", "content": None, "tool_calls": [json.dumps(call)]}
+    expected = ({"role": "assistant", "content": "", "tool_calls": [call]},)
+    assert parse_messages([message]) == parse_messages([json.dumps(message)]) == expected
+
+
+def test_a_chat_that_was_looked_at_is_not_looked_at_again() -> None:
+    chat = parse_messages([HI])
+    assert parse_messages(chat) is chat
+    assert parse_messages([{**HI, "role": "bot"}], any_role=True) == ({**HI, "role": "bot"},)
+
+
+# --- what the template is told besides --------------------------------------------------------------------------------
+
+
+def test_tools_and_arguments_of_a_row_stand_above_those_of_the_run() -> None:
+    run: dict[str, Any] = {"tools": [WEATHER], "chat_template_kwargs": {"a": 1, "b": 1, "c": None}}
+    for row in (
+        {"messages": [HI]},
+        {"prompt": "hi"},
+        {"prompt": "hi", "tools": None, "chat_template_kwargs": math.nan},
+    ):
+        found = request(row, chat=True, **run)
+        assert (found.tools, found.template_kwargs) == ((WEATHER,), {"a": 1, "b": 1})
+    own = {"messages": [HI], "tools": [{"name": "g"}], "chat_template_kwargs": {"b": 2, "d": None}}
+    texts = {name: json.dumps(value) for name, value in own.items()}
+    in_lists = {**own, "tools": [json.dumps({"name": "g"})]}
+    for row in (own, texts, in_lists):
+        found = request(row, **run)
+        assert (found.tools, found.template_kwargs) == (({"name": "g"},), {"a": 1, "b": 2})
+    assert request({"messages": [HI], "tools": []}, **run).tools is None
+    assert request({"messages": [HI]}).tools is request({"messages": [HI]}).template_kwargs is None
+
+
+def test_raw_prompts_have_no_tools_and_columns_may_have_other_names_or_none() -> None:
+    row = {"prompt": "hi", "tools": [WEATHER], "chat_template_kwargs": {"a": 1}, "other": [{"name": "g"}]}
+    assert request(row).tools is request(row).template_kwargs is None
+    assert request(row, chat=True, columns={"tools": "other"}).tools == ({"name": "g"},)
+    assert request({**row, "tools": "hammer"}, chat=True, columns={"tools": None}).tools is None
+
+
+def test_nulls_that_arrow_adds_to_objects_are_not_there() -> None:
+    call = {"function": {"name": "f", "arguments": {"town": "Lyon", "days": None}}, "id": None}
+    messages = [{"role": "assistant", "content": None, "name": None, "tool_calls": [call]}]
+    tools = [{"name": "f", "parameters": {"properties": {"town": {"type": "string"}, "days": None}}}]
+    row = {"messages": messages, "tools": tools, "chat_template_kwargs": [("a", {"b": None, "c": [None]})]}
+    found = request(row, arrow=True)
+    assert found.messages is not None
+    assert found.messages[0]["tool_calls"] == [{"function": {"name": "f", "arguments": {"town": "Lyon"}}}]
+    assert found.tools == ({"name": "f", "parameters": {"properties": {"town": {"type": "string"}}}},)
+    assert found.template_kwargs == {"a": {"c": [None]}}
+    assert request({"messages": [HI], "tools": json.dumps([WEATHER])}, arrow=True).tools == (WEATHER,)
+    assert request({"messages": [HI], "tools": [WEATHER]}).tools == (WEATHER,)
+
+
+def test_tools_of_the_run_are_a_list_or_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps([WEATHER], indent=2), encoding="utf-8-sig")
+    for given in (str(file), file, [WEATHER], json.dumps([WEATHER])):
+        assert settle_prompt(PromptConfig(tools=given)).tools == [WEATHER]
+    file.write_text('{"name": "f"}')
+    for given, reason in (
+        (str(tmp_path), "cannot be read: Is a directory"),
+        ("tools.json", "cannot be read: No such file or directory"),
+        ("a\0b", "is not allowed"),
+        (str(file), "tools.json' is not allowed: tools are an object, not a list"),
+        ("[1", "prompt.tools is not allowed: tools is text, and not valid JSON"),
+        ([1], "prompt.tools is not allowed: tool 1 is a number"),
+        (5, "prompt.tools is not allowed: tools are a number"),
+    ):
+        with pytest.raises(LLMConfigError, match=re.escape(reason)):
+            settle_prompt(PromptConfig(tools=given))
+    with pytest.raises(LLMConfigError, match="prompt.chat_template_kwargs is not allowed: .* the name 'messages'"):
+        settle_prompt(PromptConfig(chat_template_kwargs={"messages": []}))
+
+
+ANSWER = {"role": "assistant", "content": "It is"}
+
+
+@pytest.mark.parametrize(
+    ("last", "how", "continued"),
+    [
+        (ANSWER, "auto", True),
+        ({**ANSWER, "content": [{"type": "text", "text": "It is"}]}, "auto", True),
+        ({**ANSWER, "tool_calls": [{"id": "1"}]}, "auto", False),
+        (HI, "auto", False),
+        ({"role": "tool", "content": "5"}, "auto", False),
+        (ANSWER, True, True),
+        (ANSWER, False, False),
+        (HI, True, True),  # which no template is asked for: the runner refuses the row
+    ],
+)
+def test_the_answer_continues_a_last_message_of_the_assistants(last: Any, how: Any, continued: bool) -> None:
+    assert request({"messages": [HI, last]}, continue_final=how).continue_final is continued
+
+
+@pytest.mark.parametrize("text", ["true", "false", "auto"])
+def test_what_is_continued_is_chosen_on_the_command_line(text: str) -> None:
+    expected = {"true": True, "false": False}.get(text, text)
+    assert compose([f"prompt.continue_final={text}"]).prompt.continue_final == expected
+    with pytest.raises(LLMConfigError, match="prompt.continue_final='maybe' is not allowed; it must be auto, true or"):
+        compose(["prompt.continue_final=maybe"])
+
+
+def test_tools_and_arguments_are_given_on_the_command_line() -> None:
+    composed = compose(
+        [
+            "prompt.tools=[{type:function,function:{name:f}}]",
+            "prompt.chat_template_kwargs={enable_thinking:false}",
+            "prompt.chat_template_kwargs.more=[1,a]",
+        ]
+    ).prompt
+    assert composed.tools == [{"type": "function", "function": {"name": "f"}}]
+    assert composed.chat_template_kwargs == {"enable_thinking": False, "more": [1, "a"]}
+
+
+@pytest.mark.parametrize(
+    ("found", "columns", "prompt", "chat", "unread"),
+    [
+        (["messages", "tools", "chat_template_kwargs"], {}, {}, True, []),
+        (["messages", "tools"], {}, {}, False, []),
+        (["prompt", "tools"], {}, {}, True, []),
+        (["prompt", "tools"], {}, {}, False, ["tools"]),
+        (["prompt", "tools"], {"tools": None}, {}, False, []),
+        (["messages", "tools", "mine"], {"tools": "mine"}, {}, True, ["tools"]),
+        (["messages", "mine"], {"messages": "mine"}, {}, True, ["messages"]),
+        (["messages", "q", "tools"], {}, {"template": "{q}"}, True, ["messages"]),
+        (["messages", "q", "tools"], {}, {"template": "{q}"}, False, ["messages", "tools"]),
+        (["q", "tools"], {}, {"template": "{q}{tools}"}, False, []),
+        (["prompt", "functions", "system"], {}, {}, True, ["functions", "system"]),
+        (["prompt", "functions"], {"tools": "functions"}, {}, True, []),
+        (["prompt", "system"], {}, {"template": "{system}{prompt}"}, True, []),
+    ],
+)
+def test_columns_that_look_meant_and_that_nothing_reads_are_known(
+    found: list[str], columns: dict[str, Any], prompt: dict[str, Any], chat: bool, unread: list[str]
+) -> None:
+    assert sorted(unread_columns(PromptConfig(**prompt), ColumnsConfig(**columns), found, chat)) == unread
+
+
 def test_the_system_message_is_added_only_where_a_chat_has_none() -> None:
     user, own = {"role": "user", "content": "hi"}, {"role": "system", "content": "own"}
     system = {"role": "system", "content": "be brief"}
     assert request({"prompt": "hi"}, chat=True, system="be brief").messages == (system, user)
     assert request({"messages": [user]}, system="be brief").messages == (system, user)
     assert request({"messages": [own, user]}, system="be brief").messages == (own, user)
+    developer = {"role": "developer", "content": "own"}
+    assert request({"messages": [developer, user]}, system="be brief").messages == (developer, user)
     assert request({"prompt": "hi"}, system="be brief").prompt == "hi"
 
 

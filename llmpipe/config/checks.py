@@ -44,6 +44,15 @@ def count(name: str, value: object, low: int, allowed: str, high: int | None = L
     check(high is None or value <= high, name, value, f"at most {high}")  # type: ignore[operator]
 
 
+def auto_or_bool(name: str, value: object) -> None:
+    """Refuse what is neither `auto` nor a boolean.
+
+    Raises:
+        LLMConfigError: as `check`.
+    """
+    check(value == "auto" or isinstance(value, bool), name, value, "auto, true or false")
+
+
 def reject_unknown(given: Iterable[str], allowed: Iterable[str], what: str, extra: Iterable[str] = ()) -> None:
     """Refuse the first name of `given` that is not in `allowed`, naming the nearest and all valid ones.
 

@@ -98,6 +98,8 @@ class Dataset:
         allowed = {
             "id": "text, numbers, dates or UUIDs",
             "messages": "lists or JSON text",
+            "tools": "lists or JSON text",
+            "chat_template_kwargs": "structs or JSON text",
             "sampling": "structs or JSON text",
         }
         if template is None:

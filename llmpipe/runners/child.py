@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from datetime import datetime
 from multiprocessing.connection import Connection
 from operator import attrgetter
 from typing import Any
@@ -239,8 +240,9 @@ class Service:
         self._runner = import_class(target)(*arguments)
         return "loaded", self._status()
 
-    def _stream(self, _: None) -> Message:
+    def _stream(self, now: datetime) -> Message:
         assert self._runner is not None
+        self._runner.now = now
         self._abandoned, self._blocks = False, queue.SimpleQueue()
         chunks = self._runner._exclusively(self._runner.stream(self._requests()), self._tick)
         try:
@@ -269,9 +271,10 @@ class Service:
             yield from block
             count = min(2 * count, MOST_HANDED)
 
-    def _render(self, messages: list[dict[str, Any]]) -> Message:
+    def _render(self, chat: tuple[Any, ...]) -> Message:
         assert self._runner is not None
-        return "rendered", self._runner.render(messages)
+        self._runner.now, *asked = chat
+        return "rendered", self._runner.render(*asked)
 
     def _status(self) -> dict[str, Any]:
         assert self._runner is not None

@@ -78,6 +78,8 @@ class Model:
             raise LLMInitializationError(f"{path} ({self.describe()}) {obstacle}; llmpipe runs decoder-only models")
         source = template or self._metadata_template()
         self.chat = ChatTemplate(source, self._special_tokens()) if source else None
+        source = None if template else self._metadata_template(b"tool_use")
+        self.tool_chat = ChatTemplate(source, self._special_tokens()) if source else self.chat
 
     def _obstacle(self) -> str | None:
         """Say why the model cannot write on from a text; None where it can."""
@@ -235,8 +237,8 @@ class Model:
             llama_cpp.llama_model_free(self.handle)
             self.handle = None
 
-    def _metadata_template(self) -> str | None:
-        template = llama_cpp.llama_model_chat_template(self.handle, None)
+    def _metadata_template(self, name: bytes | None = None) -> str | None:
+        template = llama_cpp.llama_model_chat_template(self.handle, name)
         return template.decode("utf-8", "replace") if template else None
 
     def _special_tokens(self) -> dict[str, str]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmpipe.config import LlamaCppConfig, RopeScaling
 from llmpipe.exceptions import LLMConfigError, LLMInitializationError, MissingDependencyError
-from llmpipe.records import Chunk, Message, Request
+from llmpipe.records import Chunk, Request
 from llmpipe.runners.base import BaseLLMRunner
-from llmpipe.runners.chat import ChatTemplateError
+from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
 from llmpipe.runners.facts import Facts
 from llmpipe.runners.fitting import check_bias, fit_prompt
 from llmpipe.runners.weights import find_gguf, hub_commit
@@ -152,11 +152,12 @@ class LlamaCppRunner(BaseLLMRunner):
         """The template in the file's metadata, or the configured one."""
         return self._model.chat.source if self._model is not None and self._model.chat is not None else None
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Return the prompt text of a chat; see `BaseLLMRunner.render`."""
-        if self._model is None or self._model.chat is None:
+    def template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
+        """Return what renders a chat; see `BaseLLMRunner.template_for`."""
+        template = None if self._model is None else self._model.tool_chat if tools else self._model.chat
+        if template is None:
             raise ChatTemplateError("the model has no chat template: use prompt=raw or backend.chat_template=FILE")
-        return self._model.chat.render(messages)
+        return template
 
     def cancel(self, request_id: int) -> None:
         """Give up a request of the running stream; it ends with an error chunk, and its slots are free at once."""

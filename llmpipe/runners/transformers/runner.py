@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from llmpipe.config import Batching, TransformersConfig
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
-from llmpipe.records import Chunk, Message, Request
+from llmpipe.records import Chunk, Request
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.batching import Engine, Plan, Sample, sizing
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
@@ -54,11 +54,11 @@ class TransformersRunner(BaseLLMRunner):
     config: TransformersConfig
     _model: Any = None
     _tokenizer: Any = None
-    _chat: ChatTemplate | None = None
     _engine: Engine | PaddedEngine | None = None
 
     def _initialize_model(self) -> None:
         config = self.config
+        self._chats: dict[str, ChatTemplate] = {}
         threads = sizing.threads(config)
         torch.set_num_threads(threads if config.threads else min(threads, torch.get_num_threads()))
         loaded = loading.load(config, find_checkpoint(config.model), loading.torch_device(self.device))
@@ -80,6 +80,7 @@ class TransformersRunner(BaseLLMRunner):
             log.info("%s", choice)
 
     def _preview_model(self) -> Preview:
+        self._chats = {}
         device = loading.torch_device(self.device)
         checkpoint = loading.Checkpoint(self.config, find_checkpoint(self.config.model))
         self._tokenizer = checkpoint.tokenizer
@@ -166,20 +167,25 @@ class TransformersRunner(BaseLLMRunner):
     @property
     def chat_template(self) -> str | None:
         """The tokenizer's template, or the configured one."""
-        template = self._tokenizer.chat_template if self._tokenizer is not None else None
-        if isinstance(template, dict):
-            template = template.get("default")
-        return template if template is None else str(template)
+        return self._chat_templates.get("default")
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Return the prompt text of a chat; see `BaseLLMRunner.render`."""
-        if self.chat_template is None:
+    @property
+    def _chat_templates(self) -> dict[str, str]:
+        """The tokenizer's templates by name: `default`, and perhaps `tool_use`."""
+        found = self._tokenizer.chat_template if self._tokenizer is not None else None
+        return found if isinstance(found, dict) else {} if found is None else {"default": str(found)}
+
+    def template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
+        """Return what renders a chat; see `BaseLLMRunner.template_for`."""
+        templates = self._chat_templates
+        source = templates.get("tool_use") if tools and "tool_use" in templates else templates.get("default")
+        if source is None:
             raise ChatTemplateError("the model has no chat template: use prompt=raw or backend.chat_template=FILE")
         # Not by transformers, whose sandbox has no limits of time and size.
-        if self._chat is None or self._chat.source != self.chat_template:
+        if source not in self._chats:
             special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
-            self._chat = ChatTemplate(self.chat_template, special)
-        return self._chat.render(messages)
+            self._chats[source] = ChatTemplate(source, special)
+        return self._chats[source]
 
     def facts(self) -> Facts:
         """Say what decides the answers beside the options; see `BaseLLMRunner.facts`."""
