@@ -13,6 +13,7 @@ from llmpipe.config import DeviceConfig, LlamaCppConfig, split_adapter
 from llmpipe.exceptions import LLMInitializationError
 from llmpipe.runners.chat import ChatTemplate, read_template
 from llmpipe.runners.llama_cpp import log
+from llmpipe.runners.llama_cpp.deep_stack import reading
 
 LOAD_MODES = {  # (mmap, mlock) → how the file gets into memory
     (False, False): llama_cpp.LLAMA_LOAD_MODE_NONE,
@@ -163,13 +164,17 @@ class Model:
             UnicodeEncodeError: `text` has a lone surrogate.
         """
         data = text.encode("utf-8")
-        room = len(data) + 8
-        while True:
-            ids = (llama_cpp.llama_token * room)()
-            count = llama_cpp.llama_tokenize(self.vocab, data, len(data), ids, room, add_special, True)
-            if count >= 0:
-                return list(ids[:count])
-            room = -count
+
+        def read() -> list[int]:
+            room = len(data) + 8
+            while True:
+                ids = (llama_cpp.llama_token * room)()
+                count = llama_cpp.llama_tokenize(self.vocab, data, len(data), ids, room, add_special, True)
+                if count >= 0:
+                    return list(ids[:count])
+                room = -count
+
+        return reading(text, read)
 
     def piece(self, token: int) -> bytes:
         """Return the bytes a token stands for; nothing for control tokens."""
