@@ -56,8 +56,10 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
             raise DatasetError(f"the dataset is not the one that {directory} is a run of: {changes}")
         layout = layout_of(config, scan, max(config.sampling.n, ledger.most_samples()))
         layout.check(scan.columns)
-        # Whether prompts are chats makes no difference to which samples a row has.
-        prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat=True)
+        # Whether prompts are chats, and with which tools, makes no difference to which samples a row has.
+        prompts = PromptBuilder(
+            replace(config.prompt, tools=None), config.dataset.columns, config.sampling, config.seed, chat=True
+        )
         counter = _Counter()
         answered = scored(counter.finished(dataset.rows(), ledger.completions(), prompts), config)
         with new_files(path.parent, [path.name]) as files:

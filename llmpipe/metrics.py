@@ -11,7 +11,7 @@ import platform
 import threading
 from array import array
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from operator import attrgetter
 from typing import Any, Self
 
@@ -203,9 +203,9 @@ class MemorySampler:
             self._look()
 
 
-def utc_now() -> str:
-    """Return date and time, to the second, as ISO 8601 has it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def timestamp() -> str:
+    """Return date and time here, to the second, as ISO 8601 has it, with the offset from UTC."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def environment() -> dict[str, Any]:

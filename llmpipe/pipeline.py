@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from llmpipe.datasets import Dataset, Scan
 from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError, LLMInferenceError
 from llmpipe.fingerprint import backend_values, fingerprint
 from llmpipe.ledger import FILE, Ledger
-from llmpipe.metrics import MemorySampler, Totals, environment, scorers, utc_now
+from llmpipe.metrics import MemorySampler, Totals, environment, scorers, timestamp
 from llmpipe.outputs import (
     REPORT_FILE,
     Answered,
@@ -30,7 +32,7 @@ from llmpipe.outputs import (
     write_answers,
     write_metrics,
 )
-from llmpipe.prompts import PromptBuilder, template_columns
+from llmpipe.prompts import PromptBuilder, template_columns, unread_columns, with_tools_read
 from llmpipe.records import Request, Row, failed
 from llmpipe.report import Report
 from llmpipe.runners.base import BaseLLMRunner
@@ -67,6 +69,7 @@ def run(
         RunInterrupted, RunStopped: a signal or errors ended the run; what was finished is in the ledger.
     """
     directory = Path(directory)
+    config = replace(config, prompt=with_tools_read(config.prompt))
     if config.plan or config.export is not None:
         raise LLMConfigError("plan=true and export= generate nothing: call llmpipe.plan.plan or llmpipe.export.export")
     if config.resume is not None and Path(config.resume).resolve() != directory.resolve():
@@ -99,7 +102,7 @@ def look_through(config: RunConfig) -> tuple[Dataset, Scan, ColumnTypes | None]:
     layout_of(config, scan, config.sampling.n).check(scan.columns)
     scorers(config.metrics.scorers)
     if config.prompt.format is PromptFormat.raw:  # else the model's files have to be asked
-        check_system(config, scan, chat=False)
+        check_needs_chats(config, scan, chat=False)
     if not scan.rows:
         log.warning("the dataset has no rows")
     if config.sampling.n > 1 and config.sampling.is_greedy:
@@ -153,28 +156,36 @@ def generate(
         raise LedgerError(
             f"{scan.rows} rows went in and {ledger.rows()} came out; this is a bug of llmpipe, please report it"
         )
-    ledger.finish(finished_at=utc_now())
+    ledger.finish(finished_at=timestamp())
 
 
 def runs_chats(config: RunConfig, scan: Scan, runner: BaseLLMRunner) -> bool:
     """Say whether plain prompts become chats.
 
     Raises:
-        LLMConfigError: the model has no chat template, and is asked for chats or for a system message.
+        LLMConfigError: the model has no chat template, and is asked for chats or for what only chats have.
     """
     chat = runner.is_chat(config.prompt.format)
-    check_system(config, scan, chat)
+    check_needs_chats(config, scan, chat)
+    unread = unread_columns(config.prompt, config.dataset.columns, scan.columns, chat)
+    if unread:
+        log.warning("nothing reads the columns %s", ", ".join(f"{name} ({why})" for name, why in unread.items()))
     return chat
 
 
-def check_system(config: RunConfig, scan: Scan, chat: bool) -> None:
-    """Refuse a system message where there is no chat to put it before.
+def check_needs_chats(config: RunConfig, scan: Scan, chat: bool) -> None:
+    """Refuse a system message, or what else only a chat template takes, where there are no chats.
 
     Raises:
         LLMConfigError: says what to do.
     """
-    if config.prompt.system is not None and not chat and config.dataset.columns.messages not in scan.columns:
-        raise LLMConfigError("prompt.system= needs chats, and these prompts go in raw: use prompt=chat, or drop it")
+    if chat or config.dataset.columns.messages in scan.columns:
+        return
+    for name in ("system", "tools", "chat_template_kwargs"):
+        if getattr(config.prompt, name) not in (None, {}):
+            raise LLMConfigError(
+                f"prompt.{name}= needs chats, and these prompts go in raw: use prompt=chat, or drop it"
+            )
 
 
 def _requests(rows: Iterator[Row], prompts: PromptBuilder, ledger: Ledger, stops: Stops) -> Iterator[Request]:
@@ -284,7 +295,9 @@ class _Attempt:
     def __init__(self, ledger: Ledger, runner: BaseLLMRunner, memory: MemorySampler, prompt_format: str) -> None:
         self._ledger, self._runner, self._memory = ledger, runner, memory
         self._before = {name: ledger.get(name) or 0.0 for name in ("wall_s", "peak_rss_mb", "peak_device_mb")}
-        ledger.set(load_s=runner.load_s, prompt_format=prompt_format, started_at=ledger.get("started_at") or utc_now())
+        started_at = ledger.get("started_at") or timestamp()
+        ledger.set(load_s=runner.load_s, prompt_format=prompt_format, started_at=started_at)
+        runner.now = datetime.fromisoformat(started_at)
         self._started = time.perf_counter()
         ledger.alongside = self._figures  # so that an attempt that is killed counts too
 

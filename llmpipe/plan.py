@@ -25,7 +25,7 @@ from llmpipe.ledger import FILE, LedgerSnapshot
 from llmpipe.metrics import percentiles
 from llmpipe.outputs import found_files, new_files, output_files, seal
 from llmpipe.pipeline import look_through, runs_chats
-from llmpipe.prompts import PromptBuilder
+from llmpipe.prompts import PromptBuilder, with_tools_read
 from llmpipe.records import Request, Row, harmless
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.batching.lookahead import LookAhead
@@ -57,6 +57,7 @@ def plan(config: RunConfig, directory: str | Path) -> dict[str, Any]:
         LLMConfigError, DatasetError, LLMInitializationError, LedgerError: the run could not start.
     """
     directory = Path(directory)
+    config = replace(config, prompt=with_tools_read(config.prompt))
     dataset, scan, _ = look_through(config)
     done = rows_done(config, scan, directory)
     with LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules, weights=False) as runner:

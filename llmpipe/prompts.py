@@ -1,4 +1,4 @@
-"""Row → request. Knows nothing of files or models: the chat template is applied inside the runner.
+"""Row → request. Knows nothing of datasets or models: the chat template is applied inside the runner.
 
 Text from a dataset is only ever a value; `prompt.template` is the user's, and may name columns, nothing else.
 """
@@ -7,16 +7,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
 
-import orjson
-
+from llmpipe.chats import (
+    continues,
+    from_json,
+    kind_of,
+    parse_messages,
+    parse_template_kwargs,
+    parse_tools,
+    without_nulls,
+)
 from llmpipe.config import ColumnsConfig, Overflow, PromptConfig, SamplingConfig
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Message, Request, Row, derive_seed, is_utf8
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+T = TypeVar("T")
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
@@ -24,11 +33,14 @@ class PromptBuilder:
     """Turns rows into requests.
 
     Args:
-        prompt: What becomes of a prompt.
+        prompt: What becomes of a prompt; a file of tools must have been read.
         columns: Where it is.
         sampling: The run's options, which a row's own override.
         seed: The run's seed.
         chat: Whether plain prompts become user messages.
+
+    Raises:
+        LLMConfigError: the run's tools or template arguments are none.
     """
 
     def __init__(
@@ -39,6 +51,8 @@ class PromptBuilder:
         self._sampling = sampling
         self._seed = seed
         self._chat = chat
+        self._tools = _of_run(parse_tools, prompt.tools)
+        self._template_kwargs = _of_run(parse_template_kwargs, prompt.chat_template_kwargs)
 
     def build(self, row: Row, done: frozenset[int] = frozenset()) -> Request | None:
         """Return the request for a row's samples that are not `done`; None when all are.
@@ -53,14 +67,31 @@ class PromptBuilder:
         if not samples:
             return None
         seed = sampling.seed if sampling.seed is not None else derive_seed(self._seed, row.id(self._columns.id))
-        messages = row.values.get(self._columns.messages) if self._prompt.template is None else None
+        truncate = self._prompt.overflow is Overflow.truncate
+        request = Request(row.index, sampling, seed=seed, samples=samples, truncate=truncate)
+        messages = self._value(row, self._columns.messages) if self._prompt.template is None else None
         if messages is not None:
-            text, chat = "", self._with_system(parse_messages(messages))
+            self._chat_of(row, request, parse_messages(messages))
+        elif self._chat:
+            self._chat_of(row, request, ({"role": "user", "content": self._text_of(row)},))
         else:
-            text, chat = self._text_of(row), None
-            if self._chat:
-                text, chat = "", self._with_system(({"role": "user", "content": text},))
-        return Request(row.index, sampling, text, chat, seed, samples, self._prompt.overflow is Overflow.truncate)
+            request.prompt = self._text_of(row)
+        return request
+
+    def _chat_of(self, row: Row, request: Request, messages: tuple[Message, ...]) -> None:
+        """Put a chat into its request, with what its template is told besides."""
+        request.messages = parse_messages(self._with_system(messages))
+        request.continue_final = continues(self._prompt.continue_final, messages)
+        tools = self._value(row, self._columns.tools)
+        request.tools = self._tools if tools is None else parse_tools(tools)
+        own = parse_template_kwargs(self._value(row, self._columns.chat_template_kwargs))
+        request.template_kwargs = {**(self._template_kwargs or {}), **(own or {})} or None
+
+    @staticmethod
+    def _value(row: Row, column: str | None) -> Any:
+        """Return what a row has in a column of objects."""
+        value = None if column is None else row.values.get(column)
+        return value if row.batch is None else without_nulls(value)
 
     def _text_of(self, row: Row) -> str:
         """Return the plain prompt of a row that is no chat."""
@@ -73,7 +104,7 @@ class PromptBuilder:
                 f"no prompt: {self._columns.prompt!r} and {self._columns.messages!r} are both missing or null"
             )
         if not isinstance(text, str):
-            raise ValueError(f"the prompt is {_kind(text)}, not text")
+            raise ValueError(f"the prompt is {kind_of(text)}, not text")
         if not text:
             raise ValueError("the prompt is empty")
         if not is_utf8(text):
@@ -89,46 +120,80 @@ class PromptBuilder:
         if overrides is None:
             return self._sampling
         if isinstance(overrides, str):
-            overrides = _json(overrides, "sampling")
+            overrides = from_json(overrides, "sampling")
         if not isinstance(overrides, Mapping):
-            raise ValueError(f"the row's sampling is {_kind(overrides)}, not an object of options")
+            raise ValueError(f"the row's sampling is {kind_of(overrides)}, not an object of options")
         try:  # a Parquet struct has every field in every row, null where the row says nothing
             return self._sampling.replace({name: value for name, value in overrides.items() if value is not None})
         except (LLMConfigError, TypeError, OverflowError) as error:
             raise ValueError(f"the row's sampling: {error}") from error
 
 
-def parse_messages(value: Any) -> tuple[Message, ...]:
-    """Check the messages of a chat; OpenAI's text parts are joined to plain text.
+def _of_run(parse: Callable[[Any], T], value: Any) -> T:
+    """Return what a key of the run holds, once it is looked at.
 
     Raises:
-        ValueError: the value is no non-empty list of messages with a known role and text.
+        LLMConfigError: says what is wrong with it.
     """
-    if isinstance(value, str):
-        value = _json(value, "messages")
-    if not isinstance(value, list):
-        raise ValueError(f"messages are {_kind(value)}, not a list")
-    if not value:
-        raise ValueError("messages are an empty list")
-    return tuple(_parse_message(number, message) for number, message in enumerate(value, 1))
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise LLMConfigError(f"prompt: {error}") from error
 
 
-def _parse_message(number: int, message: Any) -> Message:
-    if not isinstance(message, Mapping):
-        raise ValueError(f"message {number} is {_kind(message)}, not an object with role and content")
-    parsed = {str(key): value for key, value in message.items() if value is not None}
-    role, content = parsed.get("role"), parsed.get("content")
-    if role not in ROLES:
-        raise ValueError(f"message {number} has the role {role!r}; there are {', '.join(ROLES)}")
-    if isinstance(content, list) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content):
-        content = "".join(part["text"] for part in content)
-    if content is None and "tool_calls" in parsed:
-        content = ""
-    if not isinstance(content, str):
-        raise ValueError(f"message {number} has {_kind(content)} as content, not text")
-    if not is_utf8(json.dumps(parsed, ensure_ascii=False, default=str)):
-        raise ValueError(f"message {number} holds a lone surrogate, which no UTF-8 text can")
-    return {**parsed, "content": content}
+def with_tools_read(config: PromptConfig) -> PromptConfig:
+    """Return the options with the content of a file of tools in the place of its name.
+
+    Raises:
+        LLMConfigError: the file cannot be read, or holds no JSON.
+    """
+    given = config.tools
+    if not isinstance(given, str) or given.lstrip().startswith(("[", "{")):
+        return config
+    try:
+        text = Path(given).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise LLMConfigError(
+            f"prompt.tools={given!r} cannot be read ({why}, from {Path.cwd()}); it must be a JSON file, or a list"
+        ) from error
+    try:
+        return replace(config, tools=json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise LLMConfigError(f"prompt.tools={given!r} is not valid JSON: {error}") from error
+
+
+OTHER_NAMES = {
+    "functions": "see dataset.columns.tools",
+    "conversations": "see dataset.columns.messages",
+    "template_kwargs": "see dataset.columns.chat_template_kwargs",
+    "system": "see prompt.system",
+    "system_prompt": "see prompt.system",
+}
+"""Columns that elsewhere mean what llmpipe has other names for."""
+
+
+def unread_columns(prompt: PromptConfig, columns: ColumnsConfig, found: Sequence[str], chat: bool) -> dict[str, str]:
+    """Return the columns that look as if they were meant to be read, and why nothing reads them.
+
+    Args:
+        prompt: The run's options.
+        columns: What it calls its columns.
+        found: The columns there are.
+        chat: Whether plain prompts become chats.
+    """
+    chats = chat or (prompt.template is None and columns.messages in found)
+    reads = {"messages": prompt.template is None, "tools": chats, "chat_template_kwargs": chats}
+    read = {name for key, name in vars(columns).items() if reads.get(key, True)}
+    read |= set() if prompt.template is None else set(template_columns(prompt.template))
+    why = dict(OTHER_NAMES)
+    for key, is_read in reads.items():
+        name = getattr(columns, key)
+        if name is not None:
+            why[key] = f"dataset.columns.{key}={name}"
+            if not is_read:
+                why[name] = "prompt.template= is used" if key == "messages" else "prompts go in raw"
+    return {name: reason for name, reason in why.items() if name in found and name not in read}
 
 
 def template_columns(template: str) -> list[str]:
@@ -163,15 +228,3 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
         return str(value)
 
     return _FIELD.sub(value_of, template)
-
-
-def _json(text: str, what: str) -> Any:
-    try:
-        return orjson.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{what} is text, and not valid JSON: {error}") from error
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text"}
-    return {**names, dict: "an object", list: "a list"}.get(type(value), f"a {type(value).__name__}")

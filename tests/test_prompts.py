@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from llmpipe.chats import parse_messages
 from llmpipe.config import ColumnsConfig, Overflow, PromptConfig, SamplingConfig
 from llmpipe.exceptions import LLMConfigError
-from llmpipe.prompts import PromptBuilder, fill, parse_messages, template_columns
+from llmpipe.prompts import PromptBuilder, fill, template_columns
 from llmpipe.records import Request, Row
 
 
@@ -62,7 +63,10 @@ def request(*args: Any, **options: Any) -> Request:
         ({"messages": [{"role": ["user"], "content": "x"}]}, "has the role"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "user"}]}, "message 2 has null as content"),
         ({"messages": [{"role": "user", "content": 5}]}, "message 1 has a number as content, not text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "has a list as content, not text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "message 1 has a content part of type 'image_url'",
+        ),
         ({"messages": [{"role": "user", "content": "\udfff"}]}, "message 1 holds a lone surrogate"),
         ({"messages": [{"role": "user", "content": "x", "name": ["\ud800"]}]}, "message 1 holds a lone surrogate"),
     ],

@@ -193,7 +193,7 @@ class Runs(RuleBasedStateMachine):
             patch("llmpipe.ledger.COMMIT_EVERY_S", 1e9),
             patch("time.perf_counter", lambda: next(clock) / 1024),
             patch("llmpipe.metrics.own_rss_bytes", lambda: 2**26),
-            patch("llmpipe.pipeline.utc_now", lambda: "2026-01-31T12:00:00+00:00"),
+            patch("llmpipe.pipeline.timestamp", lambda: "2026-01-31T12:00:00+00:00"),
         ):
             return llmpipe.run(config, directory)
 

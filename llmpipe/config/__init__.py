@@ -27,7 +27,7 @@ from llmpipe.config.backends import (
     speed,
     split_adapter,
 )
-from llmpipe.config.checks import reject_unknown, unknown_name
+from llmpipe.config.checks import auto_or_bool, reject_unknown, unknown_name
 from llmpipe.config.choices import (
     BackendType,
     Batching,
@@ -83,6 +83,7 @@ __all__ = [
     "Switch",
     "TransformersConfig",
     "answer_fields",
+    "auto_or_bool",
     "build",
     "compose",
     "conf_dir",

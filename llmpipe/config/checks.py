@@ -39,6 +39,15 @@ def count(name: str, value: object, low: int, allowed: str) -> None:
     check(isinstance(value, int) and not isinstance(value, bool) and value >= low, name, value, allowed)
 
 
+def auto_or_bool(name: str, value: object) -> None:
+    """Refuse what is neither `auto` nor a boolean.
+
+    Raises:
+        LLMConfigError: as `check`.
+    """
+    check(value == "auto" or isinstance(value, bool), name, value, "auto, true or false")
+
+
 def reject_unknown(given: Iterable[str], allowed: Iterable[str], what: str, extra: Iterable[str] = ()) -> None:
     """Refuse the first name of `given` that is not in `allowed`, naming the nearest and all valid ones.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmpipe.config.checks import check, count, number
+from llmpipe.config.checks import auto_or_bool, check, count, number
 from llmpipe.config.choices import DeviceType, OnError, OutputFormat, Overflow, PromptFormat
 from llmpipe.config.sampling import SamplingConfig
 
@@ -67,6 +67,10 @@ class ColumnsConfig:
     """Chats: lists of {role, content}. Used before prompt where a row has both."""
     reference: str = "reference"
     """Right answers, for the scorers: one, or a list of which any will do."""
+    tools: str | None = "tools"
+    """What the model may call in a chat: lists of tools in OpenAI's format, instead of prompt.tools; null: none."""
+    chat_template_kwargs: str | None = "chat_template_kwargs"
+    """Objects of arguments for the chat template, above those of prompt.chat_template_kwargs; null: none."""
     sampling: str = "sampling"
     """Objects of sampling options that override the run's for their row."""
 
@@ -107,8 +111,22 @@ class PromptConfig:
     """A system message put before chats and plain prompts that have none (not with raw)."""
     template: str | None = None
     """Text in which {column} stands for the row's value, instead of the prompt column; {{ and }} are braces."""
+    tools: Any = None
+    """What the model may call in chats, in OpenAI's format: a JSON file, or a list of tools."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments for the chat template, such as {enable_thinking: false}."""
+    continue_final: Any = "auto"
+    """true, false or auto: go on with a chat's last message instead of closing it; auto if it is the assistant's."""
     overflow: Overflow = Overflow.error
     """error or truncate a prompt that exceeds the context."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            LLMConfigError: names the option and what it may be.
+        """
+        auto_or_bool("prompt.continue_final", self.continue_final)
 
 
 @dataclass

@@ -96,6 +96,7 @@ class Dataset:
 
     def _check_types(self, file: Path, schema: pa.Schema, template: list[str] | None) -> None:
         allowed = {"id": "text or integers", "messages": "lists or JSON text", "sampling": "structs or JSON text"}
+        allowed |= {"tools": "lists or JSON text", "chat_template_kwargs": "structs or JSON text"}
         if template is None:
             allowed["prompt"] = "text"
         types = {field.name: field.type for field in schema}
@@ -109,7 +110,7 @@ class Dataset:
 
     def _check_columns(self, file: str, columns: list[str], template: list[str] | None) -> None:
         default = ColumnsConfig()
-        named = [name for key, name in vars(self.columns).items() if name != getattr(default, key)]
+        named = [name for key, name in vars(self.columns).items() if name not in (None, getattr(default, key))]
         for name in [*(template or []), *named]:
             if name not in columns:
                 raise DatasetError(f"{file} has no column {name!r}; it has: {', '.join(columns)}")

@@ -16,10 +16,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import psutil
 
+from llmpipe.chats import continues, parse_messages, parse_template_kwargs, parse_tools
 from llmpipe.config import (
     BackendConfig,
     DeviceConfig,
@@ -27,14 +29,16 @@ from llmpipe.config import (
     ModelConfig,
     PromptFormat,
     SamplingConfig,
+    auto_or_bool,
     build,
     reject_unknown,
 )
 from llmpipe.exceptions import LLMConfigError, LLMError, LLMInferenceError, LLMInitializationError
-from llmpipe.records import Chunk, Completion, Message, Request, complete, derive_seed
-from llmpipe.runners.chat import ChatTemplateError
+from llmpipe.records import Chunk, Completion, Message, Request, complete, derive_seed, failed
+from llmpipe.runners.chat import ChatTemplate
 from llmpipe.runners.decoding import StopStrings
 from llmpipe.runners.openai_format import chat_chunks, chat_completion
+from llmpipe.runners.rendering import ChatRenderer
 
 if TYPE_CHECKING:
     from llmpipe.runners.preview import Preview
@@ -93,6 +97,9 @@ class BaseLLMRunner(ABC):
         self._lock = threading.Lock()
         self._holder: int | None = None
         self._open_stream: weakref.ref[Generator[Any]] | None = None
+        self.now = datetime.now().astimezone()
+        """The time that chat templates are told; of a run, its start, so that it has the same prompts when resumed."""
+        self._renderer = ChatRenderer()
         self.preview: Preview | None = None
         """What is known without the weights, where they are not loaded and the backend can say."""
         self._load(weights)
@@ -188,21 +195,36 @@ class BaseLLMRunner(ABC):
             continue_final: End with the text of the last message, which the answer continues.
 
         Raises:
-            ChatTemplateError: the template refuses the messages.
+            ValueError: they are no chat, or the template refuses it.
         """
-        return "\n".join(str(message.get("content", "")) for message in messages)
+        chat, tools = parse_messages(messages, any_role=True), parse_tools(tools)
+        template = self.template_for(tools)
+        if template is None:
+            return "\n".join(message["content"] for message in chat)
+        kwargs = parse_template_kwargs(template_kwargs)
+        return self._renderer.render(template, chat, tools, kwargs, continue_final, self.now)
+
+    def template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate | None:
+        """Return what renders a chat in which these tools are given; None for a backend without chat templates.
+
+        Raises:
+            ChatTemplateError: the model has none.
+        """
+        return None
 
     def prompt_text(self, request: Request) -> str:
         """Return the text that goes to the model: the rendered chat, or the prompt as it is.
 
         Raises:
-            ValueError: the chat is empty, or the template refuses it.
+            ValueError: it is no chat, or the template refuses it.
         """
         if request.messages is None:
             return request.prompt
-        if not request.messages:
-            raise ChatTemplateError("the chat is empty: it has no messages")
-        return self.render(request.messages, request.tools, request.template_kwargs, request.continue_final)
+        chat = parse_messages(request.messages, any_role=True)
+        text = self.render(chat, request.tools, request.template_kwargs, request.continue_final)
+        if self.chat_template is not None:
+            self._renderer.look_for_dropped(chat, text, request.id)
+        return text
 
     def encode(self, request: Request) -> tuple[list[int], int] | None:
         """Return a request's prompt tokens, and how many were cut off on the left to fit; None where nobody can tell.
@@ -225,10 +247,29 @@ class BaseLLMRunner(ABC):
 
     # --- conveniences ---------------------------------------------------------------------------------------------
 
-    def request(self, prompt: Prompt, id: int = 0, prompt_format: str = "auto", **sampling: Any) -> Request:
+    def request(
+        self,
+        prompt: Prompt,
+        id: int = 0,
+        prompt_format: str = "auto",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool | str = "auto",
+        **sampling: Any,
+    ) -> Request:
         """Make the request for one prompt with this runner's sampling options, changed by `sampling`.
 
         Without `seed=` its seed is derived from `id`, so equal calls give equal answers.
+
+        Args:
+            prompt: Text, or the messages of a chat.
+            id: Names the request among others.
+            prompt_format: `auto`, `chat` or `raw`: what a plain text becomes.
+            tools: What the model may call in a chat, in OpenAI's format.
+            chat_template_kwargs: Further arguments for the chat template, such as `{"enable_thinking": False}`.
+            continue_final: Go on with a chat's last message instead of closing it: True, False, or `auto`, which does
+                so if the message is the assistant's.
+            **sampling: Options of `SamplingConfig`.
 
         Raises:
             LLMConfigError: an option is unknown, the prompt is neither text nor messages, or `chat` is asked of a model
@@ -237,17 +278,33 @@ class BaseLLMRunner(ABC):
         """
         self._check_loaded()
         options = self.sampling.replace(sampling)
+        auto_or_bool("continue_final", continue_final)
+        try:
+            tools, kwargs = parse_tools(tools), parse_template_kwargs(chat_template_kwargs)
+        except ValueError as error:
+            raise LLMConfigError(str(error)) from error
         seed = options.seed if options.seed is not None else derive_seed(0, id)
         samples = tuple(range(options.n))
         if isinstance(prompt, str):
             if not self.is_chat(prompt_format):
+                if tools or kwargs or continue_final is True:
+                    raise LLMConfigError("tools, chat_template_kwargs and continue_final need a chat, not a raw prompt")
                 return Request(id, options, prompt=prompt, seed=seed, samples=samples)
             messages: Any = [{"role": "user", "content": prompt}]
         else:
             messages = prompt
         if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
             raise LLMConfigError(f"prompt={prompt!r} is not allowed; it must be text or a list of messages")
-        return Request(id, options, messages=tuple(dict(m) for m in messages), seed=seed, samples=samples)
+        return Request(
+            id,
+            options,
+            messages=tuple(dict(m) for m in messages),  # what they hold is looked at when the row's turn comes
+            seed=seed,
+            samples=samples,
+            tools=tools,
+            template_kwargs=kwargs,
+            continue_final=continues(continue_final, messages),
+        )
 
     def is_chat(self, prompt_format: PromptFormat | str) -> bool:
         """Say whether a plain prompt becomes a chat under `auto`, `chat` or `raw`.
@@ -264,10 +321,15 @@ class BaseLLMRunner(ABC):
             )
         return prompt_format == "chat" or (prompt_format == "auto" and self.chat_template is not None)
 
-    def run(self, prompts: Iterable[Prompt | Request], **sampling: Any) -> list[Completion]:
+    def run(self, prompts: Iterable[Prompt | Request], **options: Any) -> list[Completion]:
         """Answer many prompts in batches; completions come back in the order of `prompts`, n for each.
 
         A prompt that cannot be run has a completion with `error` set.
+
+        Args:
+            prompts: Texts, chats, or requests.
+            **options: Of `request`: `prompt_format`, `tools`, `chat_template_kwargs`, `continue_final`, and options of
+                `SamplingConfig`.
 
         Raises:
             LLMConfigError: `prompts` is one text, chat or table instead of many prompts, or an option is unknown.
@@ -278,35 +340,45 @@ class BaseLLMRunner(ABC):
                 f"prompts is a {type(prompts).__name__}; it must be a list of prompts, such as [prompt] or "
                 f"frame['prompt'].tolist()"
             )
-        requests = (
-            replace(p, id=i) if isinstance(p, Request) else self.request(p, id=i, **sampling)
-            for i, p in enumerate(prompts)
-        )
-        done = list(self.completions(requests))
+        # What is wrong with the options is wrong with every prompt; what is wrong with a prompt is so with that one.
+        self.is_chat(options.get("prompt_format", "auto"))
+        samples = self.request([{"role": "user", "content": ""}], **options).samples
+        refused: list[Completion] = []
+
+        def requests() -> Iterator[Request]:
+            for i, p in enumerate(prompts):
+                try:
+                    request = replace(p, id=i) if isinstance(p, Request) else self.request(p, id=i, **options)
+                except LLMConfigError as error:
+                    refused.extend(failed(i, str(error), sample) for sample in samples)
+                else:
+                    yield request
+
+        done = [*self.completions(requests()), *refused]
         return sorted(done, key=lambda completion: (completion.request_id, completion.sample))
 
     def completions(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer `requests` and yield each sample's completion, with its times, as it finishes."""
         return self._exclusively(complete(self.stream, requests))
 
-    def generate_text(self, prompt: Prompt, prompt_format: str = "auto", **sampling: Any) -> str:
+    def generate_text(self, prompt: Prompt, prompt_format: str = "auto", **options: Any) -> str:
         """Answer one prompt and return the text.
 
         Args:
             prompt: Text, or the messages of a chat.
             prompt_format: `auto`, `chat` or `raw`: what a plain text becomes.
-            **sampling: Options of `SamplingConfig`, such as `temperature=0`, `max_tokens=20`, or `seed=1` for another
-                sample than that of the call before.
+            **options: Of `request`: `tools`, `chat_template_kwargs`, `continue_final`, and options of `SamplingConfig`,
+                such as `temperature=0`, `max_tokens=20`, or `seed=1` for another sample than that of the call before.
 
         Raises:
             LLMConfigError: an option is unknown or out of range.
             LLMInferenceError: the prompt cannot be run, for instance because it exceeds the context.
         """
-        return "".join(self.generate_text_streaming(prompt, prompt_format, **sampling))
+        return "".join(self.generate_text_streaming(prompt, prompt_format, **options))
 
-    def generate_text_streaming(self, prompt: Prompt, prompt_format: str = "auto", **sampling: Any) -> Iterator[str]:
+    def generate_text_streaming(self, prompt: Prompt, prompt_format: str = "auto", **options: Any) -> Iterator[str]:
         """Answer one prompt and yield its text as it is generated; arguments and errors as in `generate_text`."""
-        request = replace(self.request(prompt, prompt_format=prompt_format, **sampling), samples=(0,))
+        request = replace(self.request(prompt, prompt_format=prompt_format, **options), samples=(0,))
         return (chunk.text for chunk in self._raising(request) if chunk.text)
 
     def create_chat_completion(
@@ -314,7 +386,8 @@ class BaseLLMRunner(ABC):
         messages: Sequence[Message],
         stream: bool = False,
         stream_options: Mapping[str, Any] | None = None,
-        **sampling: Any,
+        tool_choice: str | None = None,
+        **options: Any,
     ) -> Any:
         """Answer a chat in OpenAI's format.
 
@@ -322,18 +395,24 @@ class BaseLLMRunner(ABC):
             messages: The chat so far, each a dictionary with `role` and `content`.
             stream: Return an iterator of `chat.completion.chunk` dictionaries instead of one `chat.completion`.
             stream_options: `{"include_usage": True}` ends the stream with a chunk that carries the usage.
-            **sampling: Options of `SamplingConfig`; `max_completion_tokens` is accepted for `max_tokens`.
+            tool_choice: `auto`; or `none`, and the model is not told of the tools.
+            **options: Of `request`: `tools`, `chat_template_kwargs`, `continue_final`, and options of `SamplingConfig`;
+                `max_completion_tokens` is accepted for `max_tokens`.
 
         Raises:
             LLMConfigError: an option is unknown or out of range.
             LLMInferenceError: the chat cannot be run.
         """
-        sampling = {name: value for name, value in sampling.items() if value is not None}  # as OpenAI reads null
-        if "max_completion_tokens" in sampling:
-            sampling["max_tokens"] = sampling.pop("max_completion_tokens")
+        options = {name: value for name, value in options.items() if value is not None}  # as OpenAI reads null
+        if "max_completion_tokens" in options:
+            options["max_tokens"] = options.pop("max_completion_tokens")
+        if tool_choice not in (None, "auto", "none"):
+            raise LLMConfigError(f"tool_choice={tool_choice!r} is not allowed; it must be 'auto' or 'none'")
+        if tool_choice == "none":
+            options.pop("tools", None)
         if isinstance(messages, str) or not messages:
             raise LLMConfigError(f"messages={messages!r} is not allowed; it must be a non-empty list of messages")
-        request = self.request(messages, **sampling)
+        request = self.request(messages, **options)
         if stream:
             include_usage = bool((stream_options or {}).get("include_usage"))
             return chat_chunks(self.config.model, self._raising(request), include_usage)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ from jinja2.parser import Parser
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Message
 from llmpipe.runners.template_limits import BoundedEnvironment
+
+REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+"""What an assistant's thoughts are called in messages; the first that is there counts."""
+MARK = "CONTINUE_FROM_HERE "
+"""Stands for a moment behind a message that is to be continued; a template that trims takes its blank away."""
+_time: ContextVar[datetime | None] = ContextVar("time", default=None)
 
 
 class ChatTemplateError(ValueError):
@@ -69,6 +76,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         continue_final: bool = False,
+        now: datetime | None = None,
     ) -> str:
         """Render `messages` up to where the assistant's answer begins, or goes on.
 
@@ -77,21 +85,61 @@ class ChatTemplate:
             tools: What the model may call, in OpenAI's format.
             template_kwargs: Further names that the template may ask for.
             continue_final: End with the text of the last message, which the answer continues.
+            now: The time that it is, for the template.
 
         Raises:
             ChatTemplateError: the template refuses the messages, or fails on them.
         """
+        messages = [_with_reasoning(message) for message in messages]
+        final = str(messages[-1].get("content", "")) if continue_final else ""
+        if continue_final:
+            messages[-1] = {**messages[-1], "content": final + MARK}
+        told = _time.set(now)
         try:
             with self._environment.limits():
                 pieces = self._template.generate(
-                    **{**self._special_tokens, "documents": None, **(template_kwargs or {})},
-                    messages=list(messages),
-                    add_generation_prompt=not continue_final,
-                    tools=None if tools is None else list(tools),
+                    {
+                        **self._special_tokens,
+                        "documents": None,
+                        **(template_kwargs or {}),
+                        "messages": messages,
+                        "add_generation_prompt": not continue_final,
+                        "tools": None if tools is None else list(tools),
+                    }
                 )
-                return "".join(self._environment.at_most(pieces))
+                text = "".join(self._environment.at_most(pieces))
         except Exception as error:  # a template is a program of the model's: it may fail in any way
             raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
+        finally:
+            _time.reset(told)
+        return _cut_at_mark(text, final) if continue_final else text
+
+
+def _with_reasoning(message: Message) -> Message:
+    """Give the thoughts before an answer the names that templates have for them, as transformers does."""
+    thoughts = next((message[name] for name in REASONING_NAMES if message.get(name) is not None), None)
+    return message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
+
+
+def _cut_at_mark(text: str, final: str) -> str:
+    """Return a rendered chat up to the end of its last message, which has the mark behind it.
+
+    The rules are those of `apply_chat_template(continue_final_message=True)` in transformers: where the template trims
+    messages, the white space at the end of this one is gone as well.
+
+    Raises:
+        ChatTemplateError: the message is not there as it was.
+    """
+    end = text.rfind(MARK.rstrip())
+    before = text[: max(end, 0)]
+    if end < 0 or not before.rstrip().endswith(final.strip()):
+        raise ChatTemplateError(
+            "the chat template drops or alters the last message, which the answer should continue: "
+            "use prompt.continue_final=false"
+        )
+    if text.startswith(MARK, end):
+        return before
+    return before.removesuffix(final[len(final.rstrip()) :])
 
 
 def read_template(text_or_file: str) -> str:
@@ -109,8 +157,8 @@ def read_template(text_or_file: str) -> str:
 
 
 def strftime_now(pattern: str) -> str:
-    """Return the time of day, as templates ask for it."""
-    return datetime.now().strftime(pattern)
+    """Return date and time as templates ask for them: the time that is told with the messages, on its own clock."""
+    return (_time.get() or datetime.now()).replace(tzinfo=None).strftime(pattern)
 
 
 def _raise_exception(message: str) -> None:

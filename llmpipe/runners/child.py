@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from datetime import datetime
 from multiprocessing.connection import Connection
 from operator import attrgetter
 from typing import Any
@@ -231,8 +232,9 @@ class Service:
         self._runner = import_class(target)(*arguments)
         return "loaded", self._status()
 
-    def _stream(self, _: None) -> Message:
+    def _stream(self, now: datetime) -> Message:
         assert self._runner is not None
+        self._runner.now = now
         self._abandoned, self._blocks = False, queue.SimpleQueue()
         chunks = self._runner.stream(self._requests())
         try:
@@ -257,7 +259,8 @@ class Service:
 
     def _render(self, chat: tuple[Any, ...]) -> Message:
         assert self._runner is not None
-        return "rendered", self._runner.render(*chat)
+        self._runner.now, *asked = chat
+        return "rendered", self._runner.render(*asked)
 
     def _status(self) -> dict[str, Any]:
         assert self._runner is not None

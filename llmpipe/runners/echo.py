@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from llmpipe.chats import parse_messages
 from llmpipe.config import EchoConfig
 from llmpipe.records import Chunk, Message, Request
 from llmpipe.runners.base import BaseLLMRunner, error_chunks
@@ -35,7 +36,7 @@ class EchoRunner(BaseLLMRunner):
         continue_final: bool = False,
     ) -> str:
         """Return the last message."""
-        return str(messages[-1].get("content", ""))
+        return str(parse_messages(messages, any_role=True)[-1]["content"])
 
     def encode(self, request: Request) -> tuple[list[int], int]:
         """Return a number for each word of the prompt."""

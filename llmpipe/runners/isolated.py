@@ -18,6 +18,7 @@ from itertools import islice
 from math import isqrt
 from typing import Any
 
+from llmpipe.chats import parse_messages, parse_template_kwargs, parse_tools
 from llmpipe.config import BackendConfig, DeviceConfig, DeviceType, ModelConfig, SamplingConfig
 from llmpipe.exceptions import LLMConfigError, LLMInferenceError, LLMInitializationError
 from llmpipe.records import Chunk, Message, Request
@@ -175,7 +176,7 @@ class IsolatedRunner(BaseLLMRunner):
         child = self._living_child()
         ended = False
         try:
-            child.send("stream")
+            child.send("stream", self.now)
             while not ended:
                 kind, content = message = self._receive(child)
                 if kind == "chunks":
@@ -234,10 +235,11 @@ class IsolatedRunner(BaseLLMRunner):
     ) -> str:
         """Return the prompt text of a chat; see `BaseLLMRunner.render`."""
         self._check_loaded()
+        chat = parse_messages(messages, any_role=True), parse_tools(tools)
         with self._turn():
             child = self._living_child()
             try:
-                child.send("render", (list(messages), tools, template_kwargs, continue_final))
+                child.send("render", (self.now, *chat, parse_template_kwargs(template_kwargs), continue_final))
                 return str(self._content(self._receive(child)))
             except ChildDied as death:
                 raise LLMInferenceError(f"the chat template {death}") from death

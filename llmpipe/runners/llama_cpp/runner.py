@@ -10,9 +10,9 @@ from typing import Any
 
 from llmpipe.config import LlamaCppConfig, RopeScaling
 from llmpipe.exceptions import LLMConfigError, LLMInitializationError, MissingDependencyError
-from llmpipe.records import Chunk, Message, Request
+from llmpipe.records import Chunk, Request
 from llmpipe.runners.base import BaseLLMRunner
-from llmpipe.runners.chat import ChatTemplateError
+from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
 from llmpipe.runners.fitting import check_bias, fit_prompt
 from llmpipe.runners.weights import find_gguf
 
@@ -146,17 +146,11 @@ class LlamaCppRunner(BaseLLMRunner):
         """The template in the file's metadata, or the configured one."""
         return self._model.chat.source if self._model is not None and self._model.chat is not None else None
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        continue_final: bool = False,
-    ) -> str:
-        """Return the prompt text of a chat; see `BaseLLMRunner.render`."""
+    def template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
+        """Return what renders a chat; see `BaseLLMRunner.template_for`."""
         if self._model is None or self._model.chat is None:
             raise ChatTemplateError("the model has no chat template: use prompt=raw or backend.chat_template=FILE")
-        return self._model.chat.render(messages, tools, template_kwargs, continue_final)
+        return self._model.chat
 
     def cancel(self, request_id: int) -> None:
         """Give up a request of the running stream; it ends with an error chunk, and its slots are free at once."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from llmpipe.config import Batching, TransformersConfig
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
-from llmpipe.records import Chunk, Message, Request
+from llmpipe.records import Chunk, Request
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.batching import Engine, Plan, Sample, sizing
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
@@ -169,21 +169,16 @@ class TransformersRunner(BaseLLMRunner):
             template = template.get("default")
         return template if template is None else str(template)
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        continue_final: bool = False,
-    ) -> str:
-        """Return the prompt text of a chat; see `BaseLLMRunner.render`."""
-        if self.chat_template is None:
+    def template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
+        """Return what renders a chat; see `BaseLLMRunner.template_for`."""
+        source = self.chat_template
+        if source is None:
             raise ChatTemplateError("the model has no chat template: use prompt=raw or backend.chat_template=FILE")
         # Not by transformers, whose sandbox has no limits of time and size.
-        if self._chat is None or self._chat.source != self.chat_template:
+        if self._chat is None or self._chat.source != source:
             special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
-            self._chat = ChatTemplate(self.chat_template, special)
-        return self._chat.render(messages, tools, template_kwargs, continue_final)
+            self._chat = ChatTemplate(source, special)
+        return self._chat
 
     def info(self) -> dict[str, Any]:
         """Say what was loaded and what was chosen."""
