@@ -27,10 +27,11 @@ from llmpipe.config.backends import (
     speed,
     split_adapter,
 )
-from llmpipe.config.checks import auto_or_bool, reject_unknown, unknown_name
+from llmpipe.config.checks import auto_or_bool, check, reject_unknown, unknown_name
 from llmpipe.config.choices import (
     BackendType,
     Batching,
+    ControlTokens,
     DeviceType,
     Dtype,
     OnError,
@@ -62,6 +63,7 @@ __all__ = [
     "Batching",
     "BatchingConfig",
     "ColumnsConfig",
+    "ControlTokens",
     "DatasetConfig",
     "DeviceConfig",
     "DeviceType",
@@ -85,6 +87,7 @@ __all__ = [
     "answer_fields",
     "auto_or_bool",
     "build",
+    "check",
     "compose",
     "conf_dir",
     "data_dir",

@@ -41,7 +41,9 @@ class SamplingConfig:
     max_tokens: int = 256
     """Most tokens to generate per sample; the end token is not counted."""
     stop: list[str] = field(default_factory=list)
-    """Strings that end the completion; they are cut off, also where they span several tokens."""
+    """Strings that end the completion; they are cut off, also where they span tokens, or are a control token."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Tokens that end the completion, also with ignore_eos; they are not part of its text."""
     n: int = 1
     """Samples per row, each with its own seed."""
     seed: int | None = None
@@ -71,6 +73,12 @@ class SamplingConfig:
         count("n", self.n, 1, "an integer >= 1")
         check(self.n <= MAX_SAMPLES, "n", self.n, f"at most {MAX_SAMPLES}")
         check(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "a list of non-empty strings")
+        ids = self.stop_token_ids
+        allowed = "a list of token ids"
+        check(ids is None or isinstance(ids, Sequence) and not isinstance(ids, str), "stop_token_ids", ids, allowed)
+        self.stop_token_ids = list(ids or [])
+        for token in self.stop_token_ids:
+            count("stop_token_ids", token, 0, allowed)
         if self.seed is not None:
             count("seed", self.seed, 0, "an integer >= 0, or null")
         check(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "true or false")
