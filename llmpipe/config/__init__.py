@@ -13,6 +13,7 @@ backends.py    the options of each backend
 run.py         a whole run: device, dataset, prompt, output, metrics
 model.py       the flat form, for library users
 values.py      a dataclass made from plain values, as plain values, and its fields in words
+escapes.py     backslash escapes in text that is typed on the command line
 reading.py     YAML files and overrides → `RunConfig`
 """
 
