@@ -81,6 +81,13 @@ def test_a_tokenizer_of_transformers_adds_what_it_adds_once(transformers_runner:
         assert whole == tokenizer("hi")["input_ids"]
 
 
+def test_what_stands_around_a_text_is_found_by_what_it_adds() -> None:
+    assert Around.between(1, [5, 6], [1, 5, 6, 2]) == Around(1, (1,), (2,))
+    assert Around.between(1, [], [1]) == Around(1, (1,))
+    assert Around.between(None, [5], [5]) == Around(None)
+    assert Around.between(1, [5], [6]) == Around(1)  # it reads a text in another way then: nothing can be told
+
+
 @pytest.mark.parametrize(
     ("around", "tokens", "raw", "add_bos", "expected"),
     [

@@ -39,10 +39,8 @@ class ControlTexts:
         self._firsts = tuple({text[0] for text in self.ids})
 
     def spelt_in(self, value: Any) -> bool:
-        """Say whether a text in a value may spell a control token, or begin one at its end."""
-        return any(
-            text.endswith(self._firsts) or any(start in text for start in self._starts) for text in _texts(value)
-        )
+        """Say whether a text in a value spells a control token, or begins one at its end."""
+        return any(self._has(text) for text in _texts(value))
 
     def marked(self, value: Any, mark: str) -> Any:
         """Return a value in whose texts every control token has a mark after its first character.
@@ -51,7 +49,7 @@ class ControlTexts:
             RecursionError: the value is nested too deeply.
         """
         if isinstance(value, str):
-            return self._spelt.sub(rf"\g<0>{mark}", value) if self.spelt_in(value) else value
+            return self._spelt.sub(rf"\g<0>{mark}", value) if self._has(value) else value
         if isinstance(value, Mapping):
             return {self.marked(name, mark): self.marked(inner, mark) for name, inner in value.items()}
         if isinstance(value, (list, tuple)):
@@ -65,7 +63,8 @@ class ControlTexts:
         words = 0
         """Start of what has followed the last control token."""
         strips = False
-        for token in [*self._own(mark).finditer(text), None]:
+        own = re.compile(rf"(?:{self._any})(?!{mark}|{re.escape(_escaped(mark))})")
+        for token in [*own.finditer(text), None]:
             end = token.start() if token else len(text)
             between = text[words:end]
             if unmarked(between, mark) != between:
@@ -78,14 +77,20 @@ class ControlTexts:
         if start < len(text):
             yield Piece(text[start:], False)
 
+    def _has(self, text: str) -> bool:
+        # Nearly every text ends at what takes no pattern.
+        may = text.endswith(self._firsts) or any(start in text for start in self._starts)
+        return may and self._spelt.search(text) is not None
+
     @cached_property
     def _spelt(self) -> re.Pattern[str]:
         """The first characters of control tokens, and of what may become one with the text that follows."""
         begun = {text[:size] for text in self.ids for size in range(1, len(text))}
-        return re.compile(rf"(?={_any_of(self.ids)}|(?:{_any_of(begun)})\Z)(?s:.)")
+        return re.compile(rf"(?={self._any}|(?:{_any_of(begun)})\Z)(?s:.)")
 
-    def _own(self, mark: str) -> re.Pattern[str]:
-        return re.compile(rf"(?:{_any_of(self.ids)})(?!{mark}|{re.escape(_escaped(mark))})")
+    @cached_property
+    def _any(self) -> str:
+        return _any_of(self.ids)
 
 
 def mark_for(*texts: Any) -> str:

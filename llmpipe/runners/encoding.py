@@ -49,8 +49,8 @@ class Around:
 
     @classmethod
     def between(cls, bos: int | None, plain: list[int], whole: list[int]) -> Around:
-        """Find what stands around a text's own tokens."""
-        for at in range(len(whole) - len(plain) + 1):
+        """Find what stands around a text's own tokens; it stands before a text that has none."""
+        for at in range(len(whole) - len(plain), -1, -1):
             if whole[at : at + len(plain)] == plain:
                 return cls(bos, tuple(whole[:at]), tuple(whole[at + len(plain) :]))
         return cls(bos)

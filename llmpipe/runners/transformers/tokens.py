@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -39,7 +40,9 @@ class Tokens:
     @cached_property
     def control(self) -> ControlTexts:
         """The special tokens, and what ends a generation; see `Tokenizer.control`."""
-        tokenizer, added = self._tokenizer, self._tokenizer.added_tokens_decoder
+        tokenizer, added = self._tokenizer, {}
+        with suppress(NotImplementedError):  # mistral-common's, which reads no control tokens in texts
+            added = tokenizer.added_tokens_decoder
         special = {id: token for id, token in added.items() if token.special or id in self._ends}
         ids = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         ids |= {token.content: id for id, token in special.items()}
