@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 import orjson
 
+from llmpipe.cells import is_missing
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Message, is_utf8
 
@@ -59,7 +60,7 @@ def _message(number: int, message: Any, any_role: bool) -> Message:
     message = _object_or_as_it_is(message)
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is {kind_of(message)}, not an object with role and content")
-    parsed = {str(key): value for key, value in message.items() if value is not None}
+    parsed = {str(key): value for key, value in message.items() if not is_missing(value)}
     role, content = parsed.get("role"), parsed.get("content")
     if role not in ROLES and not (any_role and isinstance(role, str)):
         raise ValueError(f"message {number} has the role {role!r}; there are {', '.join(ROLES)}")

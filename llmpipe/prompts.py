@@ -23,7 +23,7 @@ from llmpipe.chats import (
     parse_tools,
     read_tools,
 )
-from llmpipe.config import ColumnsConfig, Overflow, PromptConfig, SamplingConfig
+from llmpipe.config import ColumnsConfig, ControlTokens, Overflow, PromptConfig, SamplingConfig
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Message, Request, Row, derive_seed, is_utf8
 
@@ -68,8 +68,10 @@ class PromptBuilder:
         if not samples:
             return None
         seed = sampling.seed if sampling.seed is not None else derive_seed(self._seed, row.id(self._columns.id))
-        truncate = self._prompt.overflow is Overflow.truncate
-        request = Request(row.index, sampling, seed=seed, samples=samples, truncate=truncate)
+        request = Request(row.index, sampling, seed=seed, samples=samples)
+        request.truncate = self._prompt.overflow is Overflow.truncate
+        request.literal = self._prompt.control_tokens is ControlTokens.literal
+        request.add_bos = None if self._prompt.add_bos == "auto" else self._prompt.add_bos
         messages = self._value(row, self._columns.messages) if self._prompt.template is None else None
         if messages is not None:
             self._chat_of(row, request, parse_messages(messages))

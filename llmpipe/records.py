@@ -99,6 +99,10 @@ class Request:
     """Further names that the chat template may ask for, such as `enable_thinking`."""
     continue_final: bool = False
     """The last message is the beginning of the answer, which goes on from there."""
+    literal: bool = True
+    """Control tokens that the words of a chat spell are text; those of a plain prompt never are."""
+    add_bos: bool | None = None
+    """Whether the prompt begins with BOS in any case; None where the model and the text decide, False to add none."""
 
     def seed_of(self, sample: int) -> int:
         """Return the seed of one sample; it depends on nothing but the row's seed and the sample's number."""

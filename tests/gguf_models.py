@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.models import add_vocabulary
+from llmpipe.runners.weights import BUNDLED_DIR
 
+BUNDLED = BUNDLED_DIR / "tiny-chat.gguf"
 Array = npt.NDArray[np.float32]
 Shapes = dict[str, tuple[int, ...]]
 """Tensors by name, rows before columns."""
@@ -49,6 +52,20 @@ def write_vocabulary(path: Path) -> Path:
     """Write a vocabulary without a model."""
     writer = gguf.GGUFWriter(path, "llama")
     add_vocabulary(writer, VOCABULARY)
+    return _close(writer, path)
+
+
+def write_variant(path: Path, changes: Mapping[str, Any], source: Path = BUNDLED) -> Path:
+    """Write a copy of a model with other values in its metadata, such as `{"tokenizer.ggml.pre": "gpt-4o"}`."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value = changes.get(name, field.contents())
+        writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     return _close(writer, path)
 
 

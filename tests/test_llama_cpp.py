@@ -158,21 +158,6 @@ def test_reproducible_turns_flash_attention_off(
     assert seen == [(flash, False)]
 
 
-def test_only_raw_prompts_get_the_tokens_that_the_file_adds(
-    llama_cpp_runner: BaseLLMRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, seen = llama_cpp_runner._model, []  # type: ignore[attr-defined]
-
-    def tokenize(text: str, add_special: bool) -> list[int]:
-        seen.append(add_special)
-        return [1]
-
-    monkeypatch.setattr(model, "tokenize", tokenize)
-    for prompt_format in ("raw", "chat"):
-        llama_cpp_runner.encode(llama_cpp_runner.request("hi", prompt_format=prompt_format))  # type: ignore[attr-defined]
-    assert seen == [True, False]
-
-
 def test_another_chat_template_may_be_given(tmp_path: Path) -> None:
     file = tmp_path / "chat.jinja"
     file.write_text("Q: {{ messages[0].content }}\nA:")

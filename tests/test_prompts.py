@@ -269,10 +269,10 @@ def test_nulls_that_arrow_adds_to_objects_are_not_there() -> None:
 def test_tools_of_the_run_are_a_list_or_a_file(tmp_path: Path) -> None:
     file = tmp_path / "tools.json"
     file.write_text(json.dumps([WEATHER], indent=2), encoding="utf-8-sig")
-    for given in (str(file), file, [WEATHER], json.dumps([WEATHER])):
-        assert settle_prompt(PromptConfig(tools=given)).tools == [WEATHER]
+    for tools in (str(file), file, [WEATHER], json.dumps([WEATHER])):
+        assert settle_prompt(PromptConfig(tools=tools)).tools == [WEATHER]
     file.write_text('{"name": "f"}')
-    for given, reason in (
+    for named, reason in (
         (str(tmp_path), "cannot be read: Is a directory"),
         ("tools.json", "cannot be read: No such file or directory"),
         ("a\0b", "is not allowed"),

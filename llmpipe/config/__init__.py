@@ -14,6 +14,7 @@ backends.py    the options of each backend
 run.py         a whole run: device, dataset, prompt, output, metrics
 model.py       the flat form, for library users
 values.py      a dataclass made from plain values, as plain values, and its fields in words
+escapes.py     backslash escapes in text that is typed on the command line
 reading.py     YAML files and overrides → `RunConfig`
 """
 
@@ -28,10 +29,11 @@ from llmpipe.config.backends import (
     speed,
     split_adapter,
 )
-from llmpipe.config.checks import auto_or_bool, reject_unknown, unknown_name
+from llmpipe.config.checks import auto_or_bool, check, reject_unknown, unknown_name
 from llmpipe.config.choices import (
     BackendType,
     Batching,
+    ControlTokens,
     DeviceType,
     Dtype,
     OnError,
@@ -63,6 +65,7 @@ __all__ = [
     "Batching",
     "BatchingConfig",
     "ColumnsConfig",
+    "ControlTokens",
     "DatasetConfig",
     "DeviceConfig",
     "DeviceType",
@@ -86,6 +89,7 @@ __all__ = [
     "answer_fields",
     "auto_or_bool",
     "build",
+    "check",
     "compose",
     "conf_dir",
     "data_dir",

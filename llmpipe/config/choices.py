@@ -43,6 +43,15 @@ class PromptFormat(str, Enum):
     """The text as it is."""
 
 
+class ControlTokens(str, Enum):
+    """What the text of a control token, such as `<|im_end|>`, is inside of a message."""
+
+    literal = "literal"
+    """Text as any other: words cannot end a turn, or begin one."""
+    parse = "parse"
+    """The control token."""
+
+
 class Overflow(str, Enum):
     """What happens to a prompt that exceeds the context."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from llmpipe.config.backends import BACKENDS
 from llmpipe.config.checks import reject_unknown
+from llmpipe.config.escapes import read_escapes
 from llmpipe.config.run import RunConfig
 from llmpipe.exceptions import LLMConfigError
 
@@ -37,7 +38,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
     try:
         with _apart_from_others(), hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             register_schemas()
-            return to_run_config(hydra.compose("config", [*overrides, *extra]))
+            return to_run_config(hydra.compose("config", [*overrides, *extra]), overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise LLMConfigError(one_line(error)) from error
 
@@ -56,16 +57,21 @@ def _apart_from_others() -> Iterator[None]:
             GlobalHydra.instance().hydra = theirs
 
 
-def to_run_config(composed: Any) -> RunConfig:
+def to_run_config(composed: Any, overrides: Sequence[str] = ()) -> RunConfig:
     """Turn Hydra's composed config into dataclasses, checking every value.
 
     The options of a backend that is not llmpipe's stay plain values: the class that `_target_` names knows them.
+
+    Args:
+        composed: The config.
+        overrides: What it was composed with, for the escapes in it.
 
     Raises:
         LLMConfigError: a key was added that nothing reads, or a value is out of range.
     """
     from omegaconf import OmegaConf
 
+    read_escapes(composed, overrides)
     target = OmegaConf.select(composed, "backend._target_", default=None)
     foreign = target is not None and not str(target).startswith("llmpipe.")
     _refuse_added_keys(composed, but=["backend"] if foreign else [])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe.config.checks import auto_or_bool, check, count, number
-from llmpipe.config.choices import DeviceType, OnError, OutputFormat, Overflow, PromptFormat
+from llmpipe.config.choices import ControlTokens, DeviceType, OnError, OutputFormat, Overflow, PromptFormat
 from llmpipe.config.conversion import settle
 from llmpipe.config.sampling import SamplingConfig
 
@@ -134,6 +134,10 @@ class PromptConfig:
     """true, false or auto: go on with a chat's last message instead of closing it; auto if it is the assistant's."""
     overflow: Overflow = Overflow.error
     """error or truncate a prompt that exceeds the context."""
+    control_tokens: ControlTokens = ControlTokens.literal
+    """literal or parse: what a control token's text is inside of a message. Raw prompts are always parsed."""
+    add_bos: Any = "auto"
+    """auto, true or false: BOS before a prompt. auto: before raw text, as the model says, unless it begins with one."""
 
     def __post_init__(self) -> None:
         """Refuse values of another type or out of range.
@@ -143,6 +147,7 @@ class PromptConfig:
         """
         settle(self, "prompt.")
         auto_or_bool("prompt.continue_final", self.continue_final)
+        auto_or_bool("prompt.add_bos", self.add_bos)
 
 
 @dataclass

@@ -42,7 +42,9 @@ class SamplingConfig:
     max_tokens: int = 256
     """Most tokens to generate per sample; the end token is not counted."""
     stop: list[str] = field(default_factory=list)
-    """Strings that end the completion; they are cut off, also where they span several tokens."""
+    """Strings that end the completion; they are cut off, also where they span tokens, or are a control token."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Tokens that end the completion, also with ignore_eos; they are not part of its text."""
     n: int = 1
     """Samples per row, each with its own seed."""
     seed: int | None = None
@@ -60,6 +62,7 @@ class SamplingConfig:
             self.stop = [] if self.stop is None else [self.stop]
         are_texts = not isinstance(self.stop, Iterable) or all(isinstance(stop, str) for stop in self.stop)
         check(are_texts, "stop", self.stop, "a list of non-empty strings")  # a number could be meant as a token
+        self.stop_token_ids = [] if self.stop_token_ids is None else self.stop_token_ids
         settle(self)
         number("temperature", self.temperature, 0, 100, "a number in [0, 100]")
         count("top_k", self.top_k, 0, "an integer >= 0 (0 is off)")
@@ -72,6 +75,8 @@ class SamplingConfig:
         count("max_tokens", self.max_tokens, 1, "an integer >= 1")
         count("n", self.n, 1, "an integer >= 1", MAX_SAMPLES)
         check(all(self.stop), "stop", self.stop, "a list of non-empty strings")
+        for token in self.stop_token_ids:
+            count("stop_token_ids", token, 0, "a list of token ids")
         if self.seed is not None:
             count("seed", self.seed, 0, "an integer >= 0, or null", None)
         for token, bias in self.logit_bias.items():

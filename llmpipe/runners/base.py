@@ -24,6 +24,7 @@ import psutil
 from llmpipe.chats import continues, parse_messages, parse_template_kwargs, parse_tools
 from llmpipe.config import (
     BackendConfig,
+    ControlTokens,
     DeviceConfig,
     DeviceType,
     ModelConfig,
@@ -31,6 +32,7 @@ from llmpipe.config import (
     SamplingConfig,
     auto_or_bool,
     build,
+    check,
     reject_unknown,
 )
 from llmpipe.exceptions import LLMConfigError, LLMError, LLMInferenceError, LLMInitializationError
@@ -269,6 +271,8 @@ class BaseLLMRunner(ABC):
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         continue_final: bool | str = "auto",
+        control_tokens: ControlTokens | str = "literal",
+        add_bos: bool | str = "auto",
         **sampling: Any,
     ) -> Request:
         """Make the request for one prompt with this runner's sampling options, changed by `sampling`.
@@ -283,6 +287,9 @@ class BaseLLMRunner(ABC):
             chat_template_kwargs: Further arguments for the chat template, such as `{"enable_thinking": False}`.
             continue_final: Go on with a chat's last message instead of closing it: True, False, or `auto`, which does
                 so if the message is the assistant's.
+            control_tokens: `literal` or `parse`: what a control token's text is inside of a message.
+            add_bos: Whether the prompt begins with BOS: True, False, or `auto`: as the model says, unless the text has
+                one already.
             **sampling: Options of `SamplingConfig`.
 
         Raises:
@@ -293,17 +300,21 @@ class BaseLLMRunner(ABC):
         self._check_loaded()
         options = self.sampling.replace(sampling)
         auto_or_bool("continue_final", continue_final)
+        auto_or_bool("add_bos", add_bos)
         try:
             tools, kwargs = parse_tools(tools), parse_template_kwargs(chat_template_kwargs)
         except ValueError as error:
             raise LLMConfigError(str(error)) from error
         seed = derive_seed(options.seed or 0, id)
         samples = tuple(range(options.n))
+        check(control_tokens in ("literal", "parse"), "control_tokens", control_tokens, "literal or parse")
+        how: dict[str, Any] = {"seed": seed, "samples": samples, "literal": control_tokens == "literal"}
+        how["add_bos"] = None if add_bos == "auto" else add_bos
         if isinstance(prompt, str):
             if not self.is_chat(prompt_format):
                 if tools or kwargs or continue_final is True:
                     raise LLMConfigError("tools, chat_template_kwargs and continue_final need a chat, not a raw prompt")
-                return Request(id, options, prompt=prompt, seed=seed, samples=samples)
+                return Request(id, options, prompt=prompt, **how)
             messages: Any = [{"role": "user", "content": prompt}]
         else:
             messages = prompt
@@ -313,8 +324,7 @@ class BaseLLMRunner(ABC):
             id,
             options,
             messages=tuple(dict(m) for m in messages),  # what they hold is looked at when the row's turn comes
-            seed=seed,
-            samples=samples,
+            **how,
             tools=tools,
             template_kwargs=kwargs,
             continue_final=continues(continue_final, messages),
@@ -342,8 +352,8 @@ class BaseLLMRunner(ABC):
 
         Args:
             prompts: Texts, chats, or requests.
-            **options: Of `request`: `prompt_format`, `tools`, `chat_template_kwargs`, `continue_final`, and options of
-                `SamplingConfig`.
+            **options: Of `request`: `prompt_format`, `tools`, `chat_template_kwargs`, `continue_final`,
+                `control_tokens`, `add_bos`, and options of `SamplingConfig`.
 
         Raises:
             LLMConfigError: `prompts` is one text, chat or table instead of many prompts, or an option is unknown.
@@ -387,8 +397,9 @@ class BaseLLMRunner(ABC):
         Args:
             prompt: Text, or the messages of a chat.
             prompt_format: `auto`, `chat` or `raw`: what a plain text becomes.
-            **options: Of `request`: `tools`, `chat_template_kwargs`, `continue_final`, and options of `SamplingConfig`,
-                such as `temperature=0`, `max_tokens=20`, or `seed=1` for another sample than that of the call before.
+            **options: Of `request`: `tools`, `chat_template_kwargs`, `continue_final`, `control_tokens`, `add_bos`, and
+                options of `SamplingConfig`, such as `temperature=0`, `max_tokens=20`, or `seed=1` for another sample
+                than that of the call before.
 
         Raises:
             LLMConfigError: an option is unknown or out of range.
@@ -416,8 +427,8 @@ class BaseLLMRunner(ABC):
             stream: Return an iterator of `chat.completion.chunk` dictionaries instead of one `chat.completion`.
             stream_options: `{"include_usage": True}` ends the stream with a chunk that carries the usage.
             tool_choice: `auto`; or `none`, and the model is not told of the tools.
-            **options: Of `request`: `tools`, `chat_template_kwargs`, `continue_final`, and options of `SamplingConfig`;
-                `max_completion_tokens` is accepted for `max_tokens`.
+            **options: Of `request`: `tools`, `chat_template_kwargs`, `continue_final`, `control_tokens`, `add_bos`, and
+                options of `SamplingConfig`; `max_completion_tokens` is accepted for `max_tokens`.
 
         Raises:
             LLMConfigError: an option is unknown or out of range.

@@ -111,8 +111,13 @@ class Answer:
             return self._finish(text + self._stops.flush(), "length")
         return Chunk(self.request.id, self.sample, text) if text else None
 
+    def ends_at(self, token: int, is_end: bool) -> bool:
+        """Say whether `token` ends the answer: one that was asked for, or one that ends any of the model's."""
+        sampling = self.request.sampling
+        return token in sampling.stop_token_ids or (is_end and not sampling.ignore_eos)
+
     def end(self) -> Chunk:
-        """Return the last chunk: the model has ended by itself."""
+        """Return the last chunk: the model has ended by itself, or a token ended it."""
         return self._finish(self._stops.flush(), "stop")
 
     def fail(self, reason: str) -> Chunk:

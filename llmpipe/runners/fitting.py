@@ -5,15 +5,16 @@ from __future__ import annotations
 from llmpipe.config import SamplingConfig
 
 
-def check_bias(sampling: SamplingConfig, n_vocab: int) -> None:
-    """Refuse a logit bias on a token that the model does not have.
+def check_tokens(sampling: SamplingConfig, n_vocab: int) -> None:
+    """Refuse options that name a token that the model does not have.
 
     Raises:
         ValueError: names the token and the range there is.
     """
-    for token in sampling.logit_bias:
-        if not 0 <= token < n_vocab:
-            raise ValueError(f"logit_bias names token {token}; the model has tokens 0 to {n_vocab - 1}")
+    for name in ("logit_bias", "stop_token_ids"):
+        for token in getattr(sampling, name):
+            if not 0 <= token < n_vocab:
+                raise ValueError(f"{name} names token {token}; the model has tokens 0 to {n_vocab - 1}")
 
 
 def fit_prompt(tokens: list[int], context: int, truncate: bool) -> tuple[list[int], int]:

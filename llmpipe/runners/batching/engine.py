@@ -413,7 +413,7 @@ class Engine:
             chunk: Chunk | None = row.answer.fail(
                 "the model computed NaN instead of logits: try a wider number format, or milder penalties"
             )
-        elif self._executor.is_end(token) and not row.sample.request.sampling.ignore_eos:
+        elif row.answer.ends_at(token, self._executor.is_end(token)):
             chunk = row.answer.end()
         else:
             row.tokens.append(token)

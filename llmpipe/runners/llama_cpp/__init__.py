@@ -1,13 +1,14 @@
 """The llama.cpp backend.
 
-runner.py    `LlamaCppRunner`: the face
-model.py     a GGUF file: loading, tokens, text, chat template
-executor.py  the model as the engine of `runners.batching` sees it
-context.py   sequences, decode calls, logits
-sampler.py   `SamplingConfig` → a chain of llama.cpp samplers
-probe.py     a file that was never loaded → first into a process of its own
-devices.py   the memory of GPUs
-log.py       llama.cpp's log → Python's logging
+runner.py      `LlamaCppRunner`: the face
+model.py       a GGUF file: loading, tokens, text, chat template
+deep_stack.py  where a text is read that would overflow the stack
+executor.py    the model as the engine of `runners.batching` sees it
+context.py     sequences, decode calls, logits
+sampler.py     `SamplingConfig` → a chain of llama.cpp samplers
+probe.py       a file that was never loaded → first into a process of its own
+devices.py     the memory of GPUs
+log.py         llama.cpp's log → Python's logging
 """
 
 from llmpipe.runners.llama_cpp.runner import LlamaCppRunner

@@ -13,8 +13,12 @@ import llama_cpp
 from llmpipe.config import DeviceConfig, LlamaCppConfig, split_adapter
 from llmpipe.exceptions import LLMInitializationError
 from llmpipe.runners.chat import ChatTemplate, read_template
+from llmpipe.runners.control_tokens import ControlTexts
+from llmpipe.runners.encoding import Around
 from llmpipe.runners.llama_cpp import log
+from llmpipe.runners.llama_cpp.deep_stack import reading
 
+CONTROL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
 LOAD_MODES = {  # (mmap, mlock) → how the file gets into memory
     (False, False): llama_cpp.LLAMA_LOAD_MODE_NONE,
     (True, False): llama_cpp.LLAMA_LOAD_MODE_MMAP,
@@ -164,25 +168,50 @@ class Model:
         found = llama_cpp.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return buffer.value.decode("utf-8", "replace") if found >= 0 else None
 
-    def tokenize(self, text: str, add_special: bool) -> list[int]:
-        """Return the token ids of `text`.
-
-        Args:
-            text: Any text that UTF-8 can hold.
-            add_special: Add the tokens that the model's file asks for around raw text, such as BOS. A rendered chat
-                brings its own.
+    def tokenize(self, text: str, literal: bool = False, inside: bool = False) -> list[int]:
+        """Return the token ids of `text`; see `Tokenizer.tokenize`. What stands before a text never matters here.
 
         Raises:
             UnicodeEncodeError: `text` has a lone surrogate.
+            ValueError: there is no stack that `text` could be read on.
         """
+        return self._tokenize(text, add_special=False, parse_special=not literal)
+
+    def _tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         data = text.encode("utf-8")
-        room = len(data) + 8
-        while True:
-            ids = (llama_cpp.llama_token * room)()
-            count = llama_cpp.llama_tokenize(self.vocab, data, len(data), ids, room, add_special, True)
-            if count >= 0:
-                return list(ids[:count])
-            room = -count
+
+        def read() -> list[int]:
+            room = len(data) + 8
+            while True:
+                ids = (llama_cpp.llama_token * room)()
+                count = llama_cpp.llama_tokenize(self.vocab, data, len(data), ids, room, add_special, parse_special)
+                if count >= 0:
+                    return list(ids[:count])
+                room = -count
+
+        return reading(text, read)
+
+    @cached_property
+    def control(self) -> ControlTexts:
+        """The tokens that llama.cpp reads as such only where it is told to; see `Tokenizer.control`."""
+        kinds = {token: llama_cpp.llama_vocab_get_attr(self.vocab, token) for token in range(self.n_vocab)}
+        texts = {
+            token: llama_cpp.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace")
+            for token, kind in kinds.items()
+            if kind & CONTROL
+        }
+        return ControlTexts(
+            {text: token for token, text in texts.items()},
+            left=[text for token, text in texts.items() if kinds[token] & llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP],
+            right=[text for token, text in texts.items() if kinds[token] & llama_cpp.LLAMA_TOKEN_ATTR_RSTRIP],
+        )
+
+    @cached_property
+    def around(self) -> Around:
+        """What the file asks for around raw text; see `Tokenizer.around`."""
+        bos = llama_cpp.llama_vocab_bos(self.vocab)
+        plain, whole = (self._tokenize("a", add_special=special, parse_special=True) for special in (False, True))
+        return Around.between(bos if bos >= 0 else None, plain, whole)
 
     def piece(self, token: int) -> bytes:
         """Return the bytes a token stands for; nothing for control tokens."""

@@ -13,8 +13,9 @@ from llmpipe.exceptions import LLMConfigError, LLMInitializationError, MissingDe
 from llmpipe.records import Chunk, Request
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
+from llmpipe.runners.encoding import tokens_of, with_stop_tokens
 from llmpipe.runners.facts import Facts
-from llmpipe.runners.fitting import check_bias, fit_prompt
+from llmpipe.runners.fitting import check_tokens, fit_prompt
 from llmpipe.runners.weights import find_gguf, hub_commit
 
 try:
@@ -132,9 +133,9 @@ class LlamaCppRunner(BaseLLMRunner):
     def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
         """Answer `requests` in `backend.slots` slots; see `BaseLLMRunner.stream`."""
         self._check_loaded()
-        assert self._engine is not None
+        assert self._engine is not None and self._model is not None
         self._abort.clear()
-        return self._engine.stream(requests, self.encode, self.tick)
+        return self._engine.stream(with_stop_tokens(requests, self._model), self.encode, self.tick)
 
     def encode(self, request: Request) -> tuple[list[int], int]:
         """Return a request's prompt tokens, and how many were cut off on the left to fit the context.
@@ -143,8 +144,8 @@ class LlamaCppRunner(BaseLLMRunner):
             ValueError: the prompt is empty, exceeds the context, is no text, or the template refuses it.
         """
         assert self._model is not None
-        check_bias(request.sampling, self._model.n_vocab)
-        tokens = self._model.tokenize(self.prompt_text(request), add_special=request.messages is None)
+        check_tokens(request.sampling, self._model.n_vocab)
+        tokens = tokens_of(request, self.prompt_text, self._model)
         return fit_prompt(tokens, self._limit, request.truncate)
 
     @property

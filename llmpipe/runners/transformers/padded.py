@@ -194,7 +194,7 @@ class PaddedEngine:
         """Add a token to its row; return the chunk it completes, if any."""
         if token < 0:
             return row.answer.fail("the model computed NaN instead of logits: try dtype=float32, or milder penalties")
-        if token in self._end_tokens and not row.answer.request.sampling.ignore_eos:
+        if row.answer.ends_at(token, token in self._end_tokens):
             return row.answer.end()
         row.tokens.append(token)
         return row.answer.add(row.text.push(token))

@@ -15,8 +15,9 @@ from llmpipe.records import Chunk, Request
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.batching import Engine, Plan, Sample, sizing
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
+from llmpipe.runners.encoding import tokens_of, with_stop_tokens
 from llmpipe.runners.facts import Facts
-from llmpipe.runners.fitting import check_bias, fit_prompt
+from llmpipe.runners.fitting import check_tokens, fit_prompt
 from llmpipe.runners.preview import Preview
 from llmpipe.runners.weights import find_checkpoint, hub_commit
 
@@ -27,6 +28,7 @@ try:
     from llmpipe.runners.transformers import loading, memory
     from llmpipe.runners.transformers.executor import SlotExecutor, UnsuitableModelError, refuse_unsuitable
     from llmpipe.runners.transformers.padded import PaddedEngine
+    from llmpipe.runners.transformers.tokens import Tokens
 except ImportError as error:
     raise MissingDependencyError("transformers and torch", "transformers", "backend=transformers") from error
 
@@ -63,6 +65,7 @@ class TransformersRunner(BaseLLMRunner):
         torch.set_num_threads(threads if config.threads else min(threads, torch.get_num_threads()))
         loaded = loading.load(config, find_checkpoint(config.model), loading.torch_device(self.device))
         self._model, self._tokenizer, self._choices = loaded.model, loaded.tokenizer, loaded.choices
+        self._tokens = Tokens(self._tokenizer, loaded.end_tokens)
         self._devices = memory.devices_of(self._model)
         self._vocabulary: int = self._model.config.get_text_config().vocab_size
         self._limit = config.context or loaded.context
@@ -84,6 +87,7 @@ class TransformersRunner(BaseLLMRunner):
         device = loading.torch_device(self.device)
         checkpoint = loading.Checkpoint(self.config, find_checkpoint(self.config.model))
         self._tokenizer = checkpoint.tokenizer
+        self._tokens = Tokens(self._tokenizer)
         self._vocabulary = checkpoint.config.get_text_config().vocab_size
         self._limit = self.config.context or checkpoint.context
         model, footprint = checkpoint.outline(device)
@@ -150,7 +154,7 @@ class TransformersRunner(BaseLLMRunner):
         """Answer `requests`, `backend.slots` rows at a time; see `BaseLLMRunner.stream`."""
         self._check_loaded()
         assert self._engine is not None
-        return self._engine.stream(requests, self.encode, self.tick)
+        return self._engine.stream(with_stop_tokens(requests, self._tokens), self.encode, self.tick)
 
     def encode(self, request: Request) -> tuple[list[int], int]:
         """Return a request's prompt tokens, and how many were cut off on the left to fit the context.
@@ -158,11 +162,8 @@ class TransformersRunner(BaseLLMRunner):
         Raises:
             ValueError: the prompt is empty, exceeds the context, is no text, or the template refuses it.
         """
-        check_bias(request.sampling, self._vocabulary)
-        text = self.prompt_text(request)
-        text.encode("utf-8")  # a lone surrogate is an error here, and not a panic in the tokenizer
-        ids = self._tokenizer(text, add_special_tokens=request.messages is None, verbose=False)["input_ids"]
-        return fit_prompt(list(ids), self._limit, request.truncate)
+        check_tokens(request.sampling, self._vocabulary)
+        return fit_prompt(tokens_of(request, self.prompt_text, self._tokens), self._limit, request.truncate)
 
     @property
     def chat_template(self) -> str | None:
