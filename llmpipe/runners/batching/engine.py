@@ -26,7 +26,7 @@ from llmpipe.config import BatchingConfig
 from llmpipe.exceptions import LLMInitializationError, LLMOutOfMemoryError
 from llmpipe.records import Chunk, Request
 from llmpipe.runners.batching import sizing
-from llmpipe.runners.batching.executor import Context, Executor, Sampler, Text
+from llmpipe.runners.batching.executor import NO_NUMBERS, Context, Executor, Sampler, Text
 from llmpipe.runners.batching.lookahead import MIN_SHARED_TOKENS, Encode, LookAhead, Sample, Tokens
 from llmpipe.runners.batching.sizing import Plan
 from llmpipe.runners.decoding import Answer
@@ -42,7 +42,7 @@ class Row:
     """One sample in flight: everything about it, in one place."""
 
     sample: Sample
-    sampler: Sampler | None
+    sampler: Sampler
     answer: Answer
     text: Text
     tokens: Tokens
@@ -229,8 +229,7 @@ class Engine:
         else:
             self._unseat(row)
         self._finished_since += 1
-        if row.sampler is not None:
-            row.sampler.close()
+        row.sampler.close()
 
     def _compact(self) -> None:
         """Move the highest rows into gaps below them: a batch over neighbouring slots is computed in fewer pieces."""
@@ -387,24 +386,15 @@ class Engine:
     def _sample(self, rows: list[Row]) -> Iterator[Chunk]:
         """Choose a token for each of `rows`, whose logits are the outputs of the batch, in this order."""
         assert self.context is not None
-        best = self.context.best_tokens() if any(row.sampler is None for row in rows) else None
-        # All tokens are drawn before the first chunk is given out: whoever takes it may do as he likes meanwhile.
-        chunks = []
-        for i, row in enumerate(rows):
-            if row.sampler is not None:
-                token = row.sampler.sample(self.context, i)
-            else:
-                assert best is not None
-                token = int(best[i])
-            chunks.append(self._take(row, token))
+        # All tokens are taken before the first chunk is given out: whoever gets it may do as he likes meanwhile.
+        tokens = self.context.choose([row.sampler for row in rows])
+        chunks = [self._take(row, token) for row, token in zip(rows, tokens, strict=True)]
         yield from (chunk for chunk in chunks if chunk is not None)
 
     def _take(self, row: Row, token: int) -> Chunk | None:
         """Add a token to its row; return the chunk it completes, if any."""
         if token < 0:
-            chunk: Chunk | None = row.answer.fail(
-                "the model computed NaN instead of logits: try a wider number format, or milder penalties"
-            )
+            chunk: Chunk | None = row.answer.fail(NO_NUMBERS)
         elif self._executor.is_end(token) and not row.sample.request.sampling.ignore_eos:
             chunk = row.answer.end()
         else:
