@@ -97,6 +97,8 @@ class Engine:
         self._suspended: list[Row] = []
         """Rows that gave up their slots and wait for others."""
         self._free: list[int] = []
+        self._spoiled = False
+        """Whether the context keeps a NaN that could get into new rows."""
         self._prefixes: list[Prefix] = []
         self._clock = 0
         # What the backend refuses, it refuses now, and not when the first row comes.
@@ -139,12 +141,17 @@ class Engine:
             self._decode_s += self.context.decode_s
             self.context.close()
             self.context = None
+            self._spoiled = False
 
     # --- slots ----------------------------------------------------------------------------------------------------
 
     def _admit(self, ahead: LookAhead) -> Iterator[Chunk]:
         """Give free slots to waiting samples; make a larger context first where none of its slots would do."""
         self._grow()
+        if self._spoiled:
+            if self._rows:  # those in flight are the last of this context
+                return
+            self.close()
         while not self._rows and (ahead.waiting or self._suspended):
             try:
                 self._fit(self._plan(ahead))
@@ -302,6 +309,13 @@ class Engine:
         if not most:
             yield from (refused(sample, reason) for sample in ahead.take_longest())
 
+    def _spoil(self) -> None:
+        """Let no row begin in this context any more: a row of NaN was in it."""
+        self._spoiled = self._executor.keeps_nan
+        for row in [row for row in self._prefilling if self._spoiled and not row.cached]:
+            self._unseat(row)
+            self._suspended.append(row)
+
     # --- shared prefixes ------------------------------------------------------------------------------------------
 
     def _copy_prefix(self, sample: Sample, slot: int) -> tuple[int, int]:
@@ -394,6 +408,7 @@ class Engine:
     def _take(self, row: Row, token: int) -> Chunk | None:
         """Add a token to its row; return the chunk it completes, if any."""
         if token < 0:
+            self._spoil()
             chunk: Chunk | None = row.answer.fail(NO_NUMBERS)
         elif self._executor.is_end(token) and not row.sample.request.sampling.ignore_eos:
             chunk = row.answer.end()

@@ -127,6 +127,13 @@ class Executor(Protocol):
     def never_alone(self) -> bool:
         """Whether a row that is decoded by itself gets other digits than beside others, and so needs company."""
 
+    @property
+    def keeps_nan(self) -> bool:
+        """Whether a NaN stays where it was after its row has left, and gets into whoever comes there next.
+
+        As it does where zero times what is there is added to a sum, or where a state is multiplied by zero to empty it.
+        """
+
     def context(self, plan: Plan) -> Context:
         """Make a context.
 

@@ -26,6 +26,7 @@ class LlamaExecutor:
     """
 
     never_alone = True
+    keeps_nan = True
 
     def __init__(self, model: Model, config: LlamaCppConfig, threads: int, offload: bool) -> None:
         self._model = model

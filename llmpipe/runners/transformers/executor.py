@@ -114,6 +114,7 @@ class SlotExecutor:
     """
 
     never_alone = False
+    keeps_nan = False
 
     def __init__(self, model: Any, tokenizer: Any, end_tokens: set[int]) -> None:
         self._model = model
