@@ -27,7 +27,7 @@ from llmpipe.exceptions import LLMInitializationError, LLMOutOfMemoryError
 from llmpipe.records import Chunk, Request
 from llmpipe.runners.batching import sizing
 from llmpipe.runners.batching.executor import NO_NUMBERS, Context, Executor, Sampler, Text
-from llmpipe.runners.batching.lookahead import MIN_SHARED_TOKENS, Encode, LookAhead, Sample, Tokens
+from llmpipe.runners.batching.lookahead import Encode, LookAhead, Sample, Tokens
 from llmpipe.runners.batching.sizing import Plan
 from llmpipe.runners.decoding import Answer
 
@@ -319,7 +319,7 @@ class Engine:
     # --- shared prefixes ------------------------------------------------------------------------------------------
 
     def _copy_prefix(self, sample: Sample, slot: int) -> tuple[int, int]:
-        """Fill `slot` with the prefix the sample shares, computed now if need be.
+        """Fill `slot` with what the sample shares, computed now if need be: a common beginning, then the whole prompt.
 
         Returns:
             Tokens now in the slot's cache, and how many of them this row did not cost.
@@ -331,16 +331,17 @@ class Engine:
         # All but the last token, whose logits are needed, may come from a prefix, whoever it was computed for.
         body = sample.prompt[:-1]
         known = max(self._prefixes, key=lambda prefix: _begins(body, prefix.tokens))
-        reused = _begins(body, known.tokens)
-        if sample.shared - reused >= MIN_SHARED_TOKENS:
-            oldest = min(self._prefixes, key=lambda prefix: prefix.used_at)
-            self._compute_prefix(oldest, known if reused else None, sample.prompt[: sample.shared])
-            known = oldest
-        elif not reused:
-            return 0, 0
+        reused = length = _begins(body, known.tokens)
+        for end in (sample.base, sample.shared):
+            if length:
+                known.used_at = self._clock
+            if end > length:
+                oldest = min(self._prefixes, key=lambda prefix: prefix.used_at)
+                self._compute_prefix(oldest, known if length else None, sample.prompt[:end])
+                known, length = oldest, end
         known.used_at = self._clock
         self.context.copy(known.slot, slot)
-        return len(known.tokens), reused
+        return length, reused
 
     def _compute_prefix(self, prefix: Prefix, base: Prefix | None, tokens: Tokens) -> None:
         """Put `tokens` into a prefix's slot, beginning with a copy of `base`."""
