@@ -282,7 +282,7 @@ def test_tools_of_the_run_are_a_list_or_a_file(tmp_path: Path) -> None:
         (5, "prompt.tools is not allowed: tools are a number"),
     ):
         with pytest.raises(LLMConfigError, match=re.escape(reason)):
-            settle_prompt(PromptConfig(tools=given))
+            settle_prompt(PromptConfig(tools=named))
     with pytest.raises(LLMConfigError, match="prompt.chat_template_kwargs is not allowed: .* the name 'messages'"):
         settle_prompt(PromptConfig(chat_template_kwargs={"messages": []}))
 

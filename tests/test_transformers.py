@@ -18,7 +18,6 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 from llmpipe import BaseLLMRunner, LLMInferenceError, LLMInitializationError, LLMRunnerFactory, SamplingConfig
 from llmpipe.runners.decoding import Utf8Stream
 from llmpipe.runners.transformers.padded import PaddedEngine
-from llmpipe.runners.transformers.sampler import Sampler
 from llmpipe.runners.transformers.text import TokenText
 from llmpipe.runners.weights import BUNDLED_DIR
 
@@ -209,12 +208,6 @@ def test_more_rows_are_tried_again_after_memory_ran_out(monkeypatch: pytest.Monk
         runner.run(["a"] * 100, prompt_format="raw", max_tokens=4, ignore_eos=True)
         assert engine.most_slots == 4
         assert engine._cap is None or engine._cap.slots >= 4
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_are_an_error_of_the_row(temperature: float) -> None:
-    sampler = Sampler(SamplingConfig(temperature=temperature, presence_penalty=1), 0, [])
-    assert sampler.draw(torch.full((5,), float("nan"))) == -1
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ sizing.py      how many slots of how many tokens
 """
 
 from llmpipe.runners.batching.engine import Engine
-from llmpipe.runners.batching.executor import Batch, Context, Executor
+from llmpipe.runners.batching.executor import NO_NUMBERS, Batch, Context, Executor
 from llmpipe.runners.batching.lookahead import Sample
 from llmpipe.runners.batching.sizing import Footprint, Plan
 
-__all__ = ["Batch", "Context", "Engine", "Executor", "Footprint", "Plan", "Sample"]
+__all__ = ["NO_NUMBERS", "Batch", "Context", "Engine", "Executor", "Footprint", "Plan", "Sample"]

@@ -26,8 +26,8 @@ from llmpipe.config import BatchingConfig
 from llmpipe.exceptions import LLMInitializationError, LLMOutOfMemoryError
 from llmpipe.records import Chunk, Request, Tick, no_tick
 from llmpipe.runners.batching import sizing
-from llmpipe.runners.batching.executor import Context, Executor, Sampler, Text
-from llmpipe.runners.batching.lookahead import MIN_SHARED_TOKENS, Encode, LookAhead, Sample, Tokens
+from llmpipe.runners.batching.executor import NO_NUMBERS, Context, Executor, Sampler, Text
+from llmpipe.runners.batching.lookahead import Encode, LookAhead, Sample, Tokens
 from llmpipe.runners.batching.sizing import Plan
 from llmpipe.runners.decoding import Answer
 
@@ -42,7 +42,7 @@ class Row:
     """One sample in flight: everything about it, in one place."""
 
     sample: Sample
-    sampler: Sampler | None
+    sampler: Sampler
     answer: Answer
     text: Text
     tokens: Tokens
@@ -97,6 +97,8 @@ class Engine:
         self._suspended: list[Row] = []
         """Rows that gave up their slots and wait for others."""
         self._free: list[int] = []
+        self._spoiled = False
+        """Whether the context keeps a NaN that could get into new rows."""
         self._prefixes: list[Prefix] = []
         self._clock = 0
         self._tick: Tick = no_tick
@@ -141,12 +143,17 @@ class Engine:
             self._decode_s += self.context.decode_s
             self.context.close()
             self.context = None
+            self._spoiled = False
 
     # --- slots ----------------------------------------------------------------------------------------------------
 
     def _admit(self, ahead: LookAhead) -> Iterator[Chunk]:
         """Give free slots to waiting samples; make a larger context first where none of its slots would do."""
         self._grow()
+        if self._spoiled:
+            if self._rows:  # those in flight are the last of this context
+                return
+            self.close()
         while not self._rows and (ahead.waiting or self._suspended):
             try:
                 self._fit(self._plan(ahead))
@@ -231,8 +238,7 @@ class Engine:
         else:
             self._unseat(row)
         self._finished_since += 1
-        if row.sampler is not None:
-            row.sampler.close()
+        row.sampler.close()
 
     def _compact(self) -> None:
         """Move the highest rows into gaps below them: a batch over neighbouring slots is computed in fewer pieces."""
@@ -305,10 +311,17 @@ class Engine:
         if not most:
             yield from (refused(sample, reason) for sample in ahead.take_longest())
 
+    def _spoil(self) -> None:
+        """Let no row begin in this context any more: a row of NaN was in it."""
+        self._spoiled = self._executor.keeps_nan
+        for row in [row for row in self._prefilling if self._spoiled and not row.cached]:
+            self._unseat(row)
+            self._suspended.append(row)
+
     # --- shared prefixes ------------------------------------------------------------------------------------------
 
     def _copy_prefix(self, sample: Sample, slot: int) -> tuple[int, int]:
-        """Fill `slot` with the prefix the sample shares, computed now if need be.
+        """Fill `slot` with what the sample shares, computed now if need be: a common beginning, then the whole prompt.
 
         Returns:
             Tokens now in the slot's cache, and how many of them this row did not cost.
@@ -320,16 +333,17 @@ class Engine:
         # All but the last token, whose logits are needed, may come from a prefix, whoever it was computed for.
         body = sample.prompt[:-1]
         known = max(self._prefixes, key=lambda prefix: _begins(body, prefix.tokens))
-        reused = _begins(body, known.tokens)
-        if sample.shared - reused >= MIN_SHARED_TOKENS:
-            oldest = min(self._prefixes, key=lambda prefix: prefix.used_at)
-            self._compute_prefix(oldest, known if reused else None, sample.prompt[: sample.shared])
-            known = oldest
-        elif not reused:
-            return 0, 0
+        reused = length = _begins(body, known.tokens)
+        for end in (sample.base, sample.shared):
+            if length:
+                known.used_at = self._clock
+            if end > length:
+                oldest = min(self._prefixes, key=lambda prefix: prefix.used_at)
+                self._compute_prefix(oldest, known if length else None, sample.prompt[:end])
+                known, length = oldest, end
         known.used_at = self._clock
         self.context.copy(known.slot, slot)
-        return len(known.tokens), reused
+        return length, reused
 
     def _compute_prefix(self, prefix: Prefix, base: Prefix | None, tokens: Tokens) -> None:
         """Put `tokens` into a prefix's slot, beginning with a copy of `base`."""
@@ -395,24 +409,16 @@ class Engine:
     def _sample(self, rows: list[Row]) -> Iterator[Chunk]:
         """Choose a token for each of `rows`, whose logits are the outputs of the batch, in this order."""
         assert self.context is not None
-        best = self.context.best_tokens() if any(row.sampler is None for row in rows) else None
-        # All tokens are drawn before the first chunk is given out: whoever takes it may do as he likes meanwhile.
-        chunks = []
-        for i, row in enumerate(rows):
-            if row.sampler is not None:
-                token = row.sampler.sample(self.context, i)
-            else:
-                assert best is not None
-                token = int(best[i])
-            chunks.append(self._take(row, token))
+        # All tokens are taken before the first chunk is given out: whoever gets it may do as he likes meanwhile.
+        tokens = self.context.choose([row.sampler for row in rows])
+        chunks = [self._take(row, token) for row, token in zip(rows, tokens, strict=True)]
         yield from (chunk for chunk in chunks if chunk is not None)
 
     def _take(self, row: Row, token: int) -> Chunk | None:
         """Add a token to its row; return the chunk it completes, if any."""
         if token < 0:
-            chunk: Chunk | None = row.answer.fail(
-                "the model computed NaN instead of logits: try a wider number format, or milder penalties"
-            )
+            self._spoil()
+            chunk: Chunk | None = row.answer.fail(NO_NUMBERS)
         elif row.answer.ends_at(token, self._executor.is_end(token)):
             chunk = row.answer.end()
         else:

@@ -11,6 +11,9 @@ import numpy.typing as npt
 from llmpipe.runners.batching.lookahead import Sample
 from llmpipe.runners.batching.sizing import Footprint, Plan
 
+NO_NUMBERS = "the model computed NaN instead of logits: try a wider number format, or milder penalties"
+"""Why a row ends whose next token cannot be chosen: a logit is NaN or infinite, or all are minus infinity."""
+
 
 class Batch:
     """The tokens of one call: which token, at which position of which slot, and whether its logits are wanted."""
@@ -79,8 +82,15 @@ class Context(Protocol):
             LLMInferenceError: the backend failed.
         """
 
-    def best_tokens(self) -> npt.NDArray[np.int64]:
-        """Return the likeliest token for each of the batch's outputs, in order; -1 where a logit is NaN."""
+    def choose(self, samplers: Sequence[Any]) -> list[int]:
+        """Choose a token for each of the batch's outputs, in order; -1 where its logits are no numbers.
+
+        Args:
+            samplers: One for each output, but for the last where that was only company.
+
+        Raises:
+            LLMOutOfMemoryError: there is too little memory for it; no sampler has drawn anything.
+        """
 
     def copy(self, source: int, target: int) -> None:
         """Make the slot `target` what `source` is."""
@@ -93,15 +103,7 @@ class Context(Protocol):
 
 
 class Sampler(Protocol):
-    """Chooses the tokens of one completion from a random stream of its own."""
-
-    def sample(self, context: Any, output: int) -> int:
-        """Choose a token, or -1 where the logits are no numbers.
-
-        Args:
-            context: The context that has just computed.
-            output: Which of the batch's outputs.
-        """
+    """How a context chooses the tokens of one completion, with a random stream of its own."""
 
     def close(self) -> None:
         """Free what it holds."""
@@ -125,6 +127,13 @@ class Executor(Protocol):
     def never_alone(self) -> bool:
         """Whether a row that is decoded by itself gets other digits than beside others, and so needs company."""
 
+    @property
+    def keeps_nan(self) -> bool:
+        """Whether a NaN stays where it was after its row has left, and gets into whoever comes there next.
+
+        As it does where zero times what is there is added to a sum, or where a state is multiplied by zero to empty it.
+        """
+
     def context(self, plan: Plan) -> Context:
         """Make a context.
 
@@ -138,8 +147,8 @@ class Executor(Protocol):
     def used_device_bytes(self) -> int:
         """Return the device memory in use; 0 where the model runs on the host."""
 
-    def sampler(self, sample: Sample) -> Sampler | None:
-        """Return what chooses the sample's tokens; None where it is always the likeliest."""
+    def sampler(self, sample: Sample) -> Sampler:
+        """Return how the sample's tokens are chosen."""
 
     def text(self, sample: Sample) -> Text:
         """Return what turns the sample's tokens into text."""

@@ -18,7 +18,7 @@ MIN_SHARED_TOKENS = 32
 """Prefixes shorter than this are computed again: copying a slot's cache is not free."""
 
 MAX_GROUPED = 256
-"""Samples of a block that are searched for common prefixes."""
+"""Different prompts of a block that are searched for common prefixes."""
 
 Tokens = list[int]
 Encode = Callable[[Request], tuple[Tokens, int]]
@@ -37,6 +37,8 @@ class Sample:
     """Tokens of cache it can come to fill: its prompt and all it may generate."""
     shared: int = 0
     """Leading tokens it has in common with others that wait; 0 where sharing does not pay."""
+    base: int = 0
+    """How many of them it shares with samples of other prompts, too."""
 
 
 class LookAhead:
@@ -61,8 +63,9 @@ class LookAhead:
         """Pull until `count` samples wait, if there are so many; yield the chunks of requests that cannot be run."""
         if self._exhausted or len(self.waiting) >= count:
             return
-        block: list[Sample] = []
-        while len(self.waiting) + len(block) < count:
+        block: dict[tuple[int, ...], list[Sample]] = {}
+        pulled = 0
+        while len(self.waiting) + pulled < count:
             request = next(self._source, None)
             if request is None:
                 self._exhausted = True
@@ -73,9 +76,12 @@ class LookAhead:
                 yield from error_chunks(request, str(error))
                 continue
             need = min(len(prompt) + request.sampling.max_tokens, self._limit)
-            block += [Sample(request, number, prompt, truncated, need) for number in request.samples]
-        self._order(block)
-        self.waiting = block + self.waiting  # taken from the end: nobody waits for those that came later
+            equals = block.setdefault(tuple(prompt), [])
+            prompt = equals[0].prompt if equals else prompt
+            equals += [Sample(request, number, prompt, truncated, need) for number in request.samples]
+            pulled += len(request.samples)
+        # Taken from the end: nobody waits for those that came later.
+        self.waiting = self._order(list(block.values())) + self.waiting
 
     def next(self, room: int) -> Sample | None:
         """Take the sample to run next, of those that need no more than `room` tokens; None if none does."""
@@ -91,17 +97,31 @@ class LookAhead:
         self.waiting = [sample for sample in self.waiting if sample.need < most]
         return longest
 
-    def _order(self, block: list[Sample]) -> None:
-        """Sort so that groups stay together, those with the longest sample first, long samples before short ones."""
-        groups = shared_prefixes([sample.prompt for sample in block[:MAX_GROUPED]]) if self._share else []
-        ranks = [(sample.need, 0, sample.need) for sample in block]
-        for number, (members, length) in enumerate(groups, 1):
-            longest = max(block[i].need for i in members)
-            for i in members:
-                block[i].shared = length
-                ranks[i] = (longest, number, block[i].need)
-        order = sorted(range(len(block)), key=ranks.__getitem__)  # the next to run stands at the end
-        block[:] = [block[i] for i in order]
+    def _order(self, block: list[list[Sample]]) -> list[Sample]:
+        """Return samples, given prompt by prompt, as they are best run; the next to run stands at the end.
+
+        Groups of prompts with a common prefix stay together, and so do the samples of a prompt; of groups, prompts and
+        samples those that need the most tokens come first.
+        """
+        groups = shared_prefixes([samples[0].prompt for samples in block[:MAX_GROUPED]]) if self._share else []
+        grouped = {i for members, _ in groups for i in members}
+        groups += [([i], 0) for i in range(len(block)) if i not in grouped]
+        needs = [max(sample.need for sample in samples) for samples in block]
+        order: list[Sample] = []
+        for members, length in sorted(groups, key=lambda group: max(needs[i] for i in group[0])):
+            for i in sorted(members, key=needs.__getitem__):
+                samples = sorted(block[i], key=lambda sample: sample.need)
+                whole = self._share and _whole_pays(samples, length)
+                for sample in samples:
+                    sample.base, sample.shared = length, len(sample.prompt) - 1 if whole else length
+                order += samples
+        return order
+
+
+def _whole_pays(samples: Sequence[Sample], base: int) -> bool:
+    """Say whether samples of one prompt should share all of it but its last token, and not only the first `base`."""
+    whole = len(samples[0].prompt) - 1
+    return whole >= MIN_SHARED_TOKENS and (whole - base) * (len(samples) - 1) >= MIN_SHARED_TOKENS
 
 
 Group = tuple[list[int], int]

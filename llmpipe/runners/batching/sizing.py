@@ -181,7 +181,9 @@ def plan(
     else:
         place = "GPU" if model.gpu_slots is not None else "CPU"
         reasons.append(f"{slots} slots: where {model.parameters / 1e6:.0f} M parameters on a {place} gain no more")
-    groups = {tuple(sample.prompt[: sample.shared]) for sample in waiting if sample.shared}
+    # Equal prompts are one and the same object: of thousands of samples only the few different ones are compared.
+    shared = {(id(sample.prompt), end): sample.prompt for sample in waiting for end in (sample.base, sample.shared)}
+    groups = {tuple(prompt[:end]) for (_, end), prompt in shared.items() if end}
     prefixes = min(len(groups), PREFIX_SLOTS)
     if groups:
         reasons.append(f"{prefixes} slots for shared prefixes: {len(groups)} found")

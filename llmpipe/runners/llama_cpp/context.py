@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp
@@ -16,6 +17,7 @@ from llmpipe.runners.batching import Batch, Plan
 from llmpipe.runners.llama_cpp import log
 from llmpipe.runners.llama_cpp.abort import Abort
 from llmpipe.runners.llama_cpp.model import Model
+from llmpipe.runners.llama_cpp.sampler import Sampler
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
 FLASH_ATTENTION = {Switch.auto: -1, Switch.off: 0, Switch.on: 1}
@@ -116,12 +118,24 @@ class LlamaContext:
             reason = REASONS.get(status) or log.last_errors() or "no reason given"
             raise LLMInferenceError(f"llama_decode failed with status {status}: {reason}")
 
+    def choose(self, samplers: Sequence[Sampler]) -> list[int]:
+        """Choose a token for each of the batch's outputs, in order; -1 where its logits are no numbers."""
+        # llama.cpp draws something from anything, so what goes into its samplers is looked at here.
+        best, indices = self.best_tokens().tolist(), self.batch.output_indices.tolist()
+        return [
+            best[i] if best[i] < 0 or sampler.is_plain_greedy else sampler.sample(self._handle, indices[i], best[i])
+            for i, sampler in enumerate(samplers)
+        ]
+
     def best_tokens(self) -> npt.NDArray[np.int64]:
-        """Return the token with the largest logit for each of the batch's outputs, in order; -1 where one is NaN."""
+        """Return the token with the largest logit for each of the batch's outputs, in order.
+
+        It is -1 where a logit is NaN or infinite, or all are minus infinity.
+        """
         outputs = len(self.batch.output_indices)
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._handle), (outputs, self._model.n_vocab))
         best: npt.NDArray[np.int64] = logits.argmax(axis=1)  # which finds a NaN, if there is one
-        return np.where(np.isnan(logits[np.arange(outputs), best]), -1, best)
+        return np.where(np.isfinite(logits[np.arange(outputs), best]), best, -1)
 
     def copy(self, source: int, target: int) -> None:
         """Make `target` what `source` is."""

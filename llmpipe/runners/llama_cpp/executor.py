@@ -9,7 +9,7 @@ from llmpipe.runners.llama_cpp import devices
 from llmpipe.runners.llama_cpp.abort import Abort
 from llmpipe.runners.llama_cpp.context import LlamaContext
 from llmpipe.runners.llama_cpp.model import Model
-from llmpipe.runners.llama_cpp.sampler import Sampler, is_plain_greedy
+from llmpipe.runners.llama_cpp.sampler import Sampler
 
 GPU_SLOTS = 32
 BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32}
@@ -28,6 +28,7 @@ class LlamaExecutor:
     """
 
     never_alone = True
+    keeps_nan = True
 
     def __init__(self, model: Model, config: LlamaCppConfig, threads: int, offload: bool, abort: Abort) -> None:
         self._model = model
@@ -59,12 +60,10 @@ class LlamaExecutor:
         """Return the GPUs' memory in use, by whomever."""
         return devices.gpu_memory()[0]
 
-    def sampler(self, sample: Sample) -> Sampler | None:
-        """Return a chain of llama.cpp's samplers; None where the likeliest token is wanted."""
-        sampling = sample.request.sampling
-        if is_plain_greedy(sampling):
-            return None
-        return Sampler(sampling, sample.request.seed_of(sample.number), self._model, sample.prompt, sample.need)
+    def sampler(self, sample: Sample) -> Sampler:
+        """Return a chain of llama.cpp's samplers."""
+        request = sample.request
+        return Sampler(request.sampling, request.seed_of(sample.number), self._model, sample.prompt, sample.need)
 
     def text(self, sample: Sample) -> PieceText:
         """Return what joins the bytes of tokens to text."""

@@ -6,23 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp
+import numpy as np
 
 from llmpipe.config import SamplingConfig
-from llmpipe.runners.llama_cpp.context import LlamaContext
 from llmpipe.runners.llama_cpp.model import Model
 
 MIN_KEEP = 1
-
-
-def is_plain_greedy(sampling: SamplingConfig) -> bool:
-    """Say whether the next token is simply the one with the largest logit, so that no chain is needed."""
-    return (
-        sampling.is_greedy
-        and not sampling.logit_bias
-        and sampling.repetition_penalty == 1
-        and sampling.presence_penalty == 0
-        and sampling.frequency_penalty == 0
-    )
 
 
 class Sampler:
@@ -37,7 +26,15 @@ class Sampler:
     """
 
     def __init__(self, sampling: SamplingConfig, seed: int, model: Model, prompt: Sequence[int], room: int) -> None:
-        self._chain: Any = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        penalties = sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty
+        self.is_plain_greedy = sampling.is_greedy and not sampling.logit_bias and not penalties
+        """Whether the next token is simply the one with the largest logit, so that there is no chain."""
+        self._most = float(np.finfo(np.float32).max) * min(sampling.repetition_penalty, 1)
+        """The largest logit that no penalty makes infinite."""
+        self._chain: Any = None
+        if self.is_plain_greedy:
+            return
+        self._chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
         n = model.n_vocab
         if sampling.logit_bias:
             bias = (llama_cpp.llama_logit_bias * len(sampling.logit_bias))(*sampling.logit_bias.items())
@@ -69,10 +66,17 @@ class Sampler:
         # Its generator takes 32 bits; the last such number would mean a seed from the clock.
         self._add(llama_cpp.llama_sampler_init_dist(seed % llama_cpp.LLAMA_DEFAULT_SEED))
 
-    def sample(self, context: LlamaContext, output: int) -> int:
-        """Draw a token from one of the outputs of the last decode call, and remember it for the penalties."""
-        index = int(context.batch.output_indices[output])
-        return int(llama_cpp.llama_sampler_sample(self._chain, context.handle, index))
+    def sample(self, context: Any, index: int, best: int) -> int:
+        """Draw a token, and remember it for the penalties; return -1 where these make a logit infinite.
+
+        Args:
+            context: llama.cpp's pointer to the context that has just computed.
+            index: Which token of its batch the logits belong to.
+            best: The token with the largest logit.
+        """
+        if llama_cpp.llama_get_logits_ith(context, index)[best] > self._most:
+            return -1
+        return int(llama_cpp.llama_sampler_sample(self._chain, context, index))
 
     def close(self) -> None:
         """Free the chain; it owns its samplers."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from llmpipe.runners.batching import Batch, Footprint, Plan, Sample
 from llmpipe.runners.transformers import memory
 from llmpipe.runners.transformers.attention import NAME, KeyValueCache, Step, Style, running
-from llmpipe.runners.transformers.sampler import Sampler
+from llmpipe.runners.transformers.sampler import Sampler, choose
 from llmpipe.runners.transformers.text import TokenText
 
 GPU_SLOTS = 128
@@ -71,13 +71,11 @@ class SlotContext:
         self.styles = step.styles
         self.decode_s += time.perf_counter() - started
 
-    def best_tokens(self) -> npt.NDArray[np.int64]:
-        """Return the token with the largest logit for each of the batch's outputs, in order; -1 where one is NaN."""
-        best = self.logits.argmax(-1)  # which finds a NaN, if there is one
-        found: npt.NDArray[np.int64] = (
-            best.masked_fill(self.logits.gather(-1, best[:, None])[:, 0].isnan(), -1).cpu().numpy()
-        )
-        return found
+    def choose(self, samplers: Sequence[Sampler]) -> list[int]:
+        """Choose a token for each of the batch's outputs, in order; see `sampler.choose`."""
+        with memory.failures_of(self._model):
+            tokens: list[int] = choose(self.logits, samplers)
+        return tokens
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def copy(self, source: int, target: int) -> None:
@@ -116,6 +114,7 @@ class SlotExecutor:
     """
 
     never_alone = False
+    keeps_nan = False
 
     def __init__(self, model: Any, tokenizer: Any, end_tokens: set[int]) -> None:
         self._model = model
@@ -141,10 +140,9 @@ class SlotExecutor:
         """Return the device memory in use."""
         return (memory.used_and_peak_bytes(self._devices) or (0, 0))[0]
 
-    def sampler(self, sample: Sample) -> Sampler | None:
-        """Return transformers' logits processors and a random stream; None where the likeliest token is wanted."""
-        sampler = Sampler(sample.request.sampling, sample.request.seed_of(sample.number), sample.prompt)
-        return None if sampler.is_plain_greedy else sampler
+    def sampler(self, sample: Sample) -> Sampler:
+        """Return the options and the random stream of the sample."""
+        return Sampler(sample.request.sampling, sample.request.seed_of(sample.number), sample.prompt)
 
     def text(self, sample: Sample) -> TokenText:
         """Return what turns the sample's tokens into text."""

@@ -18,10 +18,11 @@ from transformers import DynamicCache
 
 from llmpipe.exceptions import LLMOutOfMemoryError
 from llmpipe.records import Chunk, Request, Tick, no_tick
+from llmpipe.runners.batching import NO_NUMBERS
 from llmpipe.runners.batching.lookahead import Encode, LookAhead, Sample
 from llmpipe.runners.decoding import Answer
 from llmpipe.runners.transformers import memory
-from llmpipe.runners.transformers.sampler import Sampler
+from llmpipe.runners.transformers.sampler import Sampler, choose
 from llmpipe.runners.transformers.text import TokenText
 
 log = logging.getLogger(__name__)
@@ -174,26 +175,20 @@ class PaddedEngine:
 
     def _take(self, rows: list[Row], logits: torch.Tensor) -> Iterator[Chunk]:
         """Choose a token for every unfinished row and yield the chunks they complete."""
-        best, broken = logits.argmax(-1).tolist(), logits.isnan().any(-1).tolist()
-        # All tokens are drawn before the first chunk is given out: whoever takes it may do as he likes meanwhile.
-        chunks: list[Chunk | None] = []
-        for i, row in enumerate(rows):
-            if row.answer.finished:
-                continue
-            if row.answer.request.id in self.cancelled:
-                chunks.append(row.answer.fail("cancelled"))
-                continue
-            if broken[i]:
-                token = -1
-            else:
-                token = best[i] if row.sampler.is_plain_greedy else row.sampler.draw(logits[i])
-            chunks.append(self._add(row, token))
+        going_on = [i for i, row in enumerate(rows) if not row.answer.finished]
+        with memory.failures_of(self._model):
+            some = logits if len(going_on) == len(rows) else logits[torch.tensor(going_on, device=logits.device)]
+            tokens = choose(some, [rows[i].sampler for i in going_on])
+        # All tokens are taken before the first chunk is given out: whoever gets it may do as he likes meanwhile.
+        chunks = [self._add(rows[i], token) for i, token in zip(going_on, tokens, strict=True)]
         yield from (chunk for chunk in chunks if chunk is not None)
 
     def _add(self, row: Row, token: int) -> Chunk | None:
         """Add a token to its row; return the chunk it completes, if any."""
+        if row.answer.request.id in self.cancelled:
+            return row.answer.fail("cancelled")
         if token < 0:
-            return row.answer.fail("the model computed NaN instead of logits: try dtype=float32, or milder penalties")
+            return row.answer.fail(NO_NUMBERS)
         if row.answer.ends_at(token, token in self._end_tokens):
             return row.answer.end()
         row.tokens.append(token)
