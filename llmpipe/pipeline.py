@@ -36,6 +36,7 @@ from llmpipe.report import Report
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.factory import LLMRunnerFactory, check_trusted
 from llmpipe.runners.isolated import IsolatedRunner
+from llmpipe.sharegpt import CONVERSATIONS
 from llmpipe.stopping import Stops, WaitingIsOver
 
 log = logging.getLogger(__name__)
@@ -173,7 +174,8 @@ def check_system(config: RunConfig, scan: Scan, chat: bool) -> None:
     Raises:
         LLMConfigError: says what to do.
     """
-    if config.prompt.system is not None and not chat and config.dataset.columns.messages not in scan.columns:
+    chats = {config.dataset.columns.messages, CONVERSATIONS}
+    if config.prompt.system is not None and not chat and not chats & set(scan.columns):
         raise LLMConfigError("prompt.system= needs chats, and these prompts go in raw: use prompt=chat, or drop it")
 
 
@@ -246,7 +248,7 @@ def scored(answered: Iterable[Answered], config: RunConfig) -> Iterator[Answered
     """Score each completion whose row has a reference."""
     chosen = scorers(config.metrics.scorers)
     for row, completion in answered:
-        reference = row.values.get(config.dataset.columns.reference)
+        reference = row.value(config.dataset.columns.reference)
         if reference is not None and completion.text is not None:
             right = reference if isinstance(reference, list) and reference else [reference]  # any of several will do
             completion.scores = {

@@ -129,7 +129,7 @@ class Survey:
     def add(self, row: Row) -> None:
         """Look at one row."""
         self._rows += 1
-        self._unnamed += not isinstance(row.values.get(self._id_column), (str, int, float))
+        self._unnamed += not isinstance(row.value(self._id_column), (str, int, float))
         try:
             request = self._prompts.build(row)
             assert request is not None  # of a row of which nothing is done

@@ -14,7 +14,8 @@ import orjson
 
 from llmpipe.config import ColumnsConfig, Overflow, PromptConfig, SamplingConfig
 from llmpipe.exceptions import LLMConfigError
-from llmpipe.records import Message, Request, Row, derive_seed, is_utf8
+from llmpipe.records import Message, Request, Row, derive_seed, is_utf8, lookup
+from llmpipe.sharegpt import as_messages, chat_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
@@ -48,12 +49,12 @@ class PromptBuilder:
         """
         if row.error is not None:
             raise ValueError(row.error)
-        sampling = self._sampling_of(row.values.get(self._columns.sampling))
+        sampling = self._sampling_of(row.value(self._columns.sampling))
         samples = tuple(sample for sample in range(sampling.n) if sample not in done)
         if not samples:
             return None
         seed = sampling.seed if sampling.seed is not None else derive_seed(self._seed, row.id(self._columns.id))
-        messages = row.values.get(self._columns.messages) if self._prompt.template is None else None
+        messages = chat_of(row, self._columns) if self._prompt.template is None else None
         if messages is not None:
             text, chat = "", self._with_system(parse_messages(messages))
         else:
@@ -67,7 +68,7 @@ class PromptBuilder:
         if self._prompt.template is not None:
             text: Any = fill(self._prompt.template, row.values)
         else:
-            text = row.values.get(self._columns.prompt)
+            text = row.value(self._columns.prompt)
         if text is None:
             raise ValueError(
                 f"no prompt: {self._columns.prompt!r} and {self._columns.messages!r} are both missing or null"
@@ -106,6 +107,7 @@ def parse_messages(value: Any) -> tuple[Message, ...]:
     """
     if isinstance(value, str):
         value = _json(value, "messages")
+    value = as_messages(value)
     if not isinstance(value, list):
         raise ValueError(f"messages are {_kind(value)}, not a list")
     if not value:
@@ -155,7 +157,7 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
     def value_of(match: re.Match[str]) -> str:
         if match[1] is None:
             return match[0][0]
-        value = values.get(match[1])
+        value = lookup(values, match[1])
         if value is None:
             raise ValueError(f"the prompt template names the column {match[1]!r}, which is missing or null")
         if isinstance(value, (dict, list, bool)):

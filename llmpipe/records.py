@@ -45,6 +45,17 @@ def harmless(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def lookup(values: Any, path: str) -> Any:
+    """Return what stands under a name, or else under a dotted path through objects; None where nothing does."""
+    if not isinstance(values, dict):
+        return None
+    if path in values or "." not in path:
+        return values.get(path)
+    dots = (i for i, character in enumerate(path) if character == ".")
+    inner = (lookup(values[path[:i]], path[i + 1 :]) for i in dots if path[:i] in values)
+    return next((value for value in inner if value is not None), None)
+
+
 @dataclass(slots=True)
 class Row:
     """One row of the dataset, readable or not."""
@@ -62,9 +73,13 @@ class Row:
     index: int = -1
     """Position in the dataset, from 0, unreadable rows counted; a reader leaves it to the dataset."""
 
+    def value(self, column: str) -> Any:
+        """Return what a column holds, or a field inside one, as `body.messages` names it; None where nothing does."""
+        return lookup(self.values, column)
+
     def id(self, column: str) -> Any:
         """Return the row's id: the value of its id column, or `row-N` by position."""
-        value = self.values.get(column)
+        value = self.value(column)
         return value if isinstance(value, (str, int, float)) else f"row-{self.index}"
 
 

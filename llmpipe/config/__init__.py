@@ -44,6 +44,7 @@ from llmpipe.config.model import ModelConfig
 from llmpipe.config.reading import compose, conf_dir, data_dir, register_schemas, to_run_config
 from llmpipe.config.run import (
     ColumnsConfig,
+    CsvConfig,
     DatasetConfig,
     DeviceConfig,
     MetricsConfig,
@@ -62,6 +63,7 @@ __all__ = [
     "Batching",
     "BatchingConfig",
     "ColumnsConfig",
+    "CsvConfig",
     "DatasetConfig",
     "DeviceConfig",
     "DeviceType",

@@ -72,15 +72,44 @@ class ColumnsConfig:
 
 
 @dataclass
+class CsvConfig:
+    """How CSV is written."""
+
+    delimiter: str = "auto"
+    """What parts the cells: one character, or comma, semicolon, tab or pipe; auto asks the header."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot part cells.
+
+        Raises:
+            LLMConfigError: names the option and the value.
+        """
+        named = self.delimiter in ("auto", "comma", "semicolon", "tab", "pipe", "\\t")
+        allowed = "one character, or comma, semicolon, tab, pipe or auto"
+        check(
+            named or (len(self.delimiter) == 1 and self.delimiter not in '"\r\n'),
+            "dataset.csv.delimiter",
+            self.delimiter,
+            allowed,
+        )
+
+
+@dataclass
 class DatasetConfig:
     """Which rows to run."""
 
     path: Any = "???"
-    """A file, a glob, or a list of them: .jsonl, .csv, .parquet, the first two also with .gz or .zst."""
+    """A file, a directory, a glob, or a list of them: .jsonl, .json, .csv, .tsv or .parquet; text may be packed."""
+    format: str = "auto"
+    """jsonl, json, csv, tsv or parquet, where neither a file's content nor its name says it."""
+    csv: CsvConfig = field(default_factory=CsvConfig)
+    """How CSV is written."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    """What the dataset calls its columns."""
+    """What the dataset calls its columns; a path such as body.messages goes inside of one."""
     limit: int | None = None
     """Run only the first rows, this many."""
+    field: str | None = None
+    """The list of rows inside a JSON file's one object: a key or a path, as data.examples; by default its only list."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range.

@@ -6,6 +6,7 @@ A row that cannot be read is still a row: it carries the reason, and its place i
 To add a format: write a function like `read_jsonl` in a file of its own and name it in `READERS`.
 """
 
-from llmpipe.datasets.dataset import READERS, Dataset, Scan
+from llmpipe.datasets.dataset import Dataset, Scan
+from llmpipe.datasets.formats import READERS
 
 __all__ = ["READERS", "Dataset", "Scan"]

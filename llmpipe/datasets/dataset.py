@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -14,22 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmpipe.config import ColumnsConfig, DatasetConfig
-from llmpipe.datasets.compression import COMPRESSIONS
-from llmpipe.datasets.csv import read_csv
-from llmpipe.datasets.jsonl import read_jsonl
-from llmpipe.datasets.parquet import fits, parquet_file, read_parquet
-from llmpipe.exceptions import DatasetError, MissingDependencyError
+from llmpipe.datasets.formats import Reader, reader_of
+from llmpipe.datasets.parquet import fits, parquet_file, read_parquet, type_of
+from llmpipe.datasets.partitions import with_columns
+from llmpipe.datasets.sources import Source, sources_of
+from llmpipe.exceptions import DatasetError, LLMError
 from llmpipe.records import Row
+from llmpipe.sharegpt import CONVERSATIONS
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
-    ".csv": read_csv,
-    ".parquet": read_parquet,
-}
 
 
 @dataclass(frozen=True)
@@ -51,8 +45,14 @@ class Dataset:
     def __init__(self, config: DatasetConfig) -> None:
         self.columns: ColumnsConfig = config.columns
         self._limit = config.limit
-        self.files = [file for path in config.paths for file in _expand(path)]
-        self._readers = [(file, _reader(file)) for file in self.files]
+        self._sources = [source for path in config.paths for source in sources_of(path)]
+        self.files = [source.path for source in self._sources]
+        self._readers = [self._reader(file, config) for file in self.files]
+
+    @staticmethod
+    def _reader(file: Path, config: DatasetConfig) -> Reader:
+        with _faults_named(file):
+            return reader_of(file, config)
 
     def rows(self) -> Iterator[Row]:
         """Yield every row up to the limit; memory does not grow with the dataset.
@@ -60,7 +60,7 @@ class Dataset:
         Raises:
             DatasetError: a file ends in the middle, or cannot be read on.
         """
-        rows = chain.from_iterable(_guarded(file, reader) for file, reader in self._readers)
+        rows = chain.from_iterable(map(_rows_of, self._sources, self._readers))
         for index, row in enumerate(islice(rows, self._limit)):
             row.index = index
             yield row
@@ -76,16 +76,21 @@ class Dataset:
             DatasetError: a file is damaged, ids are not unique, or a column that every row needs is not there.
         """
         columns: dict[str, dict[str, None]] = {}
-        for file, reader in self._readers:
-            if reader is read_parquet:
-                schema = parquet_file(file).schema_arrow
-                columns[str(file)] = dict.fromkeys(schema.names)
-                self._check_types(file, schema, template)
+        paths = [name for name in self._named(template) if "." in name]
+        for source, reader in zip(self._sources, self._readers, strict=True):
+            if getattr(reader, "func", None) is read_parquet:
+                schema = parquet_file(source.path).schema_arrow
+                inner = [path for path in paths if type_of(schema, path) is not None]
+                columns[str(source.path)] = dict.fromkeys([*schema.names, *source.columns, *inner])
+                self._check_types(source.path, schema, template)
         id_hashes = array("q")
         for row in self.rows():
             id_hashes.append(hash(str(row.id(self.columns.id))))
             if row.error is None and not row.values.keys() <= (known := columns.setdefault(row.file, {})).keys():
                 known |= dict.fromkeys(row.values)
+            for path in paths:
+                if path not in columns.get(row.file, {}) and row.value(path) is not None:
+                    columns[row.file][path] = None
             if look is not None:
                 look(row)
         for name, found in columns.items():
@@ -98,26 +103,41 @@ class Dataset:
         allowed = {"id": "text or integers", "messages": "lists or JSON text", "sampling": "structs or JSON text"}
         if template is None:
             allowed["prompt"] = "text"
-        types = {field.name: field.type for field in schema}
         for key, what in allowed.items():
             name = getattr(self.columns, key)
-            if name in types and not fits(types[name], what):
+            kind = type_of(schema, name)
+            if kind is not None and not fits(kind, what):
                 raise DatasetError(
-                    f"the column {name!r} of {file} is {types[name]}, and must be {what}; name another with "
-                    f"dataset.columns.{key}=. There are: {', '.join(f'{n} ({kind})' for n, kind in types.items())}"
+                    f"the column {name!r} of {file} is {kind}, and must be {what}; name another with "
+                    f"dataset.columns.{key}=. There are: {', '.join(f'{f.name} ({f.type})' for f in schema)}"
                 )
 
-    def _check_columns(self, file: str, columns: list[str], template: list[str] | None) -> None:
+    def _named(self, template: list[str] | None) -> list[str]:
+        """Return the columns that are asked for by name."""
         default = ColumnsConfig()
-        named = [name for key, name in vars(self.columns).items() if name != getattr(default, key)]
-        for name in [*(template or []), *named]:
+        return [*(template or []), *(n for key, n in vars(self.columns).items() if n != getattr(default, key))]
+
+    def _check_columns(self, file: str, columns: list[str], template: list[str] | None) -> None:
+        for name in self._named(template):
             if name not in columns:
                 raise DatasetError(f"{file} has no column {name!r}; it has: {', '.join(columns)}")
-        if template is None and self.columns.prompt not in columns and self.columns.messages not in columns:
+        prompts = {self.columns.prompt, self.columns.messages, CONVERSATIONS}
+        if template is None and not prompts & set(columns):
             raise DatasetError(
                 f"{file} has neither a column {self.columns.prompt!r} nor {self.columns.messages!r}; it has: "
                 f"{', '.join(columns)}. Name one with dataset.columns.prompt= or dataset.columns.messages="
+                f"{self._hint(file)}"
             )
+
+    def _hint(self, file: str) -> str:
+        """Return what to name where the first row has it, but inside of another column."""
+        row = next((row for row in self.rows() if row.file == file and row.error is None), None)
+        for name, value in row.values.items() if row else []:
+            for key in ("messages", "prompt"):
+                path = f"{name}.{getattr(self.columns, key)}"
+                if isinstance(value, dict) and row is not None and row.value(path) is not None:
+                    return f", for instance dataset.columns.{key}={path}"
+        return ""
 
     def _check_ids(self, hashes: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         ordered = np.sort(hashes)
@@ -152,37 +172,18 @@ class Dataset:
         return f"sha256:{digest.hexdigest()[:32]}"
 
 
-def _expand(path: str) -> list[Path]:
-    if any(character in path for character in "*?[") and not Path(path).exists():
-        pattern = str(Path(path).expanduser())
-        found = sorted(file for file in map(Path, glob.glob(pattern, recursive=True)) if file.is_file())
-        if not found:
-            raise DatasetError(f"dataset.path={path!r} matches no file (from {Path.cwd()})")
-        return found
-    file = Path(path).expanduser()
-    if not file.is_file():
-        what = "is a directory" if file.is_dir() else "does not exist"
-        raise DatasetError(
-            f"dataset.path={path!r} {what} (from {Path.cwd()}); it must be a file, a glob or a list of them"
-        )
-    return [file]
+def _rows_of(source: Source, reader: Reader) -> Iterator[Row]:
+    with _faults_named(source.path):
+        rows = reader(source.path)
+        yield from with_columns(rows, source.columns) if source.columns else rows
 
 
-def _reader(file: Path) -> Callable[[Path], Iterator[Row]]:
-    plain = file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
-    reader = READERS.get(plain.suffix.lower())
-    if reader is None or (reader is read_parquet and plain is not file):
-        raise DatasetError(
-            f"{file.name} is of no known type; there are {', '.join(READERS)}, the text ones also with .gz or .zst"
-        )
-    return reader
-
-
-def _guarded(file: Path, reader: Callable[[Path], Iterator[Row]]) -> Iterator[Row]:
-    """Read a file; a fault of the file as a whole names the file."""
+@contextmanager
+def _faults_named(file: Path) -> Iterator[None]:
+    """Name the file in what is wrong with a file as a whole."""
     try:
-        yield from reader(file)
-    except (DatasetError, MissingDependencyError):
+        yield
+    except (LLMError, GeneratorExit):
         raise
     except Exception as error:  # gzip, zstandard and pyarrow each have errors of their own for a damaged file
         raise DatasetError(f"{file} cannot be read to its end: {' '.join(str(error).split())}") from error
