@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmpipe import __version__
 from llmpipe.config import conf_dir, register_schemas, to_run_config
+from llmpipe.config.checks import is_remote
 from llmpipe.config.messages import one_line
 from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
@@ -33,6 +34,8 @@ log = logging.getLogger("llmpipe")
 
 OK, REFUSED, SOME_ERRORS = 0, 1, 3
 CONFIG_NAME = "config"
+LOCAL = ("hydra.run.dir", "hydra.sweep.dir", "resume", "export", "export_to")
+"""What names a place to read or write a run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="llmpipe-") as outcomes:
             program = Program(Path(outcomes))
+            check_local(arguments)
             sys.argv[1:] = without_traces(resumed(arguments))
             register_schemas()
             OmegaConf.register_new_resolver("llmpipe.help", help_text, replace=True)
@@ -153,6 +157,18 @@ class Program:
             show_comparison([(outcome.overrides, outcome.metrics) for outcome in outcomes])
         codes = {outcome.exit_code for outcome in outcomes} or {self._exit_code}
         return REFUSED if REFUSED in codes else max(codes)
+
+
+def check_local(arguments: list[str]) -> None:
+    """Refuse run directories on other machines: Hydra would make a folder of that name.
+
+    Raises:
+        LLMConfigError: names the argument.
+    """
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key.lstrip("+") in LOCAL and is_remote(value.strip("\"'")):
+            raise LLMConfigError(f"{argument} is not supported yet: it must be on this machine; copy it from there")
 
 
 def resumed(arguments: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ from llmpipe.config import PromptFormat, RunConfig, describe
 from llmpipe.datasets import Dataset, Scan
 from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError, LLMInferenceError
 from llmpipe.fingerprint import backend_values, fingerprint
+from llmpipe.first_rows import refuse_hopeless
 from llmpipe.ledger import FILE, Ledger
 from llmpipe.metrics import MemorySampler, Totals, environment, scorers, utc_now
 from llmpipe.outputs import (
@@ -75,6 +76,7 @@ def run(
     dataset, scan, types = look_through(config)
     if not (directory / FILE).exists():  # a fresh run: it leaves nothing where it may not write at its end
         found_files(directory, output_files(config.output), {})
+        refuse_hopeless(config, dataset, lambda runner: runs_chats(config, scan, runner))
     with Ledger(directory, fingerprint(config, scan)) as ledger:
         if ledger.get("arguments") is None:
             ledger.set(arguments=list(arguments))
@@ -273,6 +275,7 @@ def layout_of(config: RunConfig, scan: Scan, samples: int) -> Layout:
     return Layout(
         prefix=config.output.prefix,
         id_column=config.dataset.columns.id,
+        source=config.output.source,
         adds_id=config.dataset.columns.id != "id" or "id" not in scan.columns,
         sample=samples > 1,
         truncated=config.prompt.overflow.value == "truncate",

@@ -21,6 +21,7 @@ from llmpipe.config import RunConfig
 from llmpipe.datasets import Scan
 from llmpipe.exceptions import LLMError, LLMInitializationError
 from llmpipe.fingerprint import fingerprint
+from llmpipe.first_rows import refuse_hopeless
 from llmpipe.ledger import FILE, LedgerSnapshot
 from llmpipe.metrics import percentiles
 from llmpipe.outputs import found_files, new_files, output_files, seal
@@ -59,6 +60,8 @@ def plan(config: RunConfig, directory: str | Path) -> dict[str, Any]:
     directory = Path(directory)
     dataset, scan, _ = look_through(config)
     done = rows_done(config, scan, directory)
+    if done is None:
+        refuse_hopeless(config, dataset, lambda runner: runs_chats(config, scan, runner))
     with LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules, weights=False) as runner:
         try:
             chat = runs_chats(config, scan, runner)

@@ -14,7 +14,7 @@ import orjson
 
 from llmpipe.config import ColumnsConfig, Overflow, PromptConfig, SamplingConfig
 from llmpipe.exceptions import LLMConfigError
-from llmpipe.records import Message, Request, Row, derive_seed, is_utf8, lookup
+from llmpipe.records import Message, Request, Row, UnusableText, derive_seed, is_utf8, lookup
 from llmpipe.sharegpt import as_messages, chat_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -76,9 +76,9 @@ class PromptBuilder:
         if not isinstance(text, str):
             raise ValueError(f"the prompt is {_kind(text)}, not text")
         if not text:
-            raise ValueError("the prompt is empty")
+            raise UnusableText("the prompt is empty")
         if not is_utf8(text):
-            raise ValueError("the prompt holds a lone surrogate, which no UTF-8 text can")
+            raise UnusableText("the prompt holds a lone surrogate, which no UTF-8 text can")
         return text
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -111,7 +111,7 @@ def parse_messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list):
         raise ValueError(f"messages are {_kind(value)}, not a list")
     if not value:
-        raise ValueError("messages are an empty list")
+        raise UnusableText("messages are an empty list")
     return tuple(_parse_message(number, message) for number, message in enumerate(value, 1))
 
 
@@ -129,7 +129,7 @@ def _parse_message(number: int, message: Any) -> Message:
     if not isinstance(content, str):
         raise ValueError(f"message {number} has {_kind(content)} as content, not text")
     if not is_utf8(json.dumps(parsed, ensure_ascii=False, default=str)):
-        raise ValueError(f"message {number} holds a lone surrogate, which no UTF-8 text can")
+        raise UnusableText(f"message {number} holds a lone surrogate, which no UTF-8 text can")
     return {**parsed, "content": content}
 
 

@@ -45,6 +45,10 @@ def harmless(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+class UnusableText(ValueError):
+    """What a row says cannot be run, though nothing is wrong with the way its file has it."""
+
+
 def lookup(values: Any, path: str) -> Any:
     """Return what stands under a name, or else under a dotted path through objects; None where nothing does."""
     if not isinstance(values, dict):

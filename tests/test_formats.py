@@ -389,3 +389,10 @@ def test_a_directory_is_all_its_files_but_the_hidden_ones(tmp_path: Path) -> Non
     write(tmp_path / "d" / "x.csv", "prompt\n")
     with pytest.raises(DatasetError, match=r"several types: \.csv, \.jsonl; choose with a glob"):
         dataset(tmp_path / "d")
+
+
+@pytest.mark.parametrize("text", ["[", "[]", "[1, 2]", "[5]\n", "\0\1\0\1"])
+def test_jsonl_that_could_be_nothing_else_is_not_taken_for_it(tmp_path: Path, text: str) -> None:
+    assert [bool(row.error) for row in read(write(tmp_path / "a.jsonl", text))] == [True]
+    if text == "[]":
+        assert read(write(tmp_path / "a.json", text)) == []

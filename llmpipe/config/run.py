@@ -148,6 +148,8 @@ class OutputConfig:
     """jsonl or parquet."""
     prefix: str = ""
     """Put before the name of every column that llmpipe adds."""
+    source: bool = False
+    """Add source_file and source_line: where each row stands in the dataset."""
 
 
 @dataclass

@@ -98,7 +98,7 @@ def _json_reader(file: Path, suffix: str, config: DatasetConfig) -> Reader:
     """Return what reads JSON by its layout: a row per line, or values of any other."""
     with open_bytes(file) as stream:
         head = stream.read(HEAD_BYTES)
-    alone = suffix == ".json" and b"\n" not in head.strip()
+    alone = suffix == ".json" and (b"\n" not in head.strip() or head.lstrip().startswith(b"["))
     if config.field is None and not alone and holds_lines(head, whole=len(head) < HEAD_BYTES):
         return read_jsonl
     field = field_of(file, config)

@@ -78,7 +78,7 @@ def holds_lines(head: bytes, whole: bool) -> bool:
     text = head.decode("utf-8", "replace").lstrip(" \t\r\n")
     line, _, rest = text.partition("\n")
     more = bool(rest.strip(" \t\r\n"))
-    if not text.startswith(("{", "[")):
+    if not text.startswith(("{", "[")) or (text[0] == "[" and not text[1:].lstrip().startswith("{")):
         return True
     try:
         end = json.JSONDecoder().raw_decode(text)[1]

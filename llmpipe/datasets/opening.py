@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
+import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +14,7 @@ from llmpipe.exceptions import MissingDependencyError
 
 COMPRESSIONS = (".gz", ".zst")
 _GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
+_PLAIN = set(string.printable)
 _BLOCK = 2**16
 
 
@@ -47,8 +49,8 @@ def _utf16(head: bytes) -> str | None:
     """Return the kind of UTF-16 that a file begins with: with its mark, or with plain letters, as JSON does."""
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-    zeros = [not byte for byte in head]
-    return "utf-16-le" if zeros == [False, True] * 2 else "utf-16-be" if zeros == [True, False] * 2 else None
+    texts = {encoding: head.decode(encoding, "replace") for encoding in ("utf-16-le", "utf-16-be")}
+    return next((name for name, text in texts.items() if len(text) == 2 and set(text) <= _PLAIN), None)
 
 
 def _as_utf8(file: IO[bytes], encoding: str) -> Iterator[bytes]:

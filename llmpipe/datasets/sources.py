@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+from llmpipe.config.checks import is_remote
 from llmpipe.datasets.formats import READERS, suffix_of
 from llmpipe.exceptions import DatasetError
 
 _NULL = "__HIVE_DEFAULT_PARTITION__"
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}[^/]")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _NOT_YET = "is not supported yet: download it first, and name the files that are then on this machine"
 
 
@@ -37,7 +37,7 @@ def sources_of(path: str) -> list[Source]:
         return [Source(file, {})]
     if file.is_dir():
         return _with_columns(file, _inside(path, file))
-    if _URL.match(path):
+    if is_remote(path):
         raise DatasetError(f"dataset.path={path!r} {_NOT_YET}")
     if any(character in path for character in "*?["):
         found = sorted(file for file in map(Path, glob.glob(str(file), recursive=True)) if file.is_file())
@@ -46,10 +46,13 @@ def sources_of(path: str) -> list[Source]:
         fixed = [part for part in file.parts]
         wild = next(i for i, part in enumerate(fixed) if any(character in part for character in "*?["))
         return _with_columns(Path(*fixed[:wild]), found)
-    hub = f". A dataset of a hub {_NOT_YET}" if _HUB_ID.fullmatch(path) and file.suffix.lower() not in READERS else ""
+    if _HUB_ID.fullmatch(path) and suffix_of(file) not in READERS and not file.parent.is_dir():
+        raise DatasetError(
+            f"dataset.path={path!r} is no file here (from {Path.cwd()}), and a dataset of a hub {_NOT_YET}"
+        )
     raise DatasetError(
         f"dataset.path={path!r} does not exist (from {Path.cwd()}); it must be a file, a directory, a glob or a list "
-        f"of them{hub}"
+        f"of them"
     )
 
 
