@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from llmpipe.config import BackendConfig, RunConfig, answer_fields, describe
-from llmpipe.datasets import Scan
+from llmpipe.datasets import Scan, digest_of
 from llmpipe.runners.weights import content_digest, model_digest
 
 ROUNDING_OPTIONS = ("n_gpu_layers", "tensor_split", "batching", "batch_tokens", "micro_batch_tokens")
@@ -22,9 +23,33 @@ def fingerprint(config: RunConfig, scan: Scan) -> dict[str, Any]:
         **_of_backend(config),
         "sampling": answer_fields(config.sampling),
         "prompt": answer_fields(config.prompt),
-        "dataset": {"digest": scan.digest, "columns": describe(config.dataset.columns), "limit": config.dataset.limit},
+        "dataset": {
+            "digest": digest_of(scan.contents),
+            "rows": scan.rows,
+            "columns": describe(config.dataset.columns),
+            "shuffle": config.dataset.shuffle,
+            "offset": config.dataset.offset,
+            "limit": config.dataset.limit,
+        },
         "seed": config.seed,
     }
+
+
+def continued(asked: dict[str, Any], known: dict[str, Any] | None, scan: Scan) -> dict[str, Any]:
+    """Return a fingerprint with the dataset as an earlier run knew it, if that has only grown since.
+
+    Args:
+        asked: The fingerprint of what is asked now.
+        known: That of the earlier run, where there is one.
+        scan: What is in the dataset now, and was in the first rows, as many as the earlier run had.
+    """
+    if not known or scan.earlier is None:
+        return asked
+    now, before = asked["dataset"], known["dataset"]
+    most = [math.inf if dataset.get("limit") is None else dataset["limit"] for dataset in (before, now)]
+    as_before = {**now, **{name: before.get(name) for name in ("digest", "rows", "limit")}}
+    grown = digest_of(scan.earlier) == before.get("digest") and most[0] <= most[1] and as_before == before
+    return {**asked, "dataset": before} if grown else asked
 
 
 def _of_backend(config: RunConfig) -> dict[str, Any]:

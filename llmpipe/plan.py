@@ -18,14 +18,14 @@ import numpy as np
 import orjson
 
 from llmpipe.config import RunConfig
-from llmpipe.datasets import Scan
+from llmpipe.datasets import Inputs, Scan
 from llmpipe.exceptions import LLMError, LLMInitializationError
-from llmpipe.fingerprint import fingerprint
+from llmpipe.fingerprint import continued, fingerprint
 from llmpipe.first_rows import refuse_hopeless
-from llmpipe.ledger import FILE, LedgerSnapshot
+from llmpipe.ledger import LedgerSnapshot
 from llmpipe.metrics import percentiles
 from llmpipe.outputs import found_files, new_files, output_files, seal
-from llmpipe.pipeline import look_through, runs_chats
+from llmpipe.pipeline import Before, look_through, runs_chats
 from llmpipe.prompts import PromptBuilder
 from llmpipe.records import Request, Row, harmless
 from llmpipe.runners.base import BaseLLMRunner
@@ -58,8 +58,17 @@ def plan(config: RunConfig, directory: str | Path) -> dict[str, Any]:
         LLMConfigError, DatasetError, LLMInitializationError, LedgerError: the run could not start.
     """
     directory = Path(directory)
-    dataset, scan, _ = look_through(config)
-    done = rows_done(config, scan, directory)
+    before = Before.of(directory)
+    with Inputs(directory if before.begun else None, before.begun, resumed=config.resume is not None) as inputs:
+        found = _planned(config, directory, inputs, before)
+    if not before.begun:
+        write_plan(directory, found)
+    return found
+
+
+def _planned(config: RunConfig, directory: Path, inputs: Inputs, before: Before) -> dict[str, Any]:
+    dataset, scan, _ = look_through(config, inputs, before)
+    done = rows_done(config, scan, directory, before)
     if done is None:
         refuse_hopeless(config, dataset, lambda runner: runs_chats(config, scan, runner))
     with LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules, weights=False) as runner:
@@ -89,21 +98,20 @@ def plan(config: RunConfig, directory: str | Path) -> dict[str, Any]:
                 f"{type(runner).__name__} cannot be planned for: without its weights it fails ({why}); "
                 f"it can have a method _preview_model"
             ) from error
-    if done is None:
-        write_plan(directory, found)
     return found
 
 
-def rows_done(config: RunConfig, scan: Scan, directory: Path) -> int | None:
+def rows_done(config: RunConfig, scan: Scan, directory: Path, before: Before) -> int | None:
     """Return how many rows a run in the directory has behind it; None where there is none.
 
     Raises:
         LedgerError: a run with this configuration could not go on, or begin, there.
     """
-    if not (directory / FILE).exists():
+    if not before.begun:
         found_files(directory, output_files(config.output), {})
         return None
-    with LedgerSnapshot(directory, fingerprint(config, scan)) as ledger:
+    asked = continued(fingerprint(config, scan), before.fingerprint, scan)
+    with LedgerSnapshot(directory, asked, before.change(scan)) as ledger:
         found_files(directory, output_files(config.output), ledger.get("files") or {})
         return ledger.rows()
 

@@ -75,7 +75,9 @@ class Row:
     batch: tuple[pa.RecordBatch, int] | None = None
     """For Parquet: the Arrow batch with the row, and its position there."""
     index: int = -1
-    """Position in the dataset, from 0, unreadable rows counted; a reader leaves it to the dataset."""
+    """Position among the rows of the run, from 0, unreadable rows counted; a reader leaves it to the dataset."""
+    position: int | None = None
+    """Position in the dataset's files, from 0, where it is another one."""
 
     def value(self, column: str) -> Any:
         """Return what a column holds, or a field inside one, as `body.messages` names it; None where nothing does."""
@@ -84,7 +86,11 @@ class Row:
     def id(self, column: str) -> Any:
         """Return the row's id: the value of its id column, or `row-N` by position."""
         value = self.value(column)
-        return value if isinstance(value, (str, int, float)) else f"row-{self.index}"
+        return (
+            value
+            if isinstance(value, (str, int, float))
+            else f"row-{self.index if self.position is None else self.position}"
+        )
 
 
 @dataclass(slots=True)

@@ -106,8 +106,12 @@ class DatasetConfig:
     """How CSV is written."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     """What the dataset calls its columns; a path such as body.messages goes inside of one."""
+    shuffle: int | None = None
+    """A seed that puts the rows in random order, each keeping its id; files are read once per 65,536 rows that run."""
+    offset: int = 0
+    """Leave out the first rows, in the order of shuffle, this many."""
     limit: int | None = None
-    """Run only the first rows, this many."""
+    """Run only the first rows after the offset, this many; a run can be resumed with a larger limit."""
     field: str | None = None
     """The list of rows inside a JSON file's one object: a key or a path, as data.examples; by default its only list."""
 
@@ -119,6 +123,9 @@ class DatasetConfig:
         """
         if self.limit is not None:
             count("dataset.limit", self.limit, 0, "an integer >= 0, or null")
+        if self.shuffle is not None:
+            count("dataset.shuffle", self.shuffle, 0, "an integer >= 0, or null")
+        count("dataset.offset", self.offset, 0, "an integer >= 0")
 
     @property
     def paths(self) -> list[str]:

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmpipe.config import ColumnsConfig, DatasetConfig
+from llmpipe.datasets.contents import Contents, FileContent
 from llmpipe.datasets.formats import Reader, reader_of
+from llmpipe.datasets.inputs import Inputs
 from llmpipe.datasets.parquet import fits, parquet_file, read_parquet, type_of
 from llmpipe.datasets.partitions import with_columns
+from llmpipe.datasets.shuffle import Positions, permutation, rows_at
 from llmpipe.datasets.sources import Source, sources_of
 from llmpipe.exceptions import DatasetError, LLMError
 from llmpipe.records import Row
@@ -33,26 +36,36 @@ class Scan:
     rows: int
     columns: list[str]
     digest: str
+    """Of the files, byte by byte."""
+    contents: list[FileContent]
+    """What their rows hold."""
+    earlier: list[FileContent] | None = None
+    """What as many rows held as were asked for, from the first one on, where there are so many."""
 
 
 class Dataset:
     """The rows of one or several files, in order, read anew at every pass.
 
+    Args:
+        config: Which rows.
+        inputs: Keeps what can be read only once; by default for as long as the dataset is there.
+
     Raises:
         DatasetError: a file does not exist or is of no known type.
     """
 
-    def __init__(self, config: DatasetConfig) -> None:
+    def __init__(self, config: DatasetConfig, inputs: Inputs | None = None) -> None:
         self.columns: ColumnsConfig = config.columns
-        self._limit = config.limit
-        self._sources = [source for path in config.paths for source in sources_of(path)]
+        self._config = config
+        self._inputs = inputs or Inputs()
+        self._sources = [
+            source
+            for number, path in enumerate(config.paths)
+            for source in sources_of(path, self._inputs.copy_of(path, number))
+        ]
         self.files = [source.path for source in self._sources]
-        self._readers = [self._reader(file, config) for file in self.files]
-
-    @staticmethod
-    def _reader(file: Path, config: DatasetConfig) -> Reader:
-        with _faults_named(file):
-            return reader_of(file, config)
+        self._readers = [_reader(source, config) for source in self._sources]
+        self._shuffled: Positions | None = None
 
     def rows(self) -> Iterator[Row]:
         """Yield every row up to the limit; memory does not grow with the dataset.
@@ -60,17 +73,36 @@ class Dataset:
         Raises:
             DatasetError: a file ends in the middle, or cannot be read on.
         """
-        rows = chain.from_iterable(map(_rows_of, self._sources, self._readers))
-        for index, row in enumerate(islice(rows, self._limit)):
+        first, limit = self._config.offset, self._config.limit
+        last = None if limit is None else first + limit
+        if self._config.shuffle is not None:
+            if self._shuffled is None:
+                self._shuffled = permutation(sum(1 for _ in self._all()), self._config.shuffle)
+            rows = rows_at(self._shuffled[first:last], self._all)
+        else:
+            rows = islice(self._all(), first, last)
+        for index, row in enumerate(rows):
             row.index = index
+            if first and row.position is None:
+                row.position = first + index
             yield row
 
-    def scan(self, template: list[str] | None = None, look: Callable[[Row], None] | None = None) -> Scan:
+    def _all(self) -> Iterator[Row]:
+        """Yield the rows of all files, in their order."""
+        return chain.from_iterable(map(_rows_of, self._sources, self._readers))
+
+    def scan(
+        self,
+        template: list[str] | None = None,
+        look: Callable[[Row], None] | None = None,
+        earlier: int | None = None,
+    ) -> Scan:
         """Look through all rows once.
 
         Args:
             template: The columns of the prompt template, where there is one; else a prompt or messages are needed.
             look: Called with each row, for what else wants to see them all.
+            earlier: Of how many rows, from the first one on, the contents are wanted too.
 
         Raises:
             DatasetError: a file is damaged, ids are not unique, or a column that every row needs is not there.
@@ -84,7 +116,12 @@ class Dataset:
                 columns[str(source.path)] = dict.fromkeys([*schema.names, *source.columns, *inner])
                 self._check_types(source.path, schema, template)
         id_hashes = array("q")
+        contents = Contents(by_file=self._config.shuffle is None)
+        then: list[FileContent] | None = [] if earlier == 0 else None
         for row in self.rows():
+            contents.add(row)
+            if row.index + 1 == earlier:
+                then = contents.so_far()
             id_hashes.append(hash(str(row.id(self.columns.id))))
             if row.error is None and not row.values.keys() <= (known := columns.setdefault(row.file, {})).keys():
                 known |= dict.fromkeys(row.values)
@@ -97,7 +134,7 @@ class Dataset:
             self._check_columns(name, list(found), template)
         self._check_ids(np.asarray(id_hashes))
         every = dict.fromkeys(name for found in columns.values() for name in found)
-        return Scan(len(id_hashes), list(every), self.digest())
+        return Scan(len(id_hashes), list(every), self.digest(), contents.so_far(), then)
 
     def _check_types(self, file: Path, schema: pa.Schema, template: list[str] | None) -> None:
         allowed = {"id": "text or integers", "messages": "lists or JSON text", "sampling": "structs or JSON text"}
@@ -170,6 +207,11 @@ class Dataset:
             except OSError as error:
                 raise DatasetError(f"{file} cannot be read: {error.strerror or error}") from error
         return f"sha256:{digest.hexdigest()[:32]}"
+
+
+def _reader(source: Source, config: DatasetConfig) -> Reader:
+    with _faults_named(source.path):
+        return reader_of(source.path, config, source.streamed)
 
 
 def _rows_of(source: Source, reader: Reader) -> Iterator[Row]:

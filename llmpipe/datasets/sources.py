@@ -24,14 +24,22 @@ class Source(NamedTuple):
     path: Path
     columns: dict[str, Any]
     """Columns that stand in the names of its directories, such as `lang=en`."""
+    streamed: bool = False
+    """Whether it is the copy of what came through a pipe, and its name says nothing."""
 
 
-def sources_of(path: str) -> list[Source]:
+def sources_of(path: str, copy: Path | None = None) -> list[Source]:
     """Return the files that one path names, in order.
+
+    Args:
+        path: As `dataset.path` has it.
+        copy: The copy of what it names, where that can be read only once.
 
     Raises:
         DatasetError: it names none.
     """
+    if copy is not None:
+        return [Source(copy, {}, streamed=True)]
     file = Path(path).expanduser()
     if file.is_file():
         return [Source(file, {})]
