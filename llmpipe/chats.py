@@ -14,7 +14,8 @@ import orjson
 
 from llmpipe.cells import is_missing
 from llmpipe.exceptions import LLMConfigError
-from llmpipe.records import Message, is_utf8
+from llmpipe.records import Message, UnusableText, is_utf8
+from llmpipe.sharegpt import as_messages
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -52,7 +53,8 @@ def parse_messages(value: Any, any_role: bool = False) -> Chat:
     if not is_list(value):
         raise ValueError(f"messages are {kind_of(value)}, not a list")
     if not value:
-        raise ValueError("messages are an empty list")
+        raise UnusableText("messages are an empty list")
+    value = as_messages(value)
     return Chat(_message(number, message, any_role) for number, message in enumerate(value, 1))
 
 
@@ -75,7 +77,7 @@ def _message(number: int, message: Any, any_role: bool) -> Message:
         raise ValueError(f"message {number} has {kind_of(content)} as content, not text")
     parsed["content"] = content
     if not _is_text_throughout(parsed):
-        raise ValueError(f"message {number} holds a lone surrogate, which no UTF-8 text can")
+        raise UnusableText(f"message {number} holds a lone surrogate, which no UTF-8 text can")
     return parsed
 
 

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmpipe import __version__
 from llmpipe.config import conf_dir, register_schemas, to_run_config
+from llmpipe.config.checks import is_remote
 from llmpipe.config.messages import one_line
 from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
@@ -35,6 +36,8 @@ log = logging.getLogger("llmpipe")
 
 OK, REFUSED, SOME_ERRORS = 0, 1, 3
 CONFIG_NAME = "config"
+LOCAL = ("hydra.run.dir", "hydra.sweep.dir", "resume", "export", "export_to")
+"""What names a place to read or write a run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +57,7 @@ def command(arguments: list[str]) -> int:
         os.environ["HOME"] = "/nonexistent"
     logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     try:
+        check_local(arguments)
         arguments = without_traces(resumed(arguments))
         with temporary_directory(arguments) as outcomes:
             program = Program(outcomes)
@@ -193,6 +197,18 @@ def temporary_directory(arguments: list[str]) -> Iterator[Path]:
         if place is not None:
             os.environ["TMPDIR"] = os.path.abspath(made)
         yield Path(made)
+
+
+def check_local(arguments: list[str]) -> None:
+    """Refuse run directories on other machines: Hydra would make a folder of that name.
+
+    Raises:
+        LLMConfigError: names the argument.
+    """
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key.lstrip("+") in LOCAL and is_remote(value.strip("\"'")):
+            raise LLMConfigError(f"{argument} is not supported yet: it must be on this machine; copy it from there")
 
 
 def resumed(arguments: list[str]) -> list[str]:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llmpipe.config import OutputFormat, RunConfig
+from llmpipe.datasets import Inputs
 from llmpipe.exceptions import DatasetError, LLMConfigError, LLMError
-from llmpipe.fingerprint import fingerprint
+from llmpipe.fingerprint import continued, fingerprint
 from llmpipe.ledger import FILE, LedgerSnapshot, differences
 from llmpipe.outputs import ERRORS_FILE, METRICS_FILE, REPORT_FILE, WRITERS, Answered, new_files, seal
-from llmpipe.pipeline import layout_of, look_through, scored
+from llmpipe.pipeline import Before, layout_of, look_through, scored
 from llmpipe.prompts import PromptBuilder
 from llmpipe.records import Completion, Row
 
@@ -49,11 +50,16 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
     directory = Path(directory)
     path = directory / f"partial.{config.output.format.value}" if file is None else Path(file).expanduser()
     config = replace(config, output=replace(config.output, format=_format_of(path, directory)))
-    with LedgerSnapshot(directory) as ledger:
-        dataset, scan, types = look_through(config)
-        asked, asking = ledger.get("fingerprint")["dataset"], fingerprint(config, scan)["dataset"]
-        if changes := "; ".join(differences(asked, asking, "dataset")):
-            raise DatasetError(f"the dataset is not the one that {directory} is a run of: {changes}")
+    with LedgerSnapshot(directory) as ledger, Inputs(directory, begun=True, resumed=True) as inputs:
+        before = Before.of(directory)
+        dataset, scan, types = look_through(config, inputs, before)
+        asked = ledger.get("fingerprint")
+        asking = continued(fingerprint(config, scan), asked, scan)["dataset"]
+        if changes := "; ".join(differences(asked["dataset"], asking, "dataset")):
+            changed = before.change(scan)
+            raise DatasetError(
+                f"the dataset is not the one that {directory} is a run of: {changes}{f'; {changed}' if changed else ''}"
+            )
         layout = layout_of(config, scan, max(config.sampling.n, ledger.most_samples()))
         layout.check(scan.columns)
         chat = ledger.get("prompt_format") != "raw"

@@ -61,12 +61,14 @@ class Ledger:
     Args:
         directory: The run directory; made if it is not there.
         fingerprint: What was asked, as nested plain values. A ledger made with another one is refused.
+        remark: What else is to be said of the difference then.
 
     Raises:
         LedgerError: another process works on the directory, the file is damaged, or it belongs to another run.
     """
 
-    def __init__(self, directory: Path, fingerprint: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, fingerprint: dict[str, Any], remark: str | None = None) -> None:
+        self._remark = remark
         self.path = directory / FILE
         self.noted = 0
         """Completions added since the ledger was opened."""
@@ -123,7 +125,7 @@ class Ledger:
         if known is None:
             raise _damaged(self.path, "the fingerprint is gone")
         if fingerprint is not None and known != json.loads(json.dumps(fingerprint)):
-            changes = "; ".join(differences(known, fingerprint))
+            changes = "; ".join([*differences(known, fingerprint), *([self._remark] if self._remark else [])])
             raise LedgerError(
                 f"{self.path.parent} holds a run of another configuration: {changes}. Drop the difference "
                 f"to go on with it, or use another hydra.run.dir"
@@ -231,6 +233,10 @@ class Ledger:
         """Note that every row has its completions, and further facts."""
         self.set(complete=self.count(), **facts)
 
+    def grow(self, fingerprint: dict[str, Any], **facts: Any) -> None:
+        """Note what is asked now that there are more rows; what was written before is not the whole any more."""
+        self.set(fingerprint=fingerprint, complete=None, written_as=None, **facts)
+
     def finished(self) -> bool:
         """Say whether every row has its completions.
 
@@ -305,12 +311,14 @@ class LedgerSnapshot(Ledger):
     Args:
         directory: The run directory.
         fingerprint: What is asked now, where the run must have been asked the same.
+        remark: What else is to be said of a difference.
 
     Raises:
         LedgerError: the directory holds no run, or a damaged one, or one of another fingerprint.
     """
 
-    def __init__(self, directory: Path, fingerprint: dict[str, Any] | None = None) -> None:
+    def __init__(self, directory: Path, fingerprint: dict[str, Any] | None = None, remark: str | None = None) -> None:
+        self._remark = remark
         self.path = directory / FILE
         self._turn = threading.RLock()
         with _faults_named(self.path):
@@ -350,12 +358,23 @@ def saved_arguments(directory: Path) -> list[str]:
     Raises:
         LedgerError: the directory holds no run, or a damaged one.
     """
+    (found,) = saved(directory, "arguments")
+    return [str(argument) for argument in found or []]
+
+
+def saved(directory: Path, *keys: str) -> list[Any]:
+    """Return facts about a run as they are noted, None for what is not; waits for no lock and changes nothing.
+
+    Raises:
+        LedgerError: the directory holds no run, or a damaged one.
+    """
     path = directory / FILE
     with _faults_named(path), closing(_read_only(path)) as db:
-        if db.execute("SELECT 1 FROM sqlite_schema").fetchone():
-            _check_version(path, db)
-        found = _fact(path, "arguments", db.execute("SELECT value, crc FROM meta WHERE key = 'arguments'").fetchall())
-    return [str(argument) for argument in found or []]
+        if not db.execute("SELECT 1 FROM sqlite_schema").fetchone():
+            return [None] * len(keys)
+        _check_version(path, db)
+        query = "SELECT value, crc FROM meta WHERE key = ?"
+        return [_fact(path, key, db.execute(query, (key,)).fetchall()) for key in keys]
 
 
 def _check_version(path: Path, db: sqlite3.Connection) -> None:

@@ -9,14 +9,15 @@ from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmpipe.cells import right_answers
 from llmpipe.config import PromptFormat, RunConfig, describe
-from llmpipe.datasets import Dataset, Scan
+from llmpipe.datasets import Dataset, Inputs, Scan, first_change
 from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError, LLMInferenceError
-from llmpipe.fingerprint import backend_values, compare_facts, facts_of, fingerprint
-from llmpipe.ledger import FILE, Ledger
+from llmpipe.fingerprint import backend_values, compare_facts, continued, facts_of, fingerprint
+from llmpipe.first_rows import refuse_hopeless
+from llmpipe.ledger import FILE, Ledger, saved
 from llmpipe.metrics import MemorySampler, Totals, environment, scorers, utc_now
 from llmpipe.outputs import (
     ID,
@@ -41,6 +42,7 @@ from llmpipe.report import Report
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.factory import LLMRunnerFactory, check_trusted
 from llmpipe.runners.isolated import IsolatedRunner
+from llmpipe.sharegpt import CONVERSATIONS
 from llmpipe.stopping import Stops, WaitingIsOver
 
 log = logging.getLogger(__name__)
@@ -77,23 +79,74 @@ def run(
         raise LLMConfigError("plan=true and export= generate nothing: call llmpipe.plan.plan or llmpipe.export.export")
     if config.resume is not None and Path(config.resume).resolve() != directory.resolve():
         raise LLMConfigError(f"resume={config.resume!r} is not allowed here: give that directory to run() itself")
-    dataset, scan, types = look_through(config)
-    if not (directory / FILE).exists():  # a fresh run: it leaves nothing where it may not write at its end
-        found_files(directory, output_files(config.output), {})
-    with (
-        Ledger(directory, fingerprint(config, scan)) as ledger,
-        MemorySampler(config.metrics.memory_interval_s) as memory,
-    ):
-        if ledger.get("arguments") is None:
-            ledger.set(arguments=list(arguments))
-        if not ledger.finished():
-            found_files(directory, output_files(config.output), ledger.get("files") or {})
-            generate(config, dataset, scan, ledger, directory, memory, progress or (lambda *_: None))
-        return conclude(config, dataset, scan, types, ledger, directory, memory)
+    before = Before.of(directory)
+    with Inputs(directory, before.begun, resumed=config.resume is not None) as inputs:
+        dataset, scan, types = look_through(config, inputs, before)
+        if not before.begun:  # a fresh run: it leaves nothing where it may not write at its end
+            found_files(directory, output_files(config.output), {})
+            refuse_hopeless(config, dataset, lambda runner: runs_chats(config, scan, runner))
+        asked = fingerprint(config, scan)
+        with (
+            Ledger(directory, continued(asked, before.fingerprint, scan), before.change(scan)) as ledger,
+            MemorySampler(config.metrics.memory_interval_s) as memory,
+        ):
+            inputs.keep()
+            note_asked(ledger, asked, scan, arguments)
+            if not ledger.finished():
+                found_files(directory, output_files(config.output), ledger.get("files") or {})
+                generate(config, dataset, scan, ledger, directory, memory, progress or (lambda *_: None))
+            return conclude(config, dataset, scan, types, ledger, directory, memory)
 
 
-def look_through(config: RunConfig) -> tuple[Dataset, Scan, ColumnTypes | None]:
+class Before(NamedTuple):
+    """What is noted in a directory of the run that began there, if one did."""
+
+    begun: bool = False
+    fingerprint: dict[str, Any] | None = None
+    files: list[list[Any]] | None = None
+    """What the rows of its dataset held, file by file."""
+
+    @classmethod
+    def of(cls, directory: Path) -> Before:
+        """Read it; the ledger is left as it is.
+
+        Raises:
+            LedgerError: it is damaged.
+        """
+        begun = (directory / FILE).exists()
+        return cls(begun, *saved(directory, "fingerprint", "dataset_files")) if begun else cls()
+
+    @property
+    def rows(self) -> int | None:
+        """How many there were."""
+        rows: int | None = (self.fingerprint or {}).get("dataset", {}).get("rows")
+        return rows
+
+    def change(self, scan: Scan) -> str | None:
+        """Say which file of the dataset has changed in the rows that it had, if one has."""
+        return first_change(self.files or [], scan.contents if scan.earlier is None else scan.earlier)
+
+
+def note_asked(ledger: Ledger, asked: dict[str, Any], scan: Scan, arguments: Sequence[str]) -> None:
+    """Note what is asked of the run where that is new: at its beginning, and when its dataset has grown."""
+    known = ledger.get("fingerprint")["dataset"]
+    facts = {"arguments": list(arguments) or ledger.get("arguments") or [], "dataset_files": scan.contents}
+    if asked["dataset"]["rows"] != known["rows"]:
+        log.info("the dataset has grown from %d to %d rows: the new ones are run", known["rows"], scan.rows)
+        ledger.grow(asked, **facts)
+    elif asked["dataset"] != known or ledger.get("arguments") is None:
+        ledger.set(fingerprint=asked, **facts)
+
+
+def look_through(
+    config: RunConfig, inputs: Inputs | None = None, before: Before | None = None
+) -> tuple[Dataset, Scan, ColumnTypes | None]:
     """Refuse what can be refused before anything is loaded or written.
+
+    Args:
+        config: The run.
+        inputs: Keeps what of the dataset can be read only once.
+        before: The run that is to be continued: whether the dataset has grown since can then be told.
 
     Returns:
         The dataset, what is in it, and, where the answers' format needs them, the types of its columns.
@@ -101,10 +154,10 @@ def look_through(config: RunConfig) -> tuple[Dataset, Scan, ColumnTypes | None]:
     Raises:
         LLMConfigError, DatasetError, MissingDependencyError: the run cannot start.
     """
-    dataset, types = Dataset(config.dataset), column_types(config.output.format)
+    dataset, types = Dataset(config.dataset, inputs), column_types(config.output.format)
     check_trusted(backend_values(config).get("_target_", "???"), config.trusted_modules)
     template = None if config.prompt.template is None else template_columns(config.prompt.template)
-    scan = dataset.scan(template, None if types is None else types.add)
+    scan = dataset.scan(template, None if types is None else types.add, None if before is None else before.rows)
     layout_of(config, scan, config.sampling.n).check(scan.columns)
     scorers(config.metrics.scorers)
     if config.prompt.format is PromptFormat.raw:  # else the model's files have to be asked
@@ -201,7 +254,7 @@ def check_needs_chats(config: RunConfig, scan: Scan, chat: bool) -> None:
     Raises:
         LLMConfigError: says what to do.
     """
-    if chat or config.dataset.columns.messages in scan.columns:
+    if chat or {config.dataset.columns.messages, CONVERSATIONS} & set(scan.columns):
         return
     for name in ("system", "tools", "chat_template_kwargs"):
         if getattr(config.prompt, name) not in (None, {}):
@@ -288,7 +341,7 @@ def scored(answered: Iterable[Answered], config: RunConfig) -> Iterator[Answered
     """Score each completion whose row has a reference."""
     chosen = scorers(config.metrics.scorers)
     for row, completion in answered:
-        right = right_answers(row.values.get(config.dataset.columns.reference), row.typed)
+        right = right_answers(row.value(config.dataset.columns.reference), row.typed)
         if right and completion.text is not None:
             completion.scores = {
                 name: max(score(completion.text, one) for one in right) for name, score in chosen.items()
@@ -313,6 +366,7 @@ def layout_of(config: RunConfig, scan: Scan, samples: int) -> Layout:
     return Layout(
         prefix=config.output.prefix,
         id_column=columns.id,
+        source=config.output.source,
         adds_id=columns.id != ID or not has_id,
         sample=samples > 1,
         truncated=config.prompt.overflow.value == "truncate",

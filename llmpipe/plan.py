@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from llmpipe.config import RunConfig
-from llmpipe.datasets import Scan
+from llmpipe.datasets import Inputs, Scan
 from llmpipe.exceptions import LLMError, LLMInitializationError
-from llmpipe.fingerprint import compare_facts, facts_of, fingerprint
-from llmpipe.ledger import FILE, LedgerSnapshot
+from llmpipe.fingerprint import compare_facts, continued, facts_of, fingerprint
+from llmpipe.first_rows import refuse_hopeless
+from llmpipe.ledger import LedgerSnapshot
 from llmpipe.metrics import percentiles
 from llmpipe.outputs import found_files, json_text, new_files, output_files, seal
-from llmpipe.pipeline import look_through, runs_chats
+from llmpipe.pipeline import Before, look_through, runs_chats
 from llmpipe.prompts import PromptBuilder, settle_prompt
 from llmpipe.records import Request, Row, harmless
 from llmpipe.runners.base import BaseLLMRunner
@@ -57,8 +58,19 @@ def plan(config: RunConfig, directory: str | Path) -> dict[str, Any]:
     """
     directory = Path(directory)
     config = replace(config, prompt=settle_prompt(config.prompt))
-    dataset, scan, _ = look_through(config)
-    done, known = so_far(config, scan, directory)
+    before = Before.of(directory)
+    with Inputs(directory if before.begun else None, before.begun, resumed=config.resume is not None) as inputs:
+        found = _planned(config, directory, inputs, before)
+    if not before.begun:
+        write_plan(directory, found)
+    return found
+
+
+def _planned(config: RunConfig, directory: Path, inputs: Inputs, before: Before) -> dict[str, Any]:
+    dataset, scan, _ = look_through(config, inputs, before)
+    done, known = so_far(config, scan, directory, before)
+    if done is None:
+        refuse_hopeless(config, dataset, lambda runner: runs_chats(config, scan, runner))
     with LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules, weights=False) as runner:
         try:
             compare_facts(known, facts_of(runner), runner.config.reproducible, directory)
@@ -87,12 +99,10 @@ def plan(config: RunConfig, directory: str | Path) -> dict[str, Any]:
                 f"{type(runner).__name__} cannot be planned for: without its weights it fails ({why}); "
                 f"it can have a method _preview_model"
             ) from error
-    if done is None:
-        write_plan(directory, found)
     return found
 
 
-def so_far(config: RunConfig, scan: Scan, directory: Path) -> tuple[int | None, dict[str, Any]]:
+def so_far(config: RunConfig, scan: Scan, directory: Path, before: Before) -> tuple[int | None, dict[str, Any]]:
     """Return how many rows a run in the directory has behind it, and the facts that it would have to go on with.
 
     Without a run there, the first is None. There are no facts where nothing is left to compute, or was ever loaded.
@@ -100,10 +110,11 @@ def so_far(config: RunConfig, scan: Scan, directory: Path) -> tuple[int | None, 
     Raises:
         LedgerError: a run with this configuration could not go on, or begin, there.
     """
-    if not (directory / FILE).exists():
+    if not before.begun:
         found_files(directory, output_files(config.output), {})
         return None, {}
-    with LedgerSnapshot(directory, fingerprint(config, scan)) as ledger:
+    asked = continued(fingerprint(config, scan), before.fingerprint, scan)
+    with LedgerSnapshot(directory, asked, before.change(scan)) as ledger:
         found_files(directory, output_files(config.output), ledger.get("files") or {})
         return ledger.rows(), {} if ledger.finished() else ledger.get("facts") or {}
 

@@ -25,7 +25,8 @@ from llmpipe.chats import (
 )
 from llmpipe.config import ColumnsConfig, ControlTokens, Overflow, PromptConfig, SamplingConfig
 from llmpipe.exceptions import LLMConfigError
-from llmpipe.records import Message, Request, Row, derive_seed, is_utf8
+from llmpipe.records import Message, Request, Row, UnusableText, derive_seed, is_utf8, lookup
+from llmpipe.sharegpt import chat_of
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
@@ -63,7 +64,7 @@ class PromptBuilder:
         """
         if row.error is not None:
             raise ValueError(row.error)
-        sampling = self._sampling_of(row.values.get(self._columns.sampling))
+        sampling = self._sampling_of(row.value(self._columns.sampling))
         samples = tuple(sample for sample in range(sampling.n) if sample not in done)
         if not samples:
             return None
@@ -72,7 +73,7 @@ class PromptBuilder:
         request.truncate = self._prompt.overflow is Overflow.truncate
         request.literal = self._prompt.control_tokens is ControlTokens.literal
         request.add_bos = None if self._prompt.add_bos == "auto" else self._prompt.add_bos
-        messages = self._value(row, self._columns.messages) if self._prompt.template is None else None
+        messages = self._plain(row, chat_of(row, self._columns)) if self._prompt.template is None else None
         if messages is not None:
             self._chat_of(row, request, parse_messages(messages))
         elif self._chat:
@@ -90,10 +91,13 @@ class PromptBuilder:
         own = parse_template_kwargs(self._value(row, self._columns.chat_template_kwargs))
         request.template_kwargs = {**self._template_kwargs, **(own or {})} or None
 
-    @staticmethod
-    def _value(row: Row, column: str | None) -> Any:
+    def _value(self, row: Row, column: str | None) -> Any:
         """Return what a row has in a column of lists or objects; None for nothing."""
-        value = None if column is None else row.values.get(column)
+        return None if column is None else self._plain(row, row.value(column))
+
+    @staticmethod
+    def _plain(row: Row, value: Any) -> Any:
+        """Return a value without what Arrow adds to lists and objects; None for nothing."""
         if is_missing(value):
             return None
         return value if row.batch is None else from_arrow(value)
@@ -103,7 +107,7 @@ class PromptBuilder:
         if self._prompt.template is not None:
             text: Any = fill(self._prompt.template, row.values)
         else:
-            text = row.values.get(self._columns.prompt)
+            text = row.value(self._columns.prompt)
         if is_missing(text):
             raise ValueError(
                 f"no prompt: {self._columns.prompt!r} and {self._columns.messages!r} are both missing or null"
@@ -111,9 +115,9 @@ class PromptBuilder:
         if not isinstance(text, str):
             raise ValueError(f"the prompt is {kind_of(text)}, not text")
         if not text:
-            raise ValueError("the prompt is empty")
+            raise UnusableText("the prompt is empty")
         if not is_utf8(text):
-            raise ValueError("the prompt holds a lone surrogate, which no UTF-8 text can")
+            raise UnusableText("the prompt holds a lone surrogate, which no UTF-8 text can")
         return text
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -150,7 +154,6 @@ def settle_prompt(prompt: PromptConfig) -> PromptConfig:
 
 OTHER_NAMES = {
     "functions": "see dataset.columns.tools",
-    "conversations": "see dataset.columns.messages",
     "template_kwargs": "see dataset.columns.chat_template_kwargs",
     "system": "see prompt.system",
     "system_prompt": "see prompt.system",
@@ -205,7 +208,7 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
     def value_of(match: re.Match[str]) -> str:
         if match[1] is None:
             return match[0][0]
-        value = without_fraction(values.get(match[1]))
+        value = without_fraction(lookup(values, match[1]))
         if is_missing(value):
             raise ValueError(f"the prompt template names the column {match[1]!r}, which is missing or null")
         if isinstance(value, (dict, list, bool)):

@@ -46,6 +46,21 @@ def harmless(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+class UnusableText(ValueError):
+    """What a row says cannot be run, though nothing is wrong with the way its file has it."""
+
+
+def lookup(values: Any, path: str) -> Any:
+    """Return what stands under a name, or else under a dotted path through objects; None where nothing does."""
+    if not isinstance(values, dict):
+        return None
+    if path in values or "." not in path:
+        return values.get(path)
+    dots = (i for i, character in enumerate(path) if character == ".")
+    inner = (lookup(values[path[:i]], path[i + 1 :]) for i in dots if path[:i] in values)
+    return next((value for value in inner if value is not None), None)
+
+
 @dataclass(slots=True)
 class Row:
     """One row of the dataset, readable or not."""
@@ -61,18 +76,24 @@ class Row:
     batch: tuple[pa.RecordBatch, int] | None = None
     """For Parquet: the Arrow batch with the row, and its position there."""
     index: int = -1
-    """Position in the dataset, from 0, unreadable rows counted; a reader leaves it to the dataset."""
+    """Position among the rows of the run, from 0, unreadable rows counted; a reader leaves it to the dataset."""
+    position: int | None = None
+    """Position in the dataset's files, from 0, where it is another one."""
     typed: bool = True
     """Whether its values are what they were written as; in CSV all are text."""
 
+    def value(self, column: str) -> Any:
+        """Return what a column holds, or a field inside one, as `body.messages` names it; None where nothing does."""
+        return lookup(self.values, column)
+
     def id(self, column: str | None) -> str | int | float:
-        """Return the row's id: what its id column says, or `row-N` by position."""
+        """Return the row's id: what its id column says, or `row-N` by its position in the files."""
         own = self.own_id(column)
-        return f"row-{self.index}" if own is None else own
+        return f"row-{self.index if self.position is None else self.position}" if own is None else own
 
     def own_id(self, column: str | None) -> str | int | float | None:
         """Return what the row's id column says; None where it says nothing, or there is none."""
-        return None if column is None else as_id(self.values.get(column))
+        return None if column is None else as_id(self.value(column))
 
 
 @dataclass(slots=True)

@@ -329,3 +329,15 @@ def test_a_run_with_files_of_ones_own_can_be_resumed_without_naming_them_again(
     again = run_llmpipe("resume=out", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert [row["completion"] for row in outputs(tmp_path / "out")] == ["say"] * 3
+
+
+@pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir", "resume", "export"])
+def test_a_directory_on_another_machine_is_refused_and_no_folder_of_its_name_is_made(key: str, tmp_path: Path) -> None:
+    for value in ("s3://bucket/run", '"gs://bucket/run"'):
+        done = run_llmpipe("backend=echo", f"{key}={value}", cwd=tmp_path)
+        assert done.returncode == 1
+        assert (
+            done.stderr
+            == f"llmpipe: {key}={value} is not supported yet: it must be on this machine; copy it from there\n"
+        )
+        assert list(tmp_path.iterdir()) == []

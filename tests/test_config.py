@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from decimal import Decimal
@@ -304,3 +305,16 @@ def test_build_converts_enum_names_and_refuses_unknown_ones() -> None:
 def test_reproducible_refuses_flash_attention() -> None:
     with pytest.raises(LLMConfigError, match="flash_attention"):
         compose(["backend.reproducible=true", "backend.flash_attention=on"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["prompts (1).jsonl", "it's.jsonl", "a,b.jsonl", "p&q.jsonl", "#1.jsonl", "é.jsonl", "a=b.jsonl", 'say "x"!'],
+)
+def test_a_path_that_needs_quotes_is_refused_with_what_to_type(name: str) -> None:
+    with pytest.raises(LLMConfigError) as caught:
+        compose([f"dataset.path={name}"])
+    said = str(caught.value).removesuffix(", or sweep over it with -m")
+    start = max(said.rfind(f" {quote}dataset.path=") for quote in "'\"")
+    (typed,) = shlex.split(said[start:])
+    assert compose([typed]).dataset.path == name

@@ -278,7 +278,7 @@ def test_a_column_named_in_the_config_or_template_must_be_there(write_jsonl: Cal
     assert dataset(path, reference="answer").scan(template=["answer"]).columns == ["prompt", "answer"]
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.txt", "a", "a.parquet.gz", "a.gz", "a.xlsx"])
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.parquet.gz", "a.gz", "a.xlsx"])
 def test_an_unknown_file_type_is_refused_naming_those_there_are(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(DatasetError, match=r"no known type; there are \.jsonl, \.ndjson, \.csv, \.parquet"):
@@ -286,11 +286,20 @@ def test_an_unknown_file_type_is_refused_naming_those_there_are(tmp_path: Path, 
 
 
 def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
-    for path, what in ((tmp_path, "is a directory"), (tmp_path / "no.jsonl", "does not exist")):
+    for path, what in ((tmp_path, "is a directory without a file"), (tmp_path / "no.jsonl", "does not exist")):
         with pytest.raises(DatasetError, match=what):
             dataset(path)
     with pytest.raises(DatasetError, match="matches no file"):
         dataset(tmp_path / "*.jsonl")
+
+
+@pytest.mark.parametrize(
+    "path", ["s3://b/x.jsonl", "hf://datasets/o/n/*.parquet", "https://x.org/a.csv", "owner/name-1.5"]
+)
+def test_what_is_not_on_this_machine_is_refused_as_not_supported_yet(path: str) -> None:
+    with pytest.raises(DatasetError, match="not supported yet: download it first") as caught:
+        dataset(path)
+    assert "not exist" not in str(caught.value)
 
 
 @pytest.mark.parametrize("ids", [["a", "b", "a"], [1, 2, "1"], ["x", None, "row-1"]])

@@ -559,3 +559,16 @@ def test_a_directory_without_a_finished_run_is_refused_naming_what_lacks(
     write(tmp_path, write_jsonl({"prompt": "a"})).unlink()
     with pytest.raises(LLMError, match=r"there is no outputs\.jsonl"):
         llmpipe.read_run(tmp_path)
+
+
+def test_where_a_row_stands_can_be_written_beside_it_and_a_clash_is_refused(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Callable[..., llmpipe.RunConfig]
+) -> None:
+    path = write_jsonl(b"", {"prompt": "a"}, b"{bad")
+    for format in ("jsonl", "parquet"):
+        llmpipe.run(echo_config(path, "output.source=true", f"output={format}"), tmp_path / format)
+        rows = llmpipe.read_run(tmp_path / format).rows
+        assert rows["source_file"].tolist() == [str(path)] * 2 and rows["source_line"].tolist() == [2, 3]
+    taken = echo_config(write_jsonl({"prompt": "a", "source_line": 5}, name="taken.jsonl"), "output.source=true")
+    with pytest.raises(llmpipe.DatasetError, match=r"'source_line' that llmpipe would add: set output\.prefix="):
+        llmpipe.run(taken, tmp_path / "taken")

@@ -257,7 +257,7 @@ def test_several_samples_per_row_are_rows_of_their_own(
 def test_the_sample_column_is_there_even_if_every_row_fails(
     tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
 ) -> None:
-    llmpipe.run(echo_config(write_jsonl(b"{bad"), "sampling.n=2"), tmp_path / "run")
+    llmpipe.run(echo_config(write_jsonl({"prompt": ""}), "sampling.n=2"), tmp_path / "run")
     assert rows_of(tmp_path / "run")[0]["sample"] == 0
 
 

@@ -267,7 +267,7 @@ def test_the_command_shows_rows_and_prompts_and_tells_by_its_exit_code_whether_a
 
 
 @pytest.mark.parametrize("backend", ["echo", "llama_cpp"])
-@pytest.mark.parametrize(("rows", "code"), [([], 0), ([b"{bad", {"prompt": None, "id": 1}], 3)])
+@pytest.mark.parametrize(("rows", "code"), [([], 0), ([b"{bad", {"prompt": "", "id": 1}], 3)])
 def test_a_plan_of_no_row_that_can_be_run_is_shown(
     backend: str, rows: list[Any], code: int, tmp_path: Path, write_jsonl: Callable[..., Path]
 ) -> None:

@@ -47,6 +47,7 @@ from llmpipe.config.model import ModelConfig
 from llmpipe.config.reading import compose, conf_dir, data_dir, register_schemas, to_run_config
 from llmpipe.config.run import (
     ColumnsConfig,
+    CsvConfig,
     DatasetConfig,
     DeviceConfig,
     MetricsConfig,
@@ -66,6 +67,7 @@ __all__ = [
     "BatchingConfig",
     "ColumnsConfig",
     "ControlTokens",
+    "CsvConfig",
     "DatasetConfig",
     "DeviceConfig",
     "DeviceType",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from llmpipe.exceptions import LLMConfigError
@@ -19,6 +20,11 @@ def check(ok: bool, name: str, got: object, allowed: str) -> None:
     """
     if not ok:
         raise LLMConfigError(f"{name}={got!r} is not allowed; it must be {allowed}")
+
+
+def is_remote(path: str) -> bool:
+    """Say whether a path names something that is not on this machine, as `s3://bucket/file` does."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/{1,2}[^/]", path) is not None
 
 
 def number(name: str, value: object, low: float, high: float, allowed: str, *, open_low: bool = False) -> None:

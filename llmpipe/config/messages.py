@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import fields
 
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -21,10 +22,10 @@ _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(\S+?)=(.*)'$", re.MULTI
 def one_line(error: Exception) -> str:
     """Return an error as one readable line; an unknown name is followed by those there are."""
     if isinstance(error, OverrideParseException):
-        key = error.override.partition("=")[0]
+        key, _, value = error.override.partition("=")
         return (
-            f"{harmless(error.override)!r} cannot be read: text with brackets, quotes or commas needs quotes of its "
-            f"own inside the shell's, such as '{harmless(key)}=\"Be brief, please.\"'"
+            f"{harmless(error.override)!r} cannot be read: text with brackets, quotes, commas and the like needs "
+            f"quotes of its own inside the shell's, such as {_quoted(harmless(key), harmless(value))}"
         )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
@@ -32,7 +33,7 @@ def one_line(error: Exception) -> str:
     if found := _AMBIGUOUS.search(str(error)):
         key, value = found.groups()
         return (
-            f"{key}={value} may be a list, text or a sweep: write {key}=[{value}], or '{key}=\"{value}\"', "
+            f"{key}={value} may be a list, text or a sweep: write {key}=[{value}], or {_quoted(key, value)}, "
             f"or sweep over it with -m"
         )
     cause: BaseException | None = error
@@ -41,6 +42,17 @@ def one_line(error: Exception) -> str:
     if isinstance(cause, OmegaConfBaseException):
         return _of_key(cause)
     return harmless(" ".join(str(error).split()))
+
+
+def _quoted(key: str, value: str) -> str:
+    """Return how a shell is told that a value is text; of one that has quotes or brackets already, only an example."""
+    if not value or value[0] in "\"'[{" or "\\" in value:
+        value = "Be brief, please."
+    quote = "'" if '"' in value else '"'
+    text = value.replace(quote, "\\" + quote)
+    if "'" in text and not set('"$`!') & set(text):
+        return f'"{key}=\\"{text}\\""'
+    return shlex.quote(f"{key}={quote}{text}{quote}")
 
 
 def _of_key(error: OmegaConfBaseException) -> str:

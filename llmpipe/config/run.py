@@ -87,15 +87,48 @@ class ColumnsConfig:
 
 
 @dataclass
+class CsvConfig:
+    """How CSV is written."""
+
+    delimiter: str = "auto"
+    """What parts the cells: one character, or comma, semicolon, tab or pipe; auto asks the header."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot part cells.
+
+        Raises:
+            LLMConfigError: names the option and the value.
+        """
+        named = self.delimiter in ("auto", "comma", "semicolon", "tab", "pipe", "\\t")
+        allowed = "one character, or comma, semicolon, tab, pipe or auto"
+        check(
+            named or (len(self.delimiter) == 1 and self.delimiter not in '"\r\n'),
+            "dataset.csv.delimiter",
+            self.delimiter,
+            allowed,
+        )
+
+
+@dataclass
 class DatasetConfig:
     """Which rows to run."""
 
     path: Any = "???"
-    """A file, a glob, or a list of them: .jsonl, .csv, .parquet, the first two also with .gz or .zst."""
+    """A file, a directory, a glob, or a list of them: .jsonl, .json, .csv, .tsv or .parquet; text may be packed."""
+    format: str = "auto"
+    """jsonl, json, csv, tsv or parquet, where neither a file's content nor its name says it."""
+    csv: CsvConfig = field(default_factory=CsvConfig)
+    """How CSV is written."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    """What the dataset calls its columns."""
+    """What the dataset calls its columns; a path such as body.messages goes inside of one."""
+    shuffle: int | None = None
+    """A seed that puts the rows in random order, each keeping its id; files are read once per 65,536 rows that run."""
+    offset: int = 0
+    """Leave out the first rows, in the order of shuffle, this many."""
     limit: int | None = None
-    """Run only the first rows, this many."""
+    """Run only the first rows after the offset, this many; a run can be resumed with a larger limit."""
+    field: str | None = None
+    """The list of rows inside a JSON file's one object: a key or a path, as data.examples; by default its only list."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -109,6 +142,9 @@ class DatasetConfig:
         check(are_paths, "dataset.path", self.path, "a file, a glob or a list of them")
         if self.limit is not None:
             count("dataset.limit", self.limit, 0, "an integer >= 0, or null", None)
+        if self.shuffle is not None:
+            count("dataset.shuffle", self.shuffle, 0, "an integer >= 0, or null", None)
+        count("dataset.offset", self.offset, 0, "an integer >= 0", None)
 
     @property
     def paths(self) -> list[str]:
@@ -158,6 +194,8 @@ class OutputConfig:
     """jsonl or parquet."""
     prefix: str = ""
     """Put before the name of every column that llmpipe adds."""
+    source: bool = False
+    """Add source_file and source_line: where each row stands in the dataset."""
 
     def __post_init__(self) -> None:
         """Refuse values of another type.

@@ -6,6 +6,9 @@ A row that cannot be read is still a row: it carries the reason, and its place i
 To add a format: write a function like `read_jsonl` in a file of its own and name it in `READERS`.
 """
 
-from llmpipe.datasets.dataset import READERS, Dataset, Scan
+from llmpipe.datasets.contents import digest_of, first_change
+from llmpipe.datasets.dataset import Dataset, Scan
+from llmpipe.datasets.formats import READERS
+from llmpipe.datasets.inputs import Inputs
 
-__all__ = ["READERS", "Dataset", "Scan"]
+__all__ = ["READERS", "Dataset", "Inputs", "Scan", "digest_of", "first_change"]

@@ -1,4 +1,4 @@
-"""CSV with a header, whose quotes may be damaged."""
+"""CSV with a header and any delimiter, as spreadsheets write it; its quotes may be damaged."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import csv
 import io
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Self
 
-from llmpipe.datasets.compression import open_bytes
+from llmpipe.config import DatasetConfig
+from llmpipe.datasets.jsonl import DEFAULTS
+from llmpipe.datasets.opening import open_bytes
 from llmpipe.exceptions import DatasetError
 from llmpipe.records import Row, is_utf8
 
@@ -18,18 +21,37 @@ MAX_ROW_LINES = 2**16
 """Most lines that the quoted cells of a row may span; what goes on longer is a quote that was never closed."""
 
 
-def read_csv(path: Path) -> Iterator[Row]:
-    """Yield the rows of a CSV file with a header; all values are text, and an empty cell is null."""
+_DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
+_UTF8 = "save the file as UTF-8"
+_SEPARATOR = re.compile(r"sep=(.)\s*", re.IGNORECASE)
+
+
+def read_csv(path: Path, config: DatasetConfig = DEFAULTS) -> Iterator[Row]:
+    """Yield the rows of a CSV file with a header; all values are text, and an empty cell is null.
+
+    Blanks around the header's names are no part of them, and empty cells at its end, as spreadsheets leave them, no
+    columns.
+    """
     csv.field_size_limit(2**31 - 1)
     source = str(path)
     with open_bytes(path) as file:
-        lines = _Lines(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""))
-        reader = csv.reader(lines, strict=True)
-        header = next((cells for cells in reader if cells), [])
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        head = list(_until(str.strip, text))
+        separator = _SEPARATOR.fullmatch(head[-1]) if head else None
+        before = 0
+        if separator:  # as Excel has it: not a row, but what parts the cells
+            before, head = len(head), list(_until(str.strip, text))
+        delimiter = separator[1] if separator else _delimiter(path, config, head)
+        lines = _Lines(chain(head, text), delimiter, before)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        header = [name.strip() for name in next((cells for cells in reader if cells), [])]
+        width = len(header)
+        while header and not header[-1]:
+            header.pop()
         if len(set(header)) != len(header):
             raise DatasetError(f"{path}: the header names a column twice: {', '.join(header)}")
         if not all(is_utf8(name) for name in header):
-            raise DatasetError(f"{path}: the header is not valid UTF-8")
+            raise DatasetError(f"{path}: the header is not valid UTF-8; {_UTF8}")
         while True:
             line = lines.begin_row()
             error: str | None
@@ -42,6 +64,8 @@ def read_csv(path: Path) -> Iterator[Row]:
             else:
                 if not cells:
                     continue
+                if len(header) < len(cells) <= width and not any(cells[len(header) :]):
+                    del cells[len(header) :]
                 error = _problem_of_cells(cells, header)
             if error is None:
                 values = {name: cell or None for name, cell in zip(header, cells, strict=True)}
@@ -53,18 +77,42 @@ def read_csv(path: Path) -> Iterator[Row]:
             yield Row(source, line, {}, raw, error)
 
 
+def _until(holds: Callable[[str], object], lines: Iterator[str]) -> Iterator[str]:
+    """Yield lines up to the first of which something holds, that one included."""
+    for line in lines:
+        yield line
+        if holds(line):
+            return
+
+
+def _delimiter(path: Path, config: DatasetConfig, head: list[str]) -> str:
+    """Return what parts the cells: as configured, or as the header tells by the columns that are looked for."""
+    given = config.csv.delimiter.replace("\\t", "\t")
+    if given != "auto":
+        return _DELIMITERS.get(given, given)
+    if config.format == "tsv" or ".tsv" in path.name.lower():
+        return "\t"
+    wanted = set(vars(config.columns).values())
+
+    def likely(delimiter: str) -> tuple[int, int]:
+        names = next(csv.reader(head[-1:], delimiter=delimiter), [])
+        return len(wanted & {name.strip() for name in names}), len(names)
+
+    return max(_DELIMITERS.values(), key=likely)
+
+
 _NEXT_QUOTE = re.compile(r'(?:^|([^"]))(?:"")*"(?!")')
 """The first quote that is no half of an escaped one; the group is the character before it and quotes that touch it."""
-_BEFORE_CELL = (None, ",", "\r", "\n")
 
 
 class _Lines:
     """The lines of a CSV file. A quote that is never closed takes the rows after it; they can be given back."""
 
-    def __init__(self, text: Iterator[str]) -> None:
+    def __init__(self, text: Iterator[str], delimiter: str, before: int) -> None:
         self._text = text
+        self._before_cell = (None, delimiter, "\r", "\n")
         self._given_back: deque[str] = deque()
-        self._before = 0
+        self._before = before
         self._cut = False
         self.taken: list[str] = []
         """The lines of the row at hand."""
@@ -80,8 +128,8 @@ class _Lines:
         """Give all but the first line back if that one left a quote open, and say whether it did."""
         later = self.taken[1:]
         quote = _NEXT_QUOTE.search("".join(later))
-        # Of a cell that is closed, the next quote ends it, after text; else it opens another cell, after a comma.
-        if not self._cut and (quote is None or quote[1] not in _BEFORE_CELL):
+        # Of a cell that is closed, the next quote ends it, after text; else it opens another cell, after a delimiter.
+        if not self._cut and (quote is None or quote[1] not in self._before_cell):
             return False
         self._given_back.extendleft(reversed(later))
         del self.taken[1:]
@@ -106,4 +154,4 @@ def _problem_of_cells(cells: list[str], header: list[str]) -> str | None:
     if len(cells) != len(header):
         return f"{len(cells)} cells, and the header has {len(header)}"
     wrong = next((name for name, cell in zip(header, cells, strict=True) if not is_utf8(cell)), None)
-    return wrong and f"the column {wrong!r} is not valid UTF-8"
+    return wrong and f"the column {wrong!r} is not valid UTF-8: {_UTF8}"

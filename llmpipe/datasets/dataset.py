@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -14,22 +14,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmpipe.config import ColumnsConfig, DatasetConfig
-from llmpipe.datasets.compression import COMPRESSIONS
-from llmpipe.datasets.csv import read_csv
-from llmpipe.datasets.jsonl import read_jsonl
-from llmpipe.datasets.parquet import fits, parquet_file, read_parquet
-from llmpipe.exceptions import DatasetError, MissingDependencyError
+from llmpipe.datasets.contents import Contents, FileContent
+from llmpipe.datasets.formats import Reader, reader_of
+from llmpipe.datasets.inputs import Inputs
+from llmpipe.datasets.parquet import fits, parquet_file, read_parquet, type_of
+from llmpipe.datasets.partitions import with_columns
+from llmpipe.datasets.shuffle import Positions, permutation, rows_at
+from llmpipe.datasets.sources import Source, sources_of
+from llmpipe.exceptions import DatasetError, LLMError
 from llmpipe.records import Row
+from llmpipe.sharegpt import CONVERSATIONS
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
-    ".csv": read_csv,
-    ".parquet": read_parquet,
-}
 
 
 @dataclass(frozen=True)
@@ -39,20 +36,36 @@ class Scan:
     rows: int
     columns: list[str]
     digest: str
+    """Of the files, byte by byte."""
+    contents: list[FileContent]
+    """What their rows hold."""
+    earlier: list[FileContent] | None = None
+    """What as many rows held as were asked for, from the first one on, where there are so many."""
 
 
 class Dataset:
     """The rows of one or several files, in order, read anew at every pass.
 
+    Args:
+        config: Which rows.
+        inputs: Keeps what can be read only once; by default for as long as the dataset is there.
+
     Raises:
         DatasetError: a file does not exist or is of no known type.
     """
 
-    def __init__(self, config: DatasetConfig) -> None:
+    def __init__(self, config: DatasetConfig, inputs: Inputs | None = None) -> None:
         self.columns: ColumnsConfig = config.columns
-        self._limit = config.limit
-        self.files = [file for path in config.paths for file in _expand(path)]
-        self._readers = [(file, _reader(file)) for file in self.files]
+        self._config = config
+        self._inputs = inputs or Inputs()
+        self._sources = [
+            source
+            for number, path in enumerate(config.paths)
+            for source in sources_of(path, self._inputs.copy_of(path, number))
+        ]
+        self.files = [source.path for source in self._sources]
+        self._readers = [_reader(source, config) for source in self._sources]
+        self._shuffled: Positions | None = None
 
     def rows(self) -> Iterator[Row]:
         """Yield every row up to the limit; memory does not grow with the dataset.
@@ -60,39 +73,68 @@ class Dataset:
         Raises:
             DatasetError: a file ends in the middle, or cannot be read on.
         """
-        rows = chain.from_iterable(_guarded(file, reader) for file, reader in self._readers)
-        for index, row in enumerate(islice(rows, self._limit)):
+        first, limit = self._config.offset, self._config.limit
+        last = None if limit is None else first + limit
+        if self._config.shuffle is not None:
+            if self._shuffled is None:
+                self._shuffled = permutation(sum(1 for _ in self._all()), self._config.shuffle)
+            rows = rows_at(self._shuffled[first:last], self._all)
+        else:
+            rows = islice(self._all(), first, last)
+        for index, row in enumerate(rows):
             row.index = index
+            if first and row.position is None:
+                row.position = first + index
             yield row
 
-    def scan(self, template: list[str] | None = None, look: Callable[[Row], None] | None = None) -> Scan:
+    def _all(self) -> Iterator[Row]:
+        """Yield the rows of all files, in their order."""
+        return chain.from_iterable(map(_rows_of, self._sources, self._readers))
+
+    def scan(
+        self,
+        template: list[str] | None = None,
+        look: Callable[[Row], None] | None = None,
+        earlier: int | None = None,
+    ) -> Scan:
         """Look through all rows once.
 
         Args:
             template: The columns of the prompt template, where there is one; else a prompt or messages are needed.
             look: Called with each row, for what else wants to see them all.
+            earlier: Of how many rows, from the first one on, the contents are wanted too.
 
         Raises:
             DatasetError: a file is damaged, ids are not unique, or a column that every row needs is not there.
         """
         columns: dict[str, dict[str, None]] = {}
-        for file, reader in self._readers:
-            if reader is read_parquet:
-                schema = parquet_file(file).schema_arrow
-                columns[str(file)] = dict.fromkeys(schema.names)
-                self._check_types(file, schema, template)
+        paths = [name for name in self._named(template) if "." in name]
+        for source, reader in zip(self._sources, self._readers, strict=True):
+            if getattr(reader, "func", None) is read_parquet:
+                schema = parquet_file(source.path).schema_arrow
+                inner = [path for path in paths if type_of(schema, path) is not None]
+                columns[str(source.path)] = dict.fromkeys([*schema.names, *source.columns, *inner])
+                self._check_types(source.path, schema, template)
         id_hashes = array("q")
+        contents = Contents(by_file=self._config.shuffle is None)
+        then: list[FileContent] | None = [] if earlier == 0 else None
         for row in self.rows():
+            contents.add(row)
+            if row.index + 1 == earlier:
+                then = contents.so_far()
             id_hashes.append(hash(str(row.id(self.columns.id))))
             if row.error is None and not row.values.keys() <= (known := columns.setdefault(row.file, {})).keys():
                 known |= dict.fromkeys(row.values)
+            for path in paths:
+                if path not in columns.get(row.file, {}) and row.value(path) is not None:
+                    columns[row.file][path] = None
             if look is not None:
                 look(row)
         for name, found in columns.items():
             self._check_columns(name, list(found), template)
         self._check_ids(np.asarray(id_hashes))
         every = dict.fromkeys(name for found in columns.values() for name in found)
-        return Scan(len(id_hashes), list(every), self.digest())
+        return Scan(len(id_hashes), list(every), self.digest(), contents.so_far(), then)
 
     def _check_types(self, file: Path, schema: pa.Schema, template: list[str] | None) -> None:
         allowed = {
@@ -104,26 +146,42 @@ class Dataset:
         }
         if template is None:
             allowed["prompt"] = "text"
-        types = {field.name: field.type for field in schema}
         for key, what in allowed.items():
             name = getattr(self.columns, key)
-            if name in types and not fits(types[name], what):
+            kind = type_of(schema, name)
+            if kind is not None and not fits(kind, what):
                 raise DatasetError(
-                    f"the column {name!r} of {file} is {types[name]}, and must be {what}; name another with "
-                    f"dataset.columns.{key}=. There are: {', '.join(f'{n} ({kind})' for n, kind in types.items())}"
+                    f"the column {name!r} of {file} is {kind}, and must be {what}; name another with "
+                    f"dataset.columns.{key}=. There are: {', '.join(f'{f.name} ({f.type})' for f in schema)}"
                 )
 
-    def _check_columns(self, file: str, columns: list[str], template: list[str] | None) -> None:
+    def _named(self, template: list[str] | None) -> list[str]:
+        """Return the columns that are asked for by name."""
         default = ColumnsConfig()
         named = [name for key, name in vars(self.columns).items() if name not in (None, getattr(default, key))]
-        for name in [*(template or []), *named]:
+        return [*(template or []), *named]
+
+    def _check_columns(self, file: str, columns: list[str], template: list[str] | None) -> None:
+        for name in self._named(template):
             if name not in columns:
                 raise DatasetError(f"{file} has no column {name!r}; it has: {', '.join(columns)}")
-        if template is None and self.columns.prompt not in columns and self.columns.messages not in columns:
+        prompts = {self.columns.prompt, self.columns.messages, CONVERSATIONS}
+        if template is None and not prompts & set(columns):
             raise DatasetError(
                 f"{file} has neither a column {self.columns.prompt!r} nor {self.columns.messages!r}; it has: "
                 f"{', '.join(columns)}. Name one with dataset.columns.prompt= or dataset.columns.messages="
+                f"{self._hint(file)}"
             )
+
+    def _hint(self, file: str) -> str:
+        """Return what to name where the first row has it, but inside of another column."""
+        row = next((row for row in self.rows() if row.file == file and row.error is None), None)
+        for name, value in row.values.items() if row else []:
+            for key in ("messages", "prompt"):
+                path = f"{name}.{getattr(self.columns, key)}"
+                if isinstance(value, dict) and row is not None and row.value(path) is not None:
+                    return f", for instance dataset.columns.{key}={path}"
+        return ""
 
     def _check_ids(self, hashes: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         ordered = np.sort(hashes)
@@ -159,37 +217,23 @@ class Dataset:
         return f"sha256:{digest.hexdigest()[:32]}"
 
 
-def _expand(path: str) -> list[Path]:
-    if any(character in path for character in "*?[") and not Path(path).exists():
-        pattern = str(Path(path).expanduser())
-        found = sorted(file for file in map(Path, glob.glob(pattern, recursive=True)) if file.is_file())
-        if not found:
-            raise DatasetError(f"dataset.path={path!r} matches no file (from {Path.cwd()})")
-        return found
-    file = Path(path).expanduser()
-    if not file.is_file():
-        what = "is a directory" if file.is_dir() else "does not exist"
-        raise DatasetError(
-            f"dataset.path={path!r} {what} (from {Path.cwd()}); it must be a file, a glob or a list of them"
-        )
-    return [file]
+def _reader(source: Source, config: DatasetConfig) -> Reader:
+    with _faults_named(source.path):
+        return reader_of(source.path, config, source.streamed)
 
 
-def _reader(file: Path) -> Callable[[Path], Iterator[Row]]:
-    plain = file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
-    reader = READERS.get(plain.suffix.lower())
-    if reader is None or (reader is read_parquet and plain is not file):
-        raise DatasetError(
-            f"{file.name} is of no known type; there are {', '.join(READERS)}, the text ones also with .gz or .zst"
-        )
-    return reader
+def _rows_of(source: Source, reader: Reader) -> Iterator[Row]:
+    with _faults_named(source.path):
+        rows = reader(source.path)
+        yield from with_columns(rows, source.columns) if source.columns else rows
 
 
-def _guarded(file: Path, reader: Callable[[Path], Iterator[Row]]) -> Iterator[Row]:
-    """Read a file; a fault of the file as a whole names the file."""
+@contextmanager
+def _faults_named(file: Path) -> Iterator[None]:
+    """Name the file in what is wrong with a file as a whole."""
     try:
-        yield from reader(file)
-    except (DatasetError, MissingDependencyError):
+        yield
+    except (LLMError, GeneratorExit):
         raise
     except Exception as error:  # gzip, zstandard and pyarrow each have errors of their own for a damaged file
         raise DatasetError(f"{file} cannot be read to its end: {' '.join(str(error).split())}") from error

@@ -9,7 +9,8 @@ from typing import Any
 
 import orjson
 
-from llmpipe.datasets.compression import open_bytes
+from llmpipe.config import DatasetConfig
+from llmpipe.datasets.opening import open_bytes
 from llmpipe.records import Row, is_utf8
 
 MAX_LEVELS = 200
@@ -19,18 +20,17 @@ BLOCK_BYTES = 2**17
 LONG_NUMBER = 19
 """Digits from which a number may exceed 64 bits, beyond which orjson rounds integers to floats."""
 
-_BOM = b"\xef\xbb\xbf"
+DEFAULTS = DatasetConfig()
+"""What a reader goes by that is told nothing."""
 _BLANKS = b" \t\r\n"
 _DIGITS_TO_ZEROS = bytes(ord("0") if chr(i).isdecimal() and i < 128 else ord(" ") for i in range(256))
 
 
-def read_jsonl(path: Path) -> Iterator[Row]:
+def read_jsonl(path: Path, config: DatasetConfig = DEFAULTS) -> Iterator[Row]:
     """Yield one row per line that is not blank; lines end with LF or CRLF and nothing else."""
     name, before = str(path), 0
     with open_bytes(path) as file:
         while lines := file.readlines(BLOCK_BYTES):
-            if before == 0:
-                lines[0] = lines[0].removeprefix(_BOM)
             easy = not _has_long_number(b"".join(lines))
             for number, line in enumerate(lines, before + 1):
                 text = line.strip(_BLANKS)
@@ -41,17 +41,16 @@ def read_jsonl(path: Path) -> Iterator[Row]:
                 if type(values) is dict and not _is_too_deep(values, text):
                     yield Row(name, number, values, text)
                 elif text:
-                    yield _carefully(name, number, line, text)
+                    yield row_of(name, number, text, indent=len(line) - len(line.lstrip(_BLANKS)))
             before += len(lines)
 
 
-def _carefully(name: str, number: int, line: bytes, text: bytes) -> Row:
-    """Return the row of a line that is out of the ordinary, which may be an error row."""
+def row_of(name: str, number: int, text: bytes, indent: int = 0) -> Row:
+    """Return the row that JSON text is, which may be an error row; before it, so many blanks stand on its line."""
     try:
         values = parse_json(text)
     except json.JSONDecodeError as error:
-        column = len(line) - len(line.lstrip(_BLANKS)) + error.colno
-        return Row(name, number, {}, text, f"not valid JSON at column {column}: {error.msg}")
+        return Row(name, number, {}, text, f"not valid JSON at column {indent + error.colno}: {error.msg}")
     except (ValueError, RecursionError) as error:
         return Row(name, number, {}, text, f"not valid JSON: {error}")
     problem = _problem(values, text)

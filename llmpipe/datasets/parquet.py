@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmpipe.config import DatasetConfig
+from llmpipe.datasets.jsonl import DEFAULTS, parse_json
 from llmpipe.exceptions import DatasetError, MissingDependencyError
 from llmpipe.records import Row
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 BATCH_ROWS = 1024
 
 
-def read_parquet(path: Path) -> Iterator[Row]:
+def read_parquet(path: Path, config: DatasetConfig = DEFAULTS) -> Iterator[Row]:
     """Yield the rows of a Parquet file."""
     file, source = parquet_file(path), str(path)
     names = file.schema_arrow.names
@@ -47,9 +50,11 @@ class _Unreadable:
 def _plain(column: pa.Array[Any]) -> list[Any]:
     """Return an Arrow column as Python values."""
     try:
-        return list(column.to_pylist())
+        cells = list(column.to_pylist())
     except (ValueError, OverflowError):
-        return [_plain_cell(cell) for cell in column]
+        cells = [_plain_cell(cell) for cell in column]
+    convert = _converter(column.type)
+    return cells if convert is None else [_converted(cell, convert) for cell in cells]
 
 
 def _plain_cell(cell: pa.Scalar[Any]) -> Any:
@@ -61,6 +66,47 @@ def _plain_cell(cell: pa.Scalar[Any]) -> Any:
             return cell.cast("string").as_py()
         except Exception:  # text that is no UTF-8, lists of such dates
             return _Unreadable(" ".join(str(error).split()))
+
+
+def _converted(cell: Any, convert: Callable[[Any], Any]) -> Any:
+    return cell if cell is None or isinstance(cell, _Unreadable) else convert(cell)
+
+
+def _converter(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    """Return what makes of a value all that it means: JSON text its value, a map with text as keys an object."""
+    import pyarrow as pa
+
+    types = pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        return _parsed if kind.extension_name == "arrow.json" else _converter(kind.storage_type)
+    if types.is_dictionary(kind):
+        return _converter(kind.value_type)
+    if types.is_map(kind):
+        inner = _converter(kind.item_type) or _same
+        return partial(_as_object, inner) if _is_text(kind.key_type) else None
+    if _is_list(kind):
+        inner_of_list = _converter(kind.value_type)
+        return inner_of_list and (lambda cell: [_converted(item, inner_of_list) for item in cell])
+    if types.is_struct(kind):
+        of_fields = {field.name: convert for field in kind if (convert := _converter(field.type)) is not None}
+        return (lambda cell: cell | {n: _converted(cell[n], c) for n, c in of_fields.items()}) if of_fields else None
+    return None
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return parse_json(text.encode("utf-8", "surrogatepass"))
+    except (ValueError, RecursionError):  # then it is text, whatever its type says
+        return text
+
+
+def _as_object(convert: Callable[[Any], Any], pairs: list[tuple[str, Any]]) -> Any:
+    found = {key: _converted(value, convert) for key, value in pairs}
+    return found if len(found) == len(pairs) else pairs
 
 
 def parquet_file(path: Path) -> Any:
@@ -89,8 +135,41 @@ def fits(kind: pa.DataType, what: str) -> bool:
     import pyarrow as pa
 
     types = pa.types
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    fits = types.is_null(kind) or types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if isinstance(kind, pa.BaseExtensionType):
+        if kind.extension_name == "arrow.json" and "JSON text" in what:
+            return True
+        kind = kind.storage_type
+    fits = types.is_null(kind) or _is_text(kind)
     fits |= "numbers" in what and not types.is_nested(kind)
-    fits |= "lists" in what and (types.is_list(kind) or types.is_large_list(kind))
-    return fits or ("structs" in what and types.is_struct(kind))
+    fits |= "lists" in what and _is_list(kind)
+    return fits or ("structs" in what and (types.is_struct(kind) or types.is_map(kind)))
+
+
+def type_of(schema: pa.Schema, column: str) -> pa.DataType | None:
+    """Return the type of a column, or of the field inside one that a path names; None where there is none."""
+    import pyarrow as pa
+
+    fields = {field.name: field.type for field in schema}
+    if column in fields:
+        return fields[column]
+    for name, kind in fields.items():
+        if column.startswith(f"{name}.") and pa.types.is_struct(kind):
+            return type_of(pa.schema(list(kind)), column[len(name) + 1 :])
+    return None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    types = pa.types
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    types = pa.types
+    plain = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return bool(plain or types.is_list_view(kind) or types.is_large_list_view(kind))

@@ -39,10 +39,13 @@ class Layout:
     scorers: tuple[str, ...]
     id_name: str = ID
     """What the added column with the ids is called."""
+    source: bool = False
+    """Whether to say where the row stands in the dataset."""
 
     def types(self) -> dict[str, str]:
         """Return name → Arrow type of the added columns, prefix included."""
         names = {self.id_name: "string"} if self.adds_id else {}
+        names |= {"source_file": "string", "source_line": "int64"} if self.source else {}
         names |= {"sample": "int64"} if self.sample else {}
         names |= COLUMNS
         names |= {"truncated_prompt_tokens": "int64"} if self.truncated else {}
@@ -52,6 +55,8 @@ class Layout:
     def values(self, row: Row, completion: Completion) -> list[Any]:
         """Return the added values of one output row, in the order of `types`."""
         values: list[Any] = [str(row.id(self.id_column))] if self.adds_id else []
+        if self.source:
+            values += [row.file, row.line]
         if self.sample:
             values.append(completion.sample)
         c = completion

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from llmpipe.cells import is_missing
 from llmpipe.config import ColumnsConfig
 from llmpipe.records import Completion, Row, harmless
+from llmpipe.sharegpt import as_messages, chat_of
 
 CHARACTERS = 2000
 """What is kept of each text."""
@@ -65,8 +66,8 @@ def failed_of(row: Row, completion: Completion, columns: ColumnsConfig) -> Faile
 
 def answer_of(row: Row, completion: Completion, columns: ColumnsConfig, templated: bool) -> Answer:
     """Return what is shown of a row and its answer."""
-    turns = [] if templated else _turns(row.values.get(columns.messages))
-    prompt, reference = row.values.get(columns.prompt), row.values.get(columns.reference)
+    turns = [] if templated else _turns(chat_of(row, columns))
+    prompt, reference = row.value(columns.prompt), row.value(columns.reference)
     if turns:
         asked = [(cut(turn.get("role")), cut(_content(turn))) for turn in turns[-TURNS:]]
     elif prompt is not None and not templated:
@@ -107,6 +108,7 @@ def _turns(messages: Any) -> list[dict[str, Any]]:
             messages = json.loads(messages)
         except (ValueError, RecursionError):
             return []
+    messages = as_messages(messages)
     return [turn for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
 
 

@@ -1,0 +1,121 @@
+"""What can be read only once, standard input and pipes → a copy in the run directory, so that a resume has it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Self
+
+from llmpipe.exceptions import DatasetError
+
+log = logging.getLogger(__name__)
+
+_OPEN_FILE = re.compile(r"-|/dev/(stdin|fd/\d+)|/proc/(self|\d+)/fd/\d+")
+_spent: set[str] = set()
+"""Those that this process has read to their end."""
+
+
+class Inputs:
+    """The copies of one run's streams. They go when its `with` block ends, unless `keep` was called.
+
+    Args:
+        directory: The run directory; by default a temporary one.
+        begun: Whether a run has begun there, which has its copies.
+        resumed: Whether those are to be used without a look at the streams; else these must hold the same.
+    """
+
+    def __init__(self, directory: Path | None = None, begun: bool = False, resumed: bool = False) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="llmpipe-") if directory is None else None
+        self._directory = Path(self._temporary.name) if self._temporary else Path(directory or "")
+        self._begun, self._resumed = begun, resumed
+        self._made: list[Path] = []
+
+    def copy_of(self, path: str, number: int) -> Path | None:
+        """Return the copy of what a path names; None where that is no stream.
+
+        Args:
+            path: As `dataset.path` has it.
+            number: Of the path among those of the run.
+
+        Raises:
+            DatasetError: it cannot be read, is not what the run began with, or the copy is gone.
+        """
+        copy = self._directory / f".input-{number}"
+        if self._begun and self._resumed and copy.is_file():
+            return copy
+        if not _is_stream(path):
+            return None
+        if self._begun and self._resumed:
+            raise DatasetError(f"{copy} is gone, the copy of what was read from dataset.path={path!r}")
+        new = self._read(path, copy.with_name(f"{copy.name}.tmp"))
+        if not self._begun:
+            self._made.append(copy)
+            os.replace(new, copy)
+            return copy
+        same = copy.is_file() and _digest(new) == _digest(copy)
+        new.unlink()
+        if not same:
+            raise DatasetError(
+                f"dataset.path={path!r} is not what the run in {self._directory} began with: go on with "
+                f"llmpipe resume={self._directory}, or choose another hydra.run.dir"
+            )
+        return copy
+
+    def _read(self, path: str, file: Path) -> Path:
+        if path in _spent:
+            raise DatasetError(
+                f"dataset.path={path!r} has been read, and can be read only once: save it as a file first"
+            )
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with _opened(path) as stream, file.open("wb") as written:
+                shutil.copyfileobj(stream, written, 2**20)
+                written.flush()
+                os.fsync(written.fileno())
+        except OSError as error:
+            raise DatasetError(
+                f"dataset.path={path!r} cannot be copied to {file.parent}: {error.strerror or error}"
+            ) from error
+        if _OPEN_FILE.fullmatch(path):
+            _spent.add(path)
+        log.info("dataset.path=%s: %.1f MB read", path, file.stat().st_size / 1e6)
+        return file
+
+    def keep(self) -> None:
+        """Leave the copies where they are: the run has begun."""
+        self._made.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for copy in self._made:
+            copy.unlink(missing_ok=True)
+        if self._made:
+            with suppress(OSError):  # unless it holds something else
+                self._directory.rmdir()
+        if self._temporary:
+            self._temporary.cleanup()
+
+
+def _is_stream(path: str) -> bool:
+    file = Path(path).expanduser()
+    return bool(_OPEN_FILE.fullmatch(path)) or (file.exists() and not file.is_file() and not file.is_dir())
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[IO[bytes]]:
+    with open(0, "rb", closefd=False) if path in ("-", "/dev/stdin") else Path(path).expanduser().open("rb") as stream:
+        yield stream
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,76 @@
+"""What would fail on every one of the first rows, or of all, is refused before a model loads.
+
+A row whose own text cannot be run (it is empty, say) is an error row all the same: nothing is wrong with the file then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+
+from llmpipe.config import RunConfig
+from llmpipe.datasets import Dataset
+from llmpipe.exceptions import DatasetError
+from llmpipe.fingerprint import backend_values
+from llmpipe.prompts import PromptBuilder
+from llmpipe.records import Request, Row, UnusableText
+from llmpipe.runners.base import BaseLLMRunner
+from llmpipe.runners.factory import LLMRunnerFactory
+
+FIRST_ROWS = 128
+
+
+def refuse_hopeless(config: RunConfig, dataset: Dataset, runs_chats: Callable[[BaseLLMRunner], bool]) -> None:
+    """Refuse a run of which the first rows all fail, by what they are or by what the model's template takes.
+
+    Args:
+        config: The run.
+        dataset: Its rows.
+        runs_chats: Says whether plain prompts become chats.
+
+    Raises:
+        DatasetError: they do; gives the reason for the first one.
+        LLMConfigError, LLMInitializationError: the model's files cannot be read, or do not suit the prompts.
+    """
+    rows = list(islice(dataset.rows(), FIRST_ROWS))
+    builder = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat=True)
+    requests: list[Request | None] = []
+
+    def build(row: Row) -> None:
+        requests.append(builder.build(row))
+
+    _refuse(rows, build)
+    # A template takes one question: only what is more of a chat is worth reading the model's vocabulary for.
+    chats = [request.messages for request in requests if request is not None and request.messages is not None]
+    if not _is_own(config) or all([message["role"] for message in chat] == ["user"] for chat in chats):
+        return
+    with LLMRunnerFactory.from_target(config.backend, config.device, weights=False) as runner:
+        chat = runs_chats(runner)
+        prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
+        _refuse(rows, lambda row: _render(runner, prompts.build(row)))
+
+
+def _render(runner: BaseLLMRunner, request: Request | None) -> None:
+    if request is not None:
+        runner.prompt_text(request)
+
+
+def _is_own(config: RunConfig) -> bool:
+    """Say whether the backend is one of llmpipe's, and is to run in this process."""
+    values = backend_values(config)
+    return str(values.get("_target_")).startswith("llmpipe.") and not values.get("isolation")
+
+
+def _refuse(rows: Iterable[Row], attempt: Callable[[Row], None]) -> None:
+    failed: list[str] = []
+    for row in rows:
+        try:
+            attempt(row)
+            return
+        except UnusableText:
+            return
+        except (ValueError, RecursionError) as error:
+            failed.append(f"{row.file} line {row.line}: {error}")
+    if failed:
+        which = "the only row fails" if len(failed) == 1 else f"every one of the first {len(failed)} rows fails"
+        raise DatasetError(f"{which}, so that nothing was begun: {failed[0]}")

@@ -1,0 +1,85 @@
+"""What can be read only once is kept in the run directory: standard input, pipes, process substitution."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import llmpipe
+from llmpipe import DatasetError, LLMConfigError
+from llmpipe.plan import plan
+
+TEXT = b'{"prompt": "a b"}\n{"prompt": "c"}\n'
+ECHO = ["backend=echo", "dataset.path=-", "hydra.run.dir=out"]
+
+
+def run_llmpipe(*arguments: str, cwd: Path, given: bytes | None = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-m", "llmpipe", *arguments], cwd=cwd, input=given, capture_output=True)
+
+
+def completions(directory: Path) -> list[str]:
+    return [json.loads(line)["completion"] for line in (directory / "outputs.jsonl").open()]
+
+
+def feed(path: Path, data: bytes) -> None:
+    threading.Thread(target=path.write_bytes, args=(data,)).start()
+
+
+def test_standard_input_is_run_resumed_without_it_and_never_taken_for_another(tmp_path: Path) -> None:
+    first = run_llmpipe(*ECHO, cwd=tmp_path, given=gzip.compress(TEXT))
+    assert first.returncode == 0, first.stderr
+    assert completions(tmp_path / "out") == ["a b", "c"]
+    (tmp_path / "out" / "outputs.jsonl").unlink()
+    again = run_llmpipe("resume=out", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert completions(tmp_path / "out") == ["a b", "c"]
+    same = run_llmpipe(*ECHO, cwd=tmp_path, given=gzip.compress(TEXT, 9))
+    other = run_llmpipe(*ECHO, cwd=tmp_path, given=b'{"prompt": "other"}')
+    assert b"dataset.path='-' is not what the run in" in other.stderr and other.returncode == 1
+    assert same.returncode in (0, 1) and completions(tmp_path / "out") == ["a b", "c"]
+
+
+def test_a_refused_or_planned_run_leaves_no_copy(tmp_path: Path) -> None:
+    for given, *options in ((b"{bad\n{bad\n",), (TEXT, "plan=true")):
+        run_llmpipe(*ECHO, *options, cwd=tmp_path, given=given)
+        assert not [file.name for file in (tmp_path / "out").iterdir() if "input" in file.name]
+
+
+def test_a_sweep_is_told_that_standard_input_can_be_read_once(tmp_path: Path) -> None:
+    done = run_llmpipe("-m", *ECHO[:2], "hydra.sweep.dir=out", "seed=1,2", cwd=tmp_path, given=b"prompt\nx\n")
+    assert done.returncode == 1 and b"can be read only once: save it as a file first" in done.stderr
+    assert completions(tmp_path / "out" / "0") == ["x"]
+
+
+def test_a_pipe_with_a_name_is_read_once_however_often_the_run_is_taken_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    config = llmpipe.compose(["backend=echo", f"dataset.path={tmp_path / 'pipe'}"])
+    feed(tmp_path / "pipe", b"prompt;note\na b;1\n")
+    planned = plan(config, tmp_path / "run")
+    feed(tmp_path / "pipe", b"prompt;note\na b;1\n")
+    assert llmpipe.run(config, tmp_path / "run")["rows"] == planned["rows"] == 1
+    config.resume = str(tmp_path / "run")
+    (tmp_path / "run" / "outputs.jsonl").unlink()
+    llmpipe.run(config, tmp_path / "run")
+    assert completions(tmp_path / "run") == ["a b"]
+    (tmp_path / "run" / ".input-0").unlink()
+    with pytest.raises(DatasetError, match=r"\.input-0 is gone, the copy of what was read"):
+        llmpipe.run(config, tmp_path / "run")
+
+
+def test_a_stream_says_its_format_where_its_content_does_not(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    config = llmpipe.compose(["backend=echo", f"dataset.path={tmp_path / 'pipe'}", "dataset.format=tsv"])
+    feed(tmp_path / "pipe", b"a,b;c\tprompt\n1\tx\n")
+    llmpipe.run(config, tmp_path / "run")
+    assert completions(tmp_path / "run") == ["x"]
+    feed(tmp_path / "pipe", b"prompt\n")
+    with pytest.raises(LLMConfigError, match="dataset.format='tvs'"):
+        llmpipe.run(llmpipe.compose(["backend=echo", f"dataset.path={tmp_path / 'pipe'}", "dataset.format=tvs"]), "no")
