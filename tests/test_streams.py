@@ -103,6 +103,21 @@ def test_closed_streams_are_no_place_for_files_of_the_run(closed: str, rows: Pat
     assert not [file for file in tmp_path.glob("out/**/*") if file.is_file() and b"NOISE" in file.read_bytes()]
 
 
+def test_a_model_and_a_directory_whose_names_are_no_utf8_are_named_as_well_as_can_be(
+    rows: Path, tmp_path: Path
+) -> None:
+    model, directory = tmp_path / os.fsdecode(b"m\xff.gguf"), tmp_path / os.fsdecode(b"out\xff")
+    try:
+        shutil.copy(BUNDLED_DIR / "tiny-chat.gguf", model)
+    except OSError:
+        pytest.skip("this file system knows no such names")
+    asked = f"'backend.model=\"{model}\"' dataset.path={rows} sampling.max_tokens=2 'hydra.run.dir=\"{directory}\"'"
+    done = shell(f"llmpipe {asked}", tmp_path)
+    assert done.returncode == 0, done.stderr.decode()
+    assert rb"out\udcff" in done.stdout
+    assert read_run(directory).metrics["runner"]["model"] == str(model)
+
+
 @given(
     text=st.text(), encoding=st.sampled_from(["ascii", "latin-1", "cp1252", "cp437", "shift_jis", "gb18030", "utf-8"])
 )
