@@ -1,146 +1,328 @@
-"""A Jinja sandbox in which a template can neither run for ever nor fill the memory.
+"""What the rendering of one chat template may take, and the operations that are counted against it.
 
-A sandbox keeps a template from what it must not touch; this one also keeps it from taking too much. Between any two
-statements the time and memory spent so far are looked at; single operations that could make something huge of
-something small are refused by the sizes that go in.
+A template is a program by whoever made the model. It is compiled (`template_code.py`) so that whatever makes a text, makes a list
+or goes through one happens here, where the size of what goes in and of what would come out is counted *before* it is
+made. The counts depend on template and chat alone: neither on the machine, nor on what was rendered before.
 """
 
 from __future__ import annotations
 
-import functools
+import math
+import operator
 import re
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
-from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
+from jinja2 import Undefined
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from markupsafe import Markup, escape
 
-RENDER_S = 2.0
-"""Seconds of the processor that rendering one chat may take; usual is a fraction of a millisecond."""
 MOST_CHARACTERS = 64 * 2**20
-MOST_BYTES = 512 * 2**20
-"""How much the memory of the process may grow meanwhile."""
-MOST_NUMBER = 10**6
-"""The largest width or count that a method or filter is given."""
-_WIDE = re.compile(r"\d{7}|\*")
+"""All texts made during one rendering together, those that are thrown away included; list elements count as well."""
+CHARACTERS_PER_INPUT = 16
+"""How many more may be made for each character of a chat that is itself large."""
+MOST_WORK = 2**30
+"""Units of work of one rendering; one is about a nanosecond, so this is about a second."""
+WORK_PER_INPUT = 128
+"""How much more may be done for each character of a chat that is itself large."""
+RENDER_S = 10.0
+"""Seconds of the processor that rendering one chat may take, whatever was counted; usual is a fraction of a millisecond."""
+NODE = 100
+"""Work that one name, operator or call of a template counts."""
+ELEMENT, PART = 2, 16
+"""Characters that weigh as much as a place in a list, and as a new object in it."""
+MOST_DEPTH = 100
+"""How deep macros and recursive loops may call each other."""
+MOST_BITS = 2**14
+"""The largest whole number; Python prints none that is larger."""
+_LOOK = 2**22
+"""Work between two looks at the clock."""
+_SCALARS = frozenset([int, float, bool, type(None)])
+_LISTS: tuple[type, ...] = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "in": lambda item, values: item in values,
+    "not in": lambda item, values: item not in values,
+}
+Text = TypeVar("Text", bound=str)
+_WIDE = re.compile(r"\d{4}")
+_DIRECTIVE = re.compile(r"%(?:\([^()]*\))?[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?")
 
 
-class TickingCode(CodeGenerator):
-    """Compiles a look at the limits into the code before each statement."""
+class Weight(NamedTuple):
+    """How much there is in a value: what is held twice counts twice, as it does wherever the value is written out."""
 
-    def blockvisit(self, nodes: Iterable[nodes.Node], frame: Frame) -> None:
-        """Write the code of statements that follow each other."""
-        for node in nodes:
-            self.writeline("environment.tick()")
-            super().blockvisit([node], frame)
-        super().blockvisit([], frame)
+    items: int
+    characters: int
+    depth: int
 
 
-class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """The immutable sandbox, with limits."""
+class Rendering(Context):
+    """The variables of one rendering, what it has left, and its operations.
 
-    code_generator_class = TickingCode
-    intercepted_binops = frozenset(["*", "**", "%"])
+    Each raises `SecurityError` rather than take more than is left.
+    """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._until = threading.local()
-        for name, function in list(self.filters.items()):
-            self.bound(name, function)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._room = MOST_CHARACTERS
+        self._work = MOST_WORK
+        self._next_look = MOST_WORK - _LOOK
+        self._until = math.inf
+        self._depth = 0
+        self._input_counted = False
 
-    def bound(self, name: str, function: Callable[..., Any]) -> None:
-        """Make `function` a filter whose arguments are looked at first."""
+    # --- counting -----------------------------------------------------------------------------------------------------
 
-        @functools.wraps(function)
-        def looked_at(*args: Any, **options: Any) -> Any:
-            _refuse_huge(name, args, options)
-            return function(*args, **options)
+    def spend(self, work: int) -> None:
+        """Count what is about to be done."""
+        self._work -= work
+        if self._work < self._next_look:
+            self._look()
 
-        self.filters[name] = looked_at
+    def take(self, characters: int) -> None:
+        """Count a text that is about to be made, or as much memory."""
+        self._room -= characters
+        if self._room < 0:
+            self.reserve(0)
 
-    @contextmanager
-    def limits(self) -> Iterator[None]:
-        """Start to count time and memory, for this thread."""
-        self._until.limits = time.thread_time() + RENDER_S, _peak_bytes() + MOST_BYTES
-        yield
+    def reserve(self, characters: int) -> None:
+        """See whether that much could be made, where it is known only afterwards how much it was."""
+        if self._room < characters and not self._input_counted:
+            self._count_input()
+        if self._room < characters:
+            raise SecurityError(f"it makes more than {MOST_CHARACTERS:,} characters")
 
-    def tick(self) -> None:
-        """Refuse to go on beyond the limits.
-
-        Raises:
-            SecurityError: says which.
-        """
-        seconds, most_bytes = self._until.limits
-        if time.thread_time() > seconds:
+    def _look(self) -> None:
+        if self._work < 0 and not self._input_counted:
+            self._count_input()
+        if self._work < 0:
+            raise SecurityError("it does not come to an end within the steps that a rendering may take")
+        now = time.thread_time()
+        if self._until == math.inf:
+            self._until = now + RENDER_S
+        if now > self._until:
             raise SecurityError(f"it takes more than {RENDER_S:g} s")
-        if _peak_bytes() > most_bytes:
-            raise SecurityError(f"it takes more than {MOST_BYTES / 1e6:,.0f} MB of memory")
+        self._next_look = max(self._work - _LOOK, 0)
 
-    def at_most(self, pieces: Iterable[str]) -> Iterator[str]:
-        """Yield `pieces`, which may have `MOST_CHARACTERS` together.
+    def _count_input(self) -> None:
+        """Allow more where the chat is large: only now, because most never need it."""
+        self._input_counted, work = True, self._work
+        self._work, self._next_look = 2**62, 0
+        given = [value for name, value in self.parent.items() if name not in self.environment.globals]
+        items, characters, _ = self.weigh(given, strict=False)
+        characters += PART * items
+        self._work, self._next_look = work + WORK_PER_INPUT * characters, 0
+        self._room += CHARACTERS_PER_INPUT * characters
 
-        Raises:
-            SecurityError: they have more.
+    def weigh(self, value: Any, strict: bool = True) -> Weight:
+        """Return how much is in `value`, and count the work of looking.
+
+        Args:
+            value: Anything.
+            strict: Refuse what has no text of its own, such as a macro.
         """
-        length = 0
-        for piece in pieces:
-            length += len(piece)
-            if length > MOST_CHARACTERS:
-                raise SecurityError(f"it makes more than {MOST_CHARACTERS:,} characters")
-            yield piece
+        items = characters = depth = 0
+        level: list[Any] = [value]
+        while level:
+            below: list[Any] = []
+            depth += 1
+            for item in level:
+                items += 1
+                if isinstance(item, str):
+                    characters += len(item)
+                elif isinstance(item, dict):
+                    self.spend(2 * NODE * len(item))
+                    below.extend(item.keys())
+                    below.extend(item.values())
+                elif isinstance(item, _LISTS):
+                    self.spend(NODE * len(item))
+                    below.extend(item)
+                elif isinstance(item, int):
+                    characters += item.bit_length() // 3 + 2
+                elif isinstance(item, (float, type(None), Undefined, range)):
+                    characters += 40
+                elif strict:
+                    raise SecurityError(f"it writes out a {type(item).__name__}, which has no text")
+            level = below
+        return Weight(items, characters, depth)
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute one of the operators that can make much of little."""
-        if operator == "**" and not (abs(left) <= MOST_NUMBER and abs(right) <= 64):
-            raise SecurityError("it computes a huge power")
-        if operator == "*" and max(_size(left), 1) * max(_size(right), 1) > MOST_CHARACTERS:
-            raise SecurityError("it computes a huge product")
-        if operator == "%" and isinstance(left, str):
-            _refuse_huge("format", (left,), {})
-        return super().call_binop(context, operator, left, right)
+    # --- texts --------------------------------------------------------------------------------------------------------
 
-    def call(self, context: Context, function: Any, *args: Any, **options: Any) -> Any:
-        """Call a method or function after a look at what goes in."""
-        owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)  # the sandbox wraps str.format
-        if isinstance(owner, (str, bytes, int)):
-            _refuse_huge(function.__name__, (owner, *args), options)
-        elif getattr(function, "__name__", "") == "strftime_now":
-            _refuse_huge("format", args, options)
-        return super().call(context, function, *args, **options)
+    def text(self, value: Any, write: Callable[[Any], str] = str) -> str:
+        """Return `value` as text, as `str` or `repr` has it."""
+        kind = type(value)
+        if kind is str and write is str:
+            return value  # type: ignore[no-any-return]
+        if kind in _SCALARS:
+            return write(value)
+        weight = self.weigh(value)
+        return self.made(10 * weight.characters + 10 * weight.items, write, value)
 
+    def made(self, most: int, function: Callable[..., Text], *args: Any, **options: Any) -> Text:
+        """Return the text that `function` makes, which has at most `most` characters."""
+        self.reserve(most)
+        text = function(*args, **options)
+        self.take(len(text))
+        return text
 
-def _refuse_huge(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Refuse arguments from which a method or filter would make something huge."""
-    values = [*args, *options.values()]
-    if any(isinstance(value, int) and abs(value) > MOST_NUMBER for value in values[1:]):
-        raise SecurityError(f"it asks {name} for a huge number")
-    if name in ("format", "format_map", "strftime") and any(isinstance(v, str) and _WIDE.search(v) for v in values[:1]):
-        raise SecurityError("it asks for a huge width")
-    if name in ("replace", "join", "indent", "expandtabs", "translate", "wordwrap"):
-        sizes = [_size(value) for value in values if isinstance(value, (str, bytes, list, tuple))]
-        sizes += [value for value in values if isinstance(value, int)]
-        product = functools.reduce(lambda one, other: one * max(other, 1), sorted(sizes)[-2:], 1)
-        if product > 16 * MOST_CHARACTERS:
-            raise SecurityError(f"it asks {name} for a huge text")
+    def joined(self, texts: Iterable[str]) -> str:
+        """Return `texts` as one."""
+        texts = list(texts)
+        self.take(sum(map(len, texts)))
+        return "".join(texts)
 
+    def concatenated(self, values: Sequence[Any]) -> str:
+        """Return the texts of `values` as one: the operator `~`."""
+        return self.joined(map(self.text, values))
 
-def _size(value: Any) -> int:
-    """Return how much a value can multiply another by."""
-    if isinstance(value, (str, bytes, list, tuple)):
-        return len(value)
-    return abs(value) if isinstance(value, int) else 1
+    def escaped(self, value: Any) -> Markup:
+        """Return a text in which HTML is escaped."""
+        text = value if isinstance(value, str) else self.text(value)
+        return self.made(5 * len(text), escape, text)
 
+    def percent(self, pattern: str, values: Any) -> str:
+        """Return `pattern % values`."""
+        if re.search(r"%\([^)]*\(", pattern):
+            raise SecurityError("it formats values whose names have brackets")
+        most, directives = len(pattern), 0
+        for width, precision in _DIRECTIVE.findall(pattern):
+            directives += 1
+            if "*" in (width, precision):
+                raise SecurityError("it formats with widths that are values")
+            most += self.width(width) + self.width(precision) + 400  # a float has up to 309 digits before its point
+        self.spend(NODE * directives)
+        weight = self.weigh(values)
+        most += 10 * directives * (weight.characters + weight.items)
+        return self.made(most * (5 if isinstance(pattern, Markup) else 1), operator.mod, pattern, values)
 
-def _peak_bytes() -> int:
-    if sys.platform == "win32":
-        return 0
-    import resource
+    def width(self, digits: str) -> int:
+        """Return a width or precision that stands in a pattern."""
+        if len(digits) > 7:
+            raise SecurityError("it asks for a huge width")
+        return int(digits or 0)
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # --- lists --------------------------------------------------------------------------------------------------------
+
+    def items(self, values: Iterable[Any]) -> list[Any]:
+        """Return the items of anything that can be gone through."""
+        if isinstance(values, (str, dict, range, *_LISTS)):
+            self.spend(NODE * len(values))
+            self.take((PART if isinstance(values, (str, range)) else ELEMENT) * len(values))
+            return list(values)
+        found = []
+        for value in values:
+            self.spend(NODE)
+            self.take(PART)
+            found.append(value)
+        return found
+
+    def sliced(self, values: Any, start: Any = None, stop: Any = None, step: Any = None) -> Any:
+        """Return `values[start:stop:step]`."""
+        places = slice(start, stop, step)
+        if isinstance(values, (str, list, tuple)):
+            count = len(range(*places.indices(len(values))))
+            self.take(count * (1 if isinstance(values, str) else ELEMENT))
+        return values[places]
+
+    @staticmethod
+    def check_key(key: Any) -> None:
+        """Refuse keys that are more than a text, a number, or a pair of those: to hash others may never end."""
+        if isinstance(key, (str, Undefined)) or type(key) in _SCALARS:
+            return
+        if not isinstance(key, tuple) or len(key) > 8 or not all(isinstance(k, str) or type(k) in _SCALARS for k in key):
+            raise SecurityError(f"it looks up a {type(key).__name__}, and only texts and numbers can be looked up")
+
+    # --- operators ----------------------------------------------------------------------------------------------------
+
+    def plus(self, left: Any, right: Any) -> Any:
+        """Return `left + right`."""
+        if isinstance(left, str) and isinstance(right, str):
+            length = len(left) + len(right)
+            if type(left) is str and type(right) is str:
+                self._room -= length
+                if self._room < 0:
+                    self.reserve(0)
+                return left + right
+            return self.made(5 * length, operator.add, left, right)
+        if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+            self.take(ELEMENT * (len(left) + len(right)))
+        return self.number(left + right)
+
+    def minus(self, left: Any, right: Any) -> Any:
+        """Return `left - right`."""
+        if isinstance(left, _LISTS) or isinstance(right, _LISTS):
+            raise SecurityError("it subtracts lists")
+        return self.number(left - right)
+
+    def times(self, left: Any, right: Any) -> Any:
+        """Return `left * right`."""
+        for values, count in ((left, right), (right, left)):
+            if isinstance(values, (str, list, tuple)) and isinstance(count, int):
+                self.take(len(values) * max(count, 0) * (1 if isinstance(values, str) else ELEMENT))
+        return self.number(left * right)
+
+    def power(self, left: Any, right: Any) -> Any:
+        """Return `left ** right`."""
+        if isinstance(left, int) and isinstance(right, int) and abs(left).bit_length() * right > MOST_BITS:
+            raise SecurityError("it computes a huge number")
+        return left**right
+
+    def modulo(self, left: Any, right: Any) -> Any:
+        """Return `left % right`, which formats where `left` is a text."""
+        return self.percent(left, right) if isinstance(left, str) else left % right
+
+    def number(self, value: Any) -> Any:
+        """Return a number, if it is not huge."""
+        if isinstance(value, int) and value.bit_length() > MOST_BITS:
+            raise SecurityError("it computes a huge number")
+        return value
+
+    def compared(self, name: str, left: Any, right: Any) -> Any:
+        """Return what the comparison called `name` says."""
+        if name in ("in", "not in"):
+            if isinstance(right, str):
+                self.spend(len(right))
+            elif isinstance(right, (dict, type({}.keys()), type({}.items()))):
+                self.check_key(left)
+            elif not isinstance(right, Undefined):
+                right = right if isinstance(right, (list, tuple)) else self.items(right)
+                self.spend((len(right) + 1) * (NODE + sum(self.weigh(left, strict=False)[:2])))
+        elif isinstance(left, str) and isinstance(right, str):
+            self.spend(min(len(left), len(right)))
+        elif type(left) not in _SCALARS and type(right) not in _SCALARS:
+            self.weigh_both(left, right)
+        return _COMPARE[name](left, right)
+
+    def weigh_both(self, *values: Any) -> None:
+        """Count the work of comparing values with each other."""
+        for value in values:
+            self.spend(self.weigh(value, strict=False).characters)
+
+    # --- calls --------------------------------------------------------------------------------------------------------
+
+    def nested(self, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Call what may call itself."""
+        if self._depth >= MOST_DEPTH:
+            raise SecurityError(f"its macros and loops call each other more than {MOST_DEPTH} levels deep")
+        self._depth += 1
+        try:
+            return function(*args, **options)
+        finally:
+            self._depth -= 1
+
+    def call_given(self, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Call a function that was given to the template, with texts and numbers."""
+        args = tuple(value if type(value) in _SCALARS else self.text(value) for value in args)
+        if function is self.parent.get("strftime_now"):
+            self.reserve(sum(100 * len(pattern) for pattern in args if isinstance(pattern, str)))
+            if any(isinstance(pattern, str) and _WIDE.search(pattern) for pattern in args):
+                raise SecurityError("it asks for a huge width")
+        return function(*args, **options)
