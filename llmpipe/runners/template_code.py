@@ -241,4 +241,3 @@ def _charged(expression: nodes.Expr) -> nodes.Expr:
     """Return an expression that counts its parts each time."""
     work = nodes.Const(NODE * (1 + _count_parts(expression)))
     return nodes.Filter(expression, CHARGED, [work], [], None, None, lineno=expression.lineno)
-

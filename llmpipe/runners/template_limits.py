@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +21,7 @@ from jinja2.runtime import Context
 from markupsafe import Markup, escape
 
 MOST_CHARACTERS = 64 * 2**20
-"""All texts made during one rendering together, those that are thrown away included; list elements count as well."""
+"""The texts and lists that one rendering makes, together; what is large is counted for as long as somebody holds it."""
 CHARACTERS_PER_INPUT = 16
 """How many more may be made for each character of a chat that is itself large."""
 MOST_WORK = 2**30
@@ -37,6 +38,8 @@ MOST_DEPTH = 100
 """How deep macros and recursive loops may call each other."""
 MOST_BITS = 2**14
 """The largest whole number; Python prints none that is larger."""
+LARGE = 2**12
+"""Characters of a text, or their equal in places of a list, from which on it is given back when it is thrown away."""
 _LOOK = 2**22
 """Work between two looks at the clock."""
 _SCALARS = frozenset([int, float, bool, type(None)])
@@ -51,7 +54,9 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "in": lambda item, values: item in values,
     "not in": lambda item, values: item not in values,
 }
-Text = TypeVar("Text", bound=str)
+Made = TypeVar("Made", str, Markup, list[Any], tuple[Any, ...])
+_KEPT = (object(), 0)
+_ALONE = sys.getrefcount(_KEPT[0])
 _WIDE = re.compile(r"\d{4}")
 _DIRECTIVE = re.compile(r"%(?:\([^()]*\))?[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?")
 
@@ -78,6 +83,7 @@ class Rendering(Context):
         self._until = math.inf
         self._depth = 0
         self._input_counted = False
+        self._large: dict[int, tuple[Any, int]] = {}
 
     # --- counting -----------------------------------------------------------------------------------------------------
 
@@ -94,11 +100,35 @@ class Rendering(Context):
             self.reserve(0)
 
     def reserve(self, characters: int) -> None:
-        """See whether that much could be made, where it is known only afterwards how much it was."""
+        """See whether that much can be made, where it is known only afterwards how much it was."""
+        if self._room < characters:
+            self._give_back()
         if self._room < characters and not self._input_counted:
             self._count_input()
         if self._room < characters:
             raise SecurityError(f"it makes more than {MOST_CHARACTERS:,} characters")
+
+    def made(self, most: int, function: Callable[..., Made], *args: Any, **options: Any) -> Made:
+        """Return the text that `function` makes, or the list, which takes at most `most` characters."""
+        if self._room < most:
+            self.reserve(most)
+        value = function(*args, **options)
+        size = len(value) if isinstance(value, str) else ELEMENT * len(value)
+        if size < LARGE:
+            self._room -= size
+        elif id(value) not in self._large:  # else it is what went in
+            self._room -= size
+            self._large[id(value)] = value, size
+            self.spend(size // 4)
+        return value
+
+    def _give_back(self) -> None:
+        """Count no longer what was made and is held by nobody else."""
+        self.spend(NODE * len(self._large))
+        for key, kept in list(self._large.items()):
+            if sys.getrefcount(kept[0]) <= _ALONE:
+                self._room += kept[1]
+                del self._large[key]
 
     def _look(self) -> None:
         if self._work < 0 and not self._input_counted:
@@ -166,18 +196,10 @@ class Rendering(Context):
         weight = self.weigh(value)
         return self.made(10 * weight.characters + 10 * weight.items, write, value)
 
-    def made(self, most: int, function: Callable[..., Text], *args: Any, **options: Any) -> Text:
-        """Return the text that `function` makes, which has at most `most` characters."""
-        self.reserve(most)
-        text = function(*args, **options)
-        self.take(len(text))
-        return text
-
     def joined(self, texts: Iterable[str]) -> str:
         """Return `texts` as one."""
         texts = list(texts)
-        self.take(sum(map(len, texts)))
-        return "".join(texts)
+        return self.made(sum(map(len, texts)), "".join, texts)
 
     def concatenated(self, values: Sequence[Any]) -> str:
         """Return the texts of `values` as one: the operator `~`."""
@@ -186,6 +208,7 @@ class Rendering(Context):
     def escaped(self, value: Any) -> Markup:
         """Return a text in which HTML is escaped."""
         text = value if isinstance(value, str) else self.text(value)
+        self.spend(4 * len(text))
         return self.made(5 * len(text), escape, text)
 
     def percent(self, pattern: str, values: Any) -> str:
@@ -229,7 +252,7 @@ class Rendering(Context):
         places = slice(start, stop, step)
         if isinstance(values, (str, list, tuple)):
             count = len(range(*places.indices(len(values))))
-            self.take(count * (1 if isinstance(values, str) else ELEMENT))
+            return self.made(count * (1 if isinstance(values, str) else ELEMENT), operator.getitem, values, places)
         return values[places]
 
     @staticmethod
@@ -237,7 +260,11 @@ class Rendering(Context):
         """Refuse keys that are more than a text, a number, or a pair of those: to hash others may never end."""
         if isinstance(key, (str, Undefined)) or type(key) in _SCALARS:
             return
-        if not isinstance(key, tuple) or len(key) > 8 or not all(isinstance(k, str) or type(k) in _SCALARS for k in key):
+        if (
+            not isinstance(key, tuple)
+            or len(key) > 8
+            or not all(isinstance(k, str) or type(k) in _SCALARS for k in key)
+        ):
             raise SecurityError(f"it looks up a {type(key).__name__}, and only texts and numbers can be looked up")
 
     # --- operators ----------------------------------------------------------------------------------------------------
@@ -247,13 +274,13 @@ class Rendering(Context):
         if isinstance(left, str) and isinstance(right, str):
             length = len(left) + len(right)
             if type(left) is str and type(right) is str:
-                self._room -= length
-                if self._room < 0:
-                    self.reserve(0)
+                if length >= LARGE:
+                    return self.made(length, operator.add, left, right)
+                self.take(length)
                 return left + right
             return self.made(5 * length, operator.add, left, right)
         if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
-            self.take(ELEMENT * (len(left) + len(right)))
+            return self.made(ELEMENT * (len(left) + len(right)), operator.add, left, right)
         return self.number(left + right)
 
     def minus(self, left: Any, right: Any) -> Any:
@@ -266,7 +293,8 @@ class Rendering(Context):
         """Return `left * right`."""
         for values, count in ((left, right), (right, left)):
             if isinstance(values, (str, list, tuple)) and isinstance(count, int):
-                self.take(len(values) * max(count, 0) * (1 if isinstance(values, str) else ELEMENT))
+                each = 1 if isinstance(values, str) else ELEMENT
+                return self.made(len(values) * max(count, 0) * each, operator.mul, left, right)
         return self.number(left * right)
 
     def power(self, left: Any, right: Any) -> Any:

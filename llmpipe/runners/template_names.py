@@ -36,7 +36,7 @@ def _longer(name: str, factor: int = 1) -> Callable[..., Any]:
     """Return the method `name`, whose result is at most so many times as long as the text."""
 
     def method(rendering: Rendering, text: str, *args: Any) -> Any:
-        rendering.spend(len(text) * max(1, *(len(arg) for arg in args if isinstance(arg, str)), 1))
+        rendering.spend(len(text) * max([factor, *(len(arg) for arg in args if isinstance(arg, str))]))
         return rendering.made(factor * len(text), getattr(text, name), *args)
 
     return method
@@ -458,6 +458,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     items, characters, depth = rendering.weigh(value)
+    rendering.spend(4 * characters)
     space = len(indent) if isinstance(indent, str) else max(indent or 0, 0)
     each = 8 + sum(map(len, separators or ())) + (1 + space) * depth * (indent is not None)
     return rendering.made(
@@ -568,7 +569,9 @@ _COMPARISONS = {
     ">=": ">= ge",
     "in": "in",
 }
-_KINDS = "defined undefined none boolean false true integer float number string mapping sequence iterable callable escaped"
+_KINDS = (
+    "defined undefined none boolean false true integer float number string mapping sequence iterable callable escaped"
+)
 TESTS: dict[str, Callable[..., Any]] = {
     **{name: tests.TESTS[name] for name in [*_KINDS.split(), "sameas"]},
     **{name: pass_context(_comparing(sign)) for sign, names in _COMPARISONS.items() for name in names.split()},
