@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -18,8 +17,7 @@ from jinja2.parser import Parser
 
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Message
-from llmpipe.runners.template_code import MOST_SOURCE, BoundedEnvironment
-
+from llmpipe.runners.templates.code import MOST_SOURCE, BoundedEnvironment
 
 MOST_REASON = 1000
 """Characters of what a template says when it refuses a chat."""

@@ -1,9 +1,8 @@
-"""Compiles chat templates to code in which every operation is counted, and refuses what is not among the names allowed."""
+"""Compiles chat templates to code that counts its operations, and refuses what is not among the names allowed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any
 
@@ -14,9 +13,16 @@ from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Joiner, Namespace
 
-from llmpipe.runners.template_limits import NODE, Rendering
-from llmpipe.runners.template_names import ATTRIBUTES, CHARGED, FILTERS, FUNCTIONS, METHODS, STATEMENTS, TESTS
+from llmpipe.runners.templates.filters import CHARGED, FILTERS, TESTS
+from llmpipe.runners.templates.limits import NODE, Rendering
+from llmpipe.runners.templates.methods import ATTRIBUTES, FUNCTIONS, METHODS
 
+STATEMENTS: tuple[type[nodes.Node], ...] = (
+    *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.Assign, nodes.AssignBlock, nodes.NSRef, nodes.With),
+    *(nodes.If, nodes.For, nodes.Break, nodes.Continue, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.Scope),
+    *(nodes.Expr, nodes.Pair, nodes.Keyword, nodes.Operand),
+)
+"""The parts of the language; what loads other templates is not among them."""
 MOST_SOURCE = 2**18
 """Characters of a template; the longest of published models have some 30,000."""
 _OPERATIONS = ("spend", "text", "concatenated", "sliced", "compared", "plus", "minus", "times", "power", "modulo")
@@ -43,9 +49,7 @@ class CountingCode(CodeGenerator):
         self.writeline(f"spend({NODE * (1 + sum(map(_count_parts, nodes)))})")
         super().blockvisit(nodes, frame)
 
-    def _filter_test_common(
-        self, node: nodes.Filter | nodes.Test, frame: Frame, is_filter: bool
-    ) -> AbstractContextManager[None]:
+    def _filter_test_common(self, node: nodes.Filter | nodes.Test, frame: Frame, is_filter: bool) -> Any:
         if node.name not in (FILTERS if is_filter else TESTS) and not frame.soft_frame:  # else: once it is reached
             self.fail(refusal("filter" if is_filter else "test", node.name), node.lineno)
         return super()._filter_test_common(node, frame, is_filter)
@@ -157,8 +161,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, optimized=False)
-        self.filters = _Named("filter", FILTERS)
-        self.tests = _Named("test", TESTS)
+        self.filters: dict[str, Any] = _Named("filter", FILTERS)
+        self.tests: dict[str, Any] = _Named("test", TESTS)
         self.globals = dict(FUNCTIONS)
 
     def render(self, template: Template, variables: Mapping[str, Any]) -> str:
@@ -215,7 +219,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             return not attr.startswith("_")
         return any(attr in ATTRIBUTES.get(kind, ()) for kind in type(obj).__mro__)
 
-    def call(self, context: Context, function: Any, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Context, function: Any, *args: Any, **options: Any) -> Any:
         """Call `function`, if it is one that templates may call."""
         assert isinstance(context, Rendering)
         options.pop("_loop_vars", None)
@@ -237,7 +241,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         raise SecurityError(f"it calls {getattr(function, '__name__', kind.__name__)!r}, which it may not")
 
 
-def _charged(expression: nodes.Expr) -> nodes.Expr:
+def _charged(expression: nodes.Node) -> nodes.Expr:
     """Return an expression that counts its parts each time."""
     work = nodes.Const(NODE * (1 + _count_parts(expression)))
     return nodes.Filter(expression, CHARGED, [work], [], None, None, lineno=expression.lineno)

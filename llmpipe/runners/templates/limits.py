@@ -1,7 +1,7 @@
 """What the rendering of one chat template may take, and the operations that are counted against it.
 
-A template is a program by whoever made the model. It is compiled (`template_code.py`) so that whatever makes a text, makes a list
-or goes through one happens here, where the size of what goes in and of what would come out is counted *before* it is
+A template is a program by whoever made the model. It is compiled (`code.py`) so that whatever makes a text or a list,
+or goes through one, happens here, where the size of what goes in and of what would come out is counted before it is
 made. The counts depend on template and chat alone: neither on the machine, nor on what was rendered before.
 """
 
@@ -29,7 +29,7 @@ MOST_WORK = 2**30
 WORK_PER_INPUT = 128
 """How much more may be done for each character of a chat that is itself large."""
 RENDER_S = 10.0
-"""Seconds of the processor that rendering one chat may take, whatever was counted; usual is a fraction of a millisecond."""
+"""Seconds of the processor that one rendering may take, whatever was counted; usual is a fraction of a millisecond."""
 NODE = 100
 """Work that one name, operator or call of a template counts."""
 ELEMENT, PART = 2, 16
@@ -43,7 +43,7 @@ LARGE = 2**12
 _LOOK = 2**22
 """Work between two looks at the clock."""
 _SCALARS = frozenset([int, float, bool, type(None)])
-_LISTS: tuple[type, ...] = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+_LISTS: Any = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq,
     "!=": operator.ne,
@@ -54,7 +54,7 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "in": lambda item, values: item in values,
     "not in": lambda item, values: item not in values,
 }
-Made = TypeVar("Made", str, Markup, list[Any], tuple[Any, ...])
+Made = TypeVar("Made", bound=Sequence[Any])
 _KEPT = (object(), 0)
 _ALONE = sys.getrefcount(_KEPT[0])
 _WIDE = re.compile(r"\d{4}")
@@ -192,7 +192,7 @@ class Rendering(Context):
         if kind is str and write is str:
             return value  # type: ignore[no-any-return]
         if kind in _SCALARS:
-            return write(value)
+            return str(value)
         weight = self.weigh(value)
         return self.made(10 * weight.characters + 10 * weight.items, write, value)
 
@@ -234,7 +234,7 @@ class Rendering(Context):
 
     # --- lists --------------------------------------------------------------------------------------------------------
 
-    def items(self, values: Iterable[Any]) -> list[Any]:
+    def listed(self, values: Iterable[Any]) -> list[Any]:
         """Return the items of anything that can be gone through."""
         if isinstance(values, (str, dict, range, *_LISTS)):
             self.spend(NODE * len(values))
@@ -321,7 +321,7 @@ class Rendering(Context):
             elif isinstance(right, (dict, type({}.keys()), type({}.items()))):
                 self.check_key(left)
             elif not isinstance(right, Undefined):
-                right = right if isinstance(right, (list, tuple)) else self.items(right)
+                right = right if isinstance(right, (list, tuple)) else self.listed(right)
                 self.spend((len(right) + 1) * (NODE + sum(self.weigh(left, strict=False)[:2])))
         elif isinstance(left, str) and isinstance(right, str):
             self.spend(min(len(left), len(right)))
