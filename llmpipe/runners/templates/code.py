@@ -25,7 +25,19 @@ STATEMENTS: tuple[type[nodes.Node], ...] = (
 """The parts of the language; what loads other templates is not among them."""
 MOST_SOURCE = 2**18
 """Characters of a template; the longest of published models have some 30,000."""
-_OPERATIONS = ("spend", "text", "concatenated", "sliced", "compared", "plus", "minus", "times", "power", "modulo")
+_OPERATIONS = (
+    "spend",
+    "text",
+    "concatenated",
+    "sliced",
+    "compared",
+    "plus",
+    "minus",
+    "times",
+    "power",
+    "modulo",
+    "key",
+)
 """Methods of a rendering that the code of a template calls by these names."""
 _OWN_FUNCTIONS = frozenset(FUNCTIONS.values())
 _METHODS_OF_DICT = frozenset(dir(dict))
@@ -89,6 +101,20 @@ class CountingCode(CodeGenerator):
         places = (node.arg.start, node.arg.stop, node.arg.step)
         self._call("sliced", [node.node, *(place or nodes.Const(None) for place in places)], frame)
 
+    def visit_Pair(self, node: nodes.Pair, frame: Frame) -> None:
+        """Write a key and a value."""
+        self._call("key", [node.key], frame)
+        self.write(": ")
+        self.visit(node.value, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+        """Write a dict."""
+        self.write("{")
+        for pair in node.items:
+            self.visit_Pair(pair, frame)
+            self.write(", ")
+        self.write("}")
+
     def _call(self, operation: str, values: Iterable[nodes.Expr], frame: Frame) -> None:
         self.write(f"{operation}(")
         for value in values:
@@ -150,7 +176,9 @@ class _Named(dict[str, Callable[..., Any]]):
 
     def get(self, name: Any, default: Any = None) -> Any:
         """Return the function called `name`."""
-        return self[name] if isinstance(name, str) else default
+        if not isinstance(name, (str, Undefined)):
+            raise SecurityError(f"it uses a {type(name).__name__} as a {self._kind}")
+        return default if isinstance(name, Undefined) else self[name]
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -202,12 +230,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """Return `obj[argument]`."""
-        Rendering.check_key(argument)
-        return super().getitem(obj, argument)
+        return super().getitem(obj, Rendering.key(argument))
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         """Return what stands for an attribute that may not be used: an error, once it is."""
-        reason = f"chat templates may not use {attribute!r} of a {type(obj).__name__}"
+        reason = f"chat templates may not use {attribute[:80]!r} of a {type(obj).__name__}"
         return self.undefined(reason, obj=obj, name=attribute, exc=SecurityError)
 
     def wrap_str_format(self, value: Any) -> None:
@@ -225,6 +252,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         options.pop("_loop_vars", None)
         options.pop("_block_vars", None)
         context.spend(NODE * (len(args) + len(options)))
+        if options:
+            list(map(context.key, options))
         kind = type(function)
         if kind is BuiltinMethodType or kind is MethodType:
             for owner in type(function.__self__).__mro__:

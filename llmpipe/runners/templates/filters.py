@@ -16,7 +16,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.utils import pass_context
 from markupsafe import Markup
 
-from llmpipe.runners.templates.limits import NODE, PART, Rendering
+from llmpipe.runners.templates.limits import LARGE, NODE, PART, Rendering
 from llmpipe.runners.templates.methods import TEXT_METHODS, count_lines, join, replace
 
 # --- filters: (rendering, value, …) -----------------------------------------------------------------------------------
@@ -42,11 +42,16 @@ def _sized(function: Callable[..., Any], factor: int = 1) -> Callable[..., Any]:
     def bounded(rendering: Rendering, value: Any, *args: Any, **options: Any) -> Any:
         value = _string(rendering, value)
         rendering.reserve(factor * len(value))
-        result = function(value, *args, **options)
-        rendering.take(factor * len(value) if not isinstance(result, str) else len(result))
-        return result
+        rendering.spend(factor * len(value))
+        return function(value, *args, **options)
 
     return bounded
+
+
+def _check_path(rendering: Rendering, path: Any, values: list[Any]) -> None:
+    """Count the work of looking up `path`, such as `function.name`, in each of `values`."""
+    if isinstance(path, str):
+        rendering.spend(NODE * len(rendering.key(path)) * len(values))
 
 
 def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,6 +59,7 @@ def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def filtered(rendering: Rendering, values: Any, *args: Any, **options: Any) -> Iterator[Any]:
         found = rendering.listed(values) if values else []
+        _check_path(rendering, options.get("attribute", args[0] if args else None), found)
         return iter(rendering.listed(function(rendering, found, *args, **options)))
 
     return filtered
@@ -74,12 +80,12 @@ def _items(rendering: Rendering, value: Any) -> Iterator[Any]:
 
 
 def _batch(rendering: Rendering, values: Iterable[Any], size: int, fill_with: Any = None) -> Iterator[Any]:
-    rendering.take(PART * max(size, 0))
+    rendering.take(PART * max(operator.index(size), 0))
     return iter(rendering.listed(filters.do_batch(rendering.listed(values), size, fill_with)))
 
 
 def _slice(rendering: Rendering, values: Iterable[Any], slices: int, fill_with: Any = None) -> Iterator[Any]:
-    rendering.take(PART * max(slices, 0))
+    rendering.take(PART * max(operator.index(slices), 0))
     return iter(rendering.listed(filters.sync_do_slice(rendering.listed(values), slices, fill_with)))
 
 
@@ -91,6 +97,7 @@ def _reverse(rendering: Rendering, value: Any) -> Any:
 
 def _keys(rendering: Rendering, values: list[Any], attribute: Any, case_sensitive: bool) -> list[Any]:
     """Return what `values` are told apart by, and count the work of comparing them."""
+    _check_path(rendering, attribute, values)
     keys = list(map(filters.make_multi_attrgetter(rendering.environment, attribute), values))
     weight = rendering.weigh(keys, strict=False)
     rendering.spend((weight.characters + NODE * weight.items) * (1 + len(values).bit_length()))
@@ -125,8 +132,7 @@ def _unique(
     found = rendering.listed(values)
     first: dict[Any, Any] = {}
     for value, keys in zip(found, _keys(rendering, found, attribute, case_sensitive), strict=True):
-        rendering.check_key(keys[0])
-        first.setdefault(keys[0], value)
+        first.setdefault(rendering.key(keys[0]), value)
     return iter(first.values())
 
 
@@ -146,6 +152,7 @@ def _extreme(choose: Callable[..., Any]) -> Callable[..., Any]:
 def _sum(rendering: Rendering, values: Iterable[Any], attribute: Any = None, start: Any = 0) -> Any:
     found = rendering.listed(values)
     if attribute is not None:
+        _check_path(rendering, attribute, found)
         found = list(map(filters.make_attrgetter(rendering.environment, attribute), found))
     if isinstance(start, str):
         raise TypeError("sum() can't sum strings")
@@ -157,6 +164,7 @@ def _sum(rendering: Rendering, values: Iterable[Any], attribute: Any = None, sta
 def _joined(rendering: Rendering, values: Any, d: Any = "", attribute: Any = None) -> str:
     found = rendering.listed(values)
     if attribute is not None:
+        _check_path(rendering, attribute, found)
         found = list(map(filters.make_attrgetter(rendering.environment, attribute), found))
     return join(rendering, str(rendering.text(d)), map(rendering.text, found))
 
@@ -174,27 +182,29 @@ def _indent(rendering: Rendering, value: Any, width: Any = 4, first: bool = Fals
     value = _string(rendering, value)
     lines = count_lines(rendering, value) + 2
     rendering.reserve(PART * lines)
-    most = 2 * len(value) + lines * (1 + (len(width) if isinstance(width, str) else max(width, 0)))
+    most = 2 * len(value) + lines * (1 + (len(width) if isinstance(width, str) else max(operator.index(width), 0)))
     return rendering.made(most, filters.do_indent, value, width, first, blank)
 
 
+def _check_number(value: Any) -> None:
+    if isinstance(value, str) and len(value) > LARGE:
+        raise SecurityError(f"it reads a number of {len(value):,} characters")
+
+
 def _int(rendering: Rendering, value: Any, default: Any = 0, base: int = 10) -> Any:
-    if isinstance(value, str):
-        rendering.spend(len(value))
-        if base != 10 and len(value) > 4300:
-            raise SecurityError("it reads a huge number")
+    _check_number(value)
     return filters.do_int(value, default, base)
 
 
 def _float(rendering: Rendering, value: Any, default: Any = 0.0) -> Any:
-    if isinstance(value, str):
-        rendering.spend(len(value))
+    _check_number(value)
     return filters.do_float(value, default)
 
 
-def _round(rendering: Rendering, value: Any, precision: int = 0, method: Any = "common") -> Any:
-    if abs(precision) > 400 or not isinstance(method, str):
+def _round(rendering: Rendering, value: Any, precision: Any = 0, method: Any = "common") -> Any:
+    if abs(precision) > 400:
         raise SecurityError("it rounds to a huge number of digits")
+    method = rendering.key(method)
     return filters.do_round(value, precision, method)
 
 
@@ -224,7 +234,7 @@ def _tojson(
 ) -> str:
     items, characters, depth = rendering.weigh(value)
     rendering.spend(4 * characters)
-    space = len(indent) if isinstance(indent, str) else max(indent or 0, 0)
+    space = len(indent) if isinstance(indent, str) else max(operator.index(indent or 0), 0)
     each = 8 + sum(map(len, separators or ())) + (1 + space) * depth * (indent is not None)
     return rendering.made(
         (12 if ensure_ascii else 6) * characters + each * items,
@@ -242,7 +252,7 @@ CHARGED = "work of an expression"
 
 
 def _charged(rendering: Rendering, value: Any, work: int) -> Any:
-    rendering.spend(work)
+    rendering.spend(max(operator.index(work), 0))
     return value
 
 
@@ -306,7 +316,7 @@ def _comparing(name: str) -> Callable[..., Any]:
 
 
 def _numeric(function: Callable[..., Any]) -> Callable[..., Any]:
-    def test(rendering: Rendering, value: Any, *args: int) -> bool:
+    def test(rendering: Rendering, value: Any, *args: int) -> Any:
         if isinstance(value, str):
             raise TypeError("a text is neither odd nor even, and nothing divides it")
         return function(value, *args)
@@ -315,7 +325,7 @@ def _numeric(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _cased(function: Callable[..., Any]) -> Callable[..., Any]:
-    def test(rendering: Rendering, value: Any) -> bool:
+    def test(rendering: Rendering, value: Any) -> Any:
         text = rendering.text(value)
         rendering.spend(len(text))
         return function(text)
@@ -336,6 +346,7 @@ _KINDS = (
     "boolean callable defined escaped false float integer iterable mapping none number sameas sequence string true "
     "undefined"
 )
+_PLAIN_TESTS: dict[str, Any] = {name: tests.TESTS[name] for name in _KINDS.split()}
 _COUNTED_TESTS: dict[str, Callable[..., Any]] = {
     **{name: _comparing(sign) for sign, names in _COMPARISONS.items() for name in names.split()},
     "odd": _numeric(tests.test_odd),
@@ -345,6 +356,6 @@ _COUNTED_TESTS: dict[str, Callable[..., Any]] = {
     "upper": _cased(tests.test_upper),
 }
 TESTS: dict[str, Callable[..., Any]] = {
-    **{name: tests.TESTS[name] for name in _KINDS.split()},
+    **_PLAIN_TESTS,
     **{name: pass_context(function) for name, function in _COUNTED_TESTS.items()},
 }

@@ -44,6 +44,7 @@ _LOOK = 2**22
 """Work between two looks at the clock."""
 _SCALARS = frozenset([int, float, bool, type(None)])
 _LISTS: Any = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+_SIZED: Any = (str, dict, range, *_LISTS)
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq,
     "!=": operator.ne,
@@ -188,13 +189,17 @@ class Rendering(Context):
 
     def text(self, value: Any, write: Callable[[Any], str] = str) -> str:
         """Return `value` as text, as `str` or `repr` has it."""
-        kind = type(value)
+        kind: Any = type(value)
         if kind is str and write is str:
             return value  # type: ignore[no-any-return]
         if kind in _SCALARS:
             return str(value)
+        return self.made(self.written(value), write, value)
+
+    def written(self, value: Any) -> int:
+        """Return how long the text of `value` can be."""
         weight = self.weigh(value)
-        return self.made(10 * weight.characters + 10 * weight.items, write, value)
+        return 10 * (weight.characters + weight.items)
 
     def joined(self, texts: Iterable[str]) -> str:
         """Return `texts` as one."""
@@ -213,8 +218,8 @@ class Rendering(Context):
 
     def percent(self, pattern: str, values: Any) -> str:
         """Return `pattern % values`."""
-        if re.search(r"%\([^)]*\(", pattern):
-            raise SecurityError("it formats values whose names have brackets")
+        if any("(" in name or len(name) > LARGE for name in re.findall(r"%\(([^)]*)", pattern)):
+            raise SecurityError("it formats values whose names have brackets, or are huge")
         most, directives = len(pattern), 0
         for width, precision in _DIRECTIVE.findall(pattern):
             directives += 1
@@ -222,9 +227,9 @@ class Rendering(Context):
                 raise SecurityError("it formats with widths that are values")
             most += self.width(width) + self.width(precision) + 400  # a float has up to 309 digits before its point
         self.spend(NODE * directives)
-        weight = self.weigh(values)
-        most += 10 * directives * (weight.characters + weight.items)
-        return self.made(most * (5 if isinstance(pattern, Markup) else 1), operator.mod, pattern, values)
+        most += directives * self.written(values)
+        text: str = self.made(most * (5 if isinstance(pattern, Markup) else 1), operator.mod, pattern, values)
+        return text
 
     def width(self, digits: str) -> int:
         """Return a width or precision that stands in a pattern."""
@@ -234,12 +239,13 @@ class Rendering(Context):
 
     # --- lists --------------------------------------------------------------------------------------------------------
 
-    def listed(self, values: Iterable[Any]) -> list[Any]:
+    def listed(self, values: Any) -> list[Any]:
         """Return the items of anything that can be gone through."""
-        if isinstance(values, (str, dict, range, *_LISTS)):
+        if isinstance(values, _SIZED):
             self.spend(NODE * len(values))
-            self.take((PART if isinstance(values, (str, range)) else ELEMENT) * len(values))
-            return list(values)
+            if isinstance(values, (str, range)):
+                self.take(PART * len(values))
+            return self.made(ELEMENT * len(values), list, values)
         found = []
         for value in values:
             self.spend(NODE)
@@ -256,16 +262,21 @@ class Rendering(Context):
         return values[places]
 
     @staticmethod
-    def check_key(key: Any) -> None:
-        """Refuse keys that are more than a text, a number, or a pair of those: to hash others may never end."""
-        if isinstance(key, (str, Undefined)) or type(key) in _SCALARS:
-            return
+    def key(key: Any) -> Any:
+        """Return a key, if it is a text, a number, or a few of those: to hash others may never end."""
+        if isinstance(key, str):
+            if len(key) > LARGE:
+                raise SecurityError(f"it looks up a text of {len(key):,} characters")
+            return key
+        if isinstance(key, Undefined) or type(key) in _SCALARS:
+            return key
         if (
             not isinstance(key, tuple)
             or len(key) > 8
             or not all(isinstance(k, str) or type(k) in _SCALARS for k in key)
         ):
             raise SecurityError(f"it looks up a {type(key).__name__}, and only texts and numbers can be looked up")
+        return key
 
     # --- operators ----------------------------------------------------------------------------------------------------
 
@@ -319,7 +330,7 @@ class Rendering(Context):
             if isinstance(right, str):
                 self.spend(len(right))
             elif isinstance(right, (dict, type({}.keys()), type({}.items()))):
-                self.check_key(left)
+                self.key(left)
             elif not isinstance(right, Undefined):
                 right = right if isinstance(right, (list, tuple)) else self.listed(right)
                 self.spend((len(right) + 1) * (NODE + sum(self.weigh(left, strict=False)[:2])))
@@ -348,9 +359,9 @@ class Rendering(Context):
 
     def call_given(self, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """Call a function that was given to the template, with texts and numbers."""
-        args = tuple(value if type(value) in _SCALARS else self.text(value) for value in args)
+        values = [value if type(value) in _SCALARS else self.text(value) for value in (*args, *options.values())]
         if function is self.parent.get("strftime_now"):
-            self.reserve(sum(100 * len(pattern) for pattern in args if isinstance(pattern, str)))
-            if any(isinstance(pattern, str) and _WIDE.search(pattern) for pattern in args):
-                raise SecurityError("it asks for a huge width")
-        return function(*args, **options)
+            for pattern in values:
+                if isinstance(pattern, str) and (len(pattern) > LARGE or _WIDE.search(pattern)):
+                    raise SecurityError("it asks for a huge date")
+        return function(*values[: len(args)], **dict(zip(options, values[len(args) :], strict=True)))

@@ -119,6 +119,10 @@ class _BoundedFormatter(SandboxedFormatter):
             raise ValueError(f"unknown conversion {conversion!r}")
         return self._rendering.text(value, _CONVERSIONS[conversion])
 
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        """Return the value of a field."""
+        return super().get_field(self._rendering.key(field_name), args, kwargs)
+
     def format_field(self, value: Any, format_spec: str) -> str:
         """Return a field as text."""
         rendering = self._rendering
@@ -160,8 +164,7 @@ TEXT_METHODS: dict[str, Callable[..., Any]] = {
 
 
 def _get(rendering: Rendering, values: dict[Any, Any], key: Any, default: Any = None) -> Any:
-    rendering.check_key(key)
-    return values.get(key, default)
+    return values.get(rendering.key(key), default)
 
 
 def _copy(rendering: Rendering, values: Any) -> Any:
@@ -171,7 +174,7 @@ def _copy(rendering: Rendering, values: Any) -> Any:
 
 def _compared_with_all(name: str) -> Callable[..., Any]:
     def method(rendering: Rendering, values: Any, value: Any) -> Any:
-        rendering.spend(len(values) * (NODE + sum(rendering.weigh(value, strict=False)[:2])))
+        rendering.spend(len(values) * (NODE + rendering.written(value)))
         return getattr(values, name)(value)
 
     return method
@@ -224,8 +227,7 @@ def _dict(rendering: Rendering, *pairs: Any, **values: Any) -> dict[Any, Any]:
         found = {}
         for pair in rendering.listed(given):
             key, value = pair
-            rendering.check_key(key)
-            found[key] = value
+            found[rendering.key(key)] = value
         rendering.take(PART * len(found))
         values = {**found, **values}
     return values
