@@ -6,12 +6,10 @@ gives for the same template. Text from a dataset is only ever a value, never a t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -20,7 +18,10 @@ from jinja2.parser import Parser
 
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Message
-from llmpipe.runners.template_limits import BoundedEnvironment
+from llmpipe.runners.templates.code import MOST_SOURCE, BoundedEnvironment
+
+MOST_REASON = 1000
+"""Characters of what a template says when it refuses a chat."""
 
 REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 """What an assistant's thoughts are called in messages; the first that is there counts."""
@@ -59,16 +60,21 @@ class ChatTemplate:
         self.source = source
         self._special_tokens = special_tokens or {}
         environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag])
-        environment.bound("tojson", _tojson)
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = strftime_now
         self._environment = environment
+        if len(source) > MOST_SOURCE:
+            raise LLMConfigError(f"the chat template has {len(source):,} characters, more than {MOST_SOURCE:,}")
         try:
             self._template = environment.from_string(source)
+        except jinja2.TemplateAssertionError as error:
+            raise LLMConfigError(f"the chat template cannot be used, line {error.lineno}: {error.message}") from error
         except jinja2.TemplateSyntaxError as error:
             raise LLMConfigError(
                 f"the chat template is not valid Jinja, line {error.lineno}: {error.message}"
             ) from error
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # what Python makes of its code
+            raise LLMConfigError(f"the chat template cannot be compiled: {error}") from error
 
     def render(
         self,
@@ -96,20 +102,20 @@ class ChatTemplate:
             messages[-1] = {**messages[-1], "content": final + MARK}
         told = _time.set(now)
         try:
-            with self._environment.limits():
-                pieces = self._template.generate(
-                    {
-                        **self._special_tokens,
-                        "documents": None,
-                        **(template_kwargs or {}),
-                        "messages": messages,
-                        "add_generation_prompt": not continue_final,
-                        "tools": None if tools is None else list(tools),
-                    }
-                )
-                text = "".join(self._environment.at_most(pieces))
+            text = self._environment.render(
+                self._template,
+                {
+                    **self._special_tokens,
+                    "documents": None,
+                    **(template_kwargs or {}),
+                    "messages": messages,
+                    "add_generation_prompt": not continue_final,
+                    "tools": None if tools is None else list(tools),
+                },
+            )
         except Exception as error:  # a template is a program of the model's: it may fail in any way
-            raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
+            reason = str(error)[:MOST_REASON]
+            raise ChatTemplateError(f"the chat template refuses these messages: {reason}") from error
         finally:
             _time.reset(told)
         return _cut_at_mark(text, final) if continue_final else text
@@ -163,7 +169,3 @@ def strftime_now(pattern: str) -> str:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
