@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmpipe import read_run
+from llmpipe.runners.weights import BUNDLED_DIR
 from llmpipe.streams import SPELT_OUT, usable_streams
 
 ROWS = [{"id": "naïve", "prompt": "漢字 … → 🙂"}, {"id": "b", "prompt": "plain"}]
