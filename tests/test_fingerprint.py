@@ -165,6 +165,19 @@ def test_a_file_counts_by_its_content(of: Callable[..., dict[str, Any]], tmp_pat
     assert of(*asked) != changed
 
 
+def test_tools_count_by_what_they_are_and_not_by_where_they_stand(
+    of: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    one.write_text('[{"name": "f"}]')
+    other.write_text('[ {"name": "f"} ]')
+    before = of(f"prompt.tools={one}")
+    assert before == of(f"prompt.tools={other}") == of("prompt.tools=[{name:f}]") != of()
+    one.write_text('[{"name": "g"}]')
+    assert of(f"prompt.tools={one}") != before
+    assert of("prompt.chat_template_kwargs={enable_thinking:false}") != of() != of("prompt.continue_final=false")
+
+
 def test_a_backend_of_someone_elses_is_taken_at_its_word(of: Callable[..., dict[str, Any]]) -> None:
     foreign = ("backend=echo", "backend._target_=mine.Remote", "trusted_modules=[mine]")
     one = of(*foreign, "backend.model=gpt-x")

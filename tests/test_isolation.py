@@ -302,6 +302,10 @@ def test_every_convenience_works_in_isolation() -> None:
         assert isinstance(runner, IsolatedRunner)
         with LLMRunnerFactory.create_runner({"backend": "llama_cpp", "threads": 1}) as plain:
             assert runner.render(chat) == plain.render(chat)
+            begun = [*chat, {"role": "assistant", "content": [{"type": "text", "text": "It is"}]}]
+            assert runner.render(begun, continue_final=True) == f"{plain.render(chat)}It is"
+            with pytest.raises(ValueError, match="a content part of type 'image'"):
+                runner.render([{"role": "user", "content": [{"type": "image"}]}])
             assert runner.chat_template == plain.chat_template
             assert runner.generate_text("What is 2 + 2?") == plain.generate_text("What is 2 + 2?")
             assert list(runner.generate_text_streaming("Tell me a story.", max_tokens=20))

@@ -26,6 +26,8 @@ from llmpipe import (
     LLMInitializationError,
     LLMRunnerFactory,
     ModelConfig,
+    Request,
+    SamplingConfig,
 )
 from llmpipe.runners.weights import BUNDLED_DIR
 
@@ -135,6 +137,78 @@ def test_a_chat_that_the_template_refuses_raises_with_the_templates_reason(runne
         runner.create_chat_completion([{"role": "assistant", "content": "I begin."}])
     with pytest.raises(LLMInferenceError, match="the chat template refuses"):
         list(runner.create_chat_completion([{"role": "wizard", "content": "?"}], stream=True))
+
+
+def test_a_chat_comes_in_the_same_way_as_from_a_dataset(runner: BaseLLMRunner) -> None:
+    parts = [{"type": "text", "text": "What is the capital "}, {"type": "text", "text": "of France?"}]
+    in_parts = [MESSAGES[0], {"role": "user", "content": parts}]
+    assert runner.render(in_parts) == runner.render(MESSAGES)
+    assert runner.prompt_text(Request(0, SamplingConfig(), messages=tuple(in_parts))) == runner.render(MESSAGES)
+    assert runner.create_chat_completion(in_parts)["choices"][0]["message"]["content"] == "Paris"
+    assert runner.generate_text(in_parts) == "Paris"
+
+
+PICTURE = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "user", "content": PICTURE}, "message 1 has a content part of type 'image_url'"),
+        ({"role": "user", "content": 5}, "message 1 has a number as content, not text"),
+        ({"role": "user"}, "message 1 has null as content"),
+        ({"content": "hi"}, "message 1 has the role None"),
+    ],
+)
+def test_a_chat_that_is_more_than_text_or_less_is_refused_alone(
+    message: Any, reason: str, runner: BaseLLMRunner
+) -> None:
+    for call in (runner.generate_text, runner.create_chat_completion):
+        with pytest.raises(LLMInferenceError, match=reason):
+            call([message], max_tokens=2)
+    with pytest.raises(ValueError, match=reason):
+        runner.render([message])
+    bad, good = runner.run([[message], MESSAGES], max_tokens=5)
+    assert reason in str(bad.error) and good.text == "Paris"
+
+
+def test_what_is_no_prompt_among_many_is_refused_alone(runner: BaseLLMRunner) -> None:
+    done = runner.run([None, MESSAGES, float("nan"), [1], []], n=2, max_tokens=5)  # type: ignore[list-item]
+    assert [(c.request_id, c.sample) for c in done] == [(i, sample) for i in range(5) for sample in range(2)]
+    assert [c.text for c in done] == [None, None, "Paris", "Paris", *[None] * 6]
+    assert "prompt=nan is not allowed; it must be text or a list of messages" in str(done[4].error)
+    for wrong in ({"temprature": 1}, {"tools": "x"}, {"continue_final": "maybe"}, {"prompt_format": "poem"}):
+        with pytest.raises(LLMConfigError):
+            runner.run([MESSAGES], **wrong)
+
+
+def test_an_answer_goes_on_from_a_last_message_of_the_assistants(runner: BaseLLMRunner) -> None:
+    begun = [*MESSAGES, {"role": "assistant", "content": "Par"}]
+    assert runner.prompt_text(runner.request(begun)) == f"{runner.render(MESSAGES)}Par"
+    assert runner.generate_text(begun) == runner.run([begun])[0].text == "is"
+    assert runner.create_chat_completion(begun)["choices"][0]["message"]["content"] == "is"
+    closed = runner.request(begun, continue_final=False)
+    assert runner.prompt_text(closed).endswith("Par<|im_end|>\n<|im_start|>assistant\n")
+    with pytest.raises(LLMInferenceError, match="not the beginning of an answer: its role is 'user'"):
+        runner.generate_text(MESSAGES, continue_final=True)
+    with pytest.raises(LLMConfigError, match="continue_final='maybe' is not allowed; it must be auto, true or false"):
+        runner.generate_text(begun, continue_final="maybe")
+
+
+def test_what_only_chats_have_is_refused_where_it_would_be_dropped(runner: BaseLLMRunner) -> None:
+    weather = {"type": "function", "function": {"name": "weather"}}
+    options: list[dict[str, Any]] = [{"tools": [weather]}, {"chat_template_kwargs": {"a": 1}}, {"continue_final": True}]
+    for option in options:
+        with pytest.raises(LLMConfigError, match="need a chat, not a raw prompt"):
+            runner.generate_text(STORY, prompt_format="raw", **option)
+    with pytest.raises(LLMConfigError, match="tools are an object, not a list"):
+        runner.create_chat_completion(MESSAGES, tools=weather)
+    with pytest.raises(LLMConfigError, match="cannot have the name 'messages'"):
+        runner.generate_text(MESSAGES, chat_template_kwargs={"messages": []})
+    choices: list[Any] = ["required", {"type": "function", "function": {"name": "weather"}}]
+    for choice in choices:
+        with pytest.raises(LLMConfigError, match="tool_choice=.* is not allowed; it must be 'auto' or 'none'"):
+            runner.create_chat_completion(MESSAGES, tools=[weather], tool_choice=choice)
 
 
 @pytest.mark.parametrize("messages", [[], "hello", [1], None])

@@ -367,6 +367,73 @@ def test_metrics_say_when(tmp_path: Path, write_jsonl: Callable[..., Path], echo
     assert timedelta() <= finished - started < timedelta(minutes=1) and started.utcoffset() == timedelta()
 
 
+@pytest.mark.parametrize("backend", ["llama_cpp", "transformers", "isolated"])
+def test_a_resumed_run_tells_its_chat_template_the_time_at_which_it_began(
+    backend: str, tmp_path: Path, write_jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ raise_exception(strftime_now('%Y-%m-%d %H:%M')) }}")
+    how = ["backend=llama_cpp", "backend.isolation=true"] if backend == "isolated" else [f"backend={backend}"]
+    config = llmpipe.compose(
+        [
+            *how,
+            "device=cpu",
+            f"backend.chat_template={template}",
+            f"dataset.path={write_jsonl({'prompt': 'a'}, {'prompt': 'b'})}",
+            "on_error=stop",
+        ]
+    )
+    try:
+        for zone, now in (("EAST-5:30", "2024-02-28T20:00:00+00:00"), ("WEST+8", "2024-06-01T20:00:00+00:00")):
+            monkeypatch.setenv("TZ", zone)
+            time.tzset()
+            monkeypatch.setattr("llmpipe.pipeline.utc_now", lambda now=now: now)
+            with pytest.raises(RunStopped):
+                llmpipe.run(config, tmp_path / "run")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    llmpipe.run(config, tmp_path / "run")
+    assert [row["reason"].rpartition(": ")[2] for row in errors_of(tmp_path / "run")] == ["2024-02-29 01:30"] * 2
+
+
+def test_columns_that_look_meant_and_that_nothing_reads_are_mentioned_once(
+    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"prompt": "a", "tools": [{"name": "f"}], "functions": "none"}
+    llmpipe.run(echo_config(write_jsonl(*[row] * 3)), tmp_path / "run")
+    (said,) = caplog.messages
+    assert said == "nothing reads the columns functions (see dataset.columns.tools), tools (prompts go in raw)"
+
+
+@pytest.mark.parametrize("option", ["tools=[{name:f}]", "chat_template_kwargs={a:1}", "system=Hi"])
+def test_what_only_chats_have_is_refused_where_prompts_go_in_raw(
+    option: str, tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
+) -> None:
+    with pytest.raises(LLMConfigError, match=f"prompt.{option.partition('=')[0]}= needs chats"):
+        llmpipe.run(echo_config(write_jsonl({"prompt": "a"}), "prompt=raw", f"prompt.{option}"), tmp_path / "raw")
+    messages = [{"role": "user", "content": "a"}]
+    chats = echo_config(write_jsonl({"messages": messages}), "prompt=raw", f"prompt.{option}")
+    assert llmpipe.run(chats, tmp_path / "chats")["rows_ok"] == 1
+
+
+@pytest.mark.parametrize("backend", ["llama_cpp", "transformers"])
+def test_a_run_goes_on_from_a_last_message_and_reads_parts_and_refuses_pictures(
+    backend: str, tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    asked = {"role": "user", "content": [{"type": "text", "text": "What is the capital of "}, {"text": "France?"}]}
+    rows = [
+        {"messages": [asked]},
+        {"messages": [asked, {"role": "assistant", "content": "Par"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
+    ]
+    config = llmpipe.compose([f"backend={backend}", "device=cpu", f"dataset.path={write_jsonl(*rows)}"])
+    assert llmpipe.run(config, tmp_path / "run")["rows_ok"] == 2
+    assert [row["completion"] for row in rows_of(tmp_path / "run")[:2]] == ["Paris", "is"]
+    (error,) = errors_of(tmp_path / "run")
+    assert "a content part of type 'image_url', and only text can be run" in error["reason"]
+
+
 def test_a_configuration_that_resumes_another_directory_is_refused(
     tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
 ) -> None:

@@ -24,11 +24,10 @@ from llmpipe.records import Request, Row
 
 HI = {"role": "user", "content": "hi"}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "default": None}}}
+TEXT = st.text(st.characters(codec="utf-8"))
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3)
-    ),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=8,
 )
 
@@ -195,7 +194,7 @@ def called(arguments: Any) -> Any:
     return message["tool_calls"][0]["function"]["arguments"]
 
 
-@given(arguments=st.dictionaries(st.text(st.characters(codec="utf-8")), JSON, max_size=4))
+@given(arguments=st.dictionaries(TEXT, JSON, max_size=4))
 def test_arguments_of_tool_calls_that_are_an_objects_json_text_become_the_object(arguments: dict[str, Any]) -> None:
     assert called(json.dumps(arguments)) == called(f"\n {json.dumps(arguments, indent=1)}") == arguments
     assert called(arguments) == arguments
@@ -272,7 +271,7 @@ def test_tools_of_the_run_are_a_list_or_a_file(tmp_path: Path) -> None:
     for tools in (str(file), file, [WEATHER], json.dumps([WEATHER])):
         assert settle_prompt(PromptConfig(tools=tools)).tools == [WEATHER]
     file.write_text('{"name": "f"}')
-    for named, reason in (
+    for wrong, reason in (
         (str(tmp_path), "cannot be read: Is a directory"),
         ("tools.json", "cannot be read: No such file or directory"),
         ("a\0b", "is not allowed"),
@@ -282,7 +281,7 @@ def test_tools_of_the_run_are_a_list_or_a_file(tmp_path: Path) -> None:
         (5, "prompt.tools is not allowed: tools are a number"),
     ):
         with pytest.raises(LLMConfigError, match=re.escape(reason)):
-            settle_prompt(PromptConfig(tools=named))
+            settle_prompt(PromptConfig(tools=wrong))
     with pytest.raises(LLMConfigError, match="prompt.chat_template_kwargs is not allowed: .* the name 'messages'"):
         settle_prompt(PromptConfig(chat_template_kwargs={"messages": []}))
 
