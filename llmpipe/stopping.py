@@ -181,7 +181,7 @@ class Stops:
 
     def _watch(self) -> None:
         """Wait for the time limit or a signal; interrupt what is then still under way, again and again."""
-        over_since, signals = self._until, 0
+        over_since, wishes = self._until, list[int]()
         while True:
             wait_s = over_since + GRACE_S - time.monotonic()
             if wait_s <= 0:
@@ -194,13 +194,13 @@ class Stops:
                 continue
             if not heard:
                 return
-            for signum in heard:
-                if signum in SIGNALS:
-                    over_since = min(over_since, time.monotonic())
-                    signals += signum != HANGUP or not signals
-            if signals > 1:  # the main thread ends the process, unless it is held up in native code
+            # A terminal that is closed says so twice: that is one wish.
+            wishes += [signum for signum in heard if signum in SIGNALS and (signum != HANGUP or not wishes)]
+            if wishes:
+                over_since = min(over_since, time.monotonic())
+            if len(wishes) > 1:  # the main thread ends the process, unless it is held up in native code
                 time.sleep(GRACE_S)
-                os._exit(128 + heard[-1])
+                os._exit(128 + wishes[-1])
 
     def _end_step(self) -> None:
         interrupt = self._interrupt
