@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpipe import Request, SamplingConfig
-from llmpipe.runners.batching.lookahead import MIN_SHARED_TOKENS, LookAhead, shared_prefixes
+from llmpipe.config.sampling import MAX_SAMPLES
+from llmpipe.runners.batching.lookahead import MAX_GROUPED, MIN_SHARED_TOKENS, LookAhead, shared_prefixes
 
 SYSTEM = list(range(100, 200))
 OTHER = list(range(300, 350))
@@ -51,6 +54,35 @@ def test_equal_prompts_share_all_but_their_last_token() -> None:
     assert shared_prefixes([SYSTEM] * 3) == [([0, 1, 2], len(SYSTEM) - 1)]
     ahead = ahead_of([SYSTEM], n=8)
     assert [shared for _, shared in taken(ahead)] == [len(SYSTEM) - 1] * 8
+
+
+def test_samples_share_their_prompt_however_many_they_are_and_wherever_it_stands() -> None:
+    prompts = [*([SYSTEM[0] + i] * 40 + [1] for i in range(MAX_GROUPED + 20)), SYSTEM]
+    ahead = ahead_of(prompts, n=MAX_SAMPLES // 256)
+    assert len(ahead.waiting) == len(prompts) * 16
+    assert all(sample.shared == len(sample.prompt) - 1 for sample in ahead.waiting)
+    assert {shared for _, shared in taken(ahead_of([SYSTEM], n=MAX_SAMPLES))} == {len(SYSTEM) - 1}
+
+
+def test_rows_of_one_text_share_it_as_the_samples_of_a_row_do() -> None:
+    ahead = ahead_of([list(SYSTEM) for _ in range(3 * MAX_GROUPED)])
+    assert {(sample.shared, id(sample.prompt)) for sample in ahead.waiting} == {
+        (len(SYSTEM) - 1, id(ahead.waiting[0].prompt))
+    }
+
+
+def test_prompts_share_a_beginning_and_their_samples_the_whole() -> None:
+    ahead = ahead_of([[*SYSTEM, *[500 + i] * 40] for i in range(5)], n=3)
+    assert {(sample.base, sample.shared) for sample in ahead.waiting} == {(len(SYSTEM), len(SYSTEM) + 39)}
+    numbers = [request for request, _ in taken(ahead)]
+    assert len(list(groupby(numbers))) == 5  # the samples of a prompt stay together
+
+
+def test_the_rest_of_a_prompt_is_shared_where_that_saves_more_than_a_copy_costs() -> None:
+    prompts = [[*SYSTEM, 1, 2, 3], [*SYSTEM, 4, 5, 6]]
+    few, many = ahead_of(prompts, n=3), ahead_of(prompts, n=40)
+    assert {(sample.base, sample.shared) for sample in few.waiting} == {(len(SYSTEM), len(SYSTEM))}
+    assert {(sample.base, sample.shared) for sample in many.waiting} == {(len(SYSTEM), len(SYSTEM) + 2)}
 
 
 def test_short_prefixes_are_not_worth_sharing() -> None:

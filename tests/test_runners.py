@@ -14,7 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import CHATS, LONG, MIXES, QUESTIONS, STORIES, STORY, SURROGATE, alone, answers, requests_of
 
-from llmpipe import BaseLLMRunner, LLMConfigError, LLMInferenceError, LLMRunnerFactory, Request, SamplingConfig
+from llmpipe import (
+    BaseLLMRunner,
+    Completion,
+    LLMConfigError,
+    LLMInferenceError,
+    LLMRunnerFactory,
+    Request,
+    SamplingConfig,
+)
 
 # Arithmetic that does not depend on the batch, and is the same on both backends.
 EXACT: dict[str, dict[str, Any]] = {
@@ -179,6 +187,33 @@ def test_an_answer_ends_where_the_context_does(backend: str, make: Make) -> None
     (done,) = runner.run([STORY], max_tokens=500, ignore_eos=True)
     assert done.finish_reason == "length"
     assert (done.prompt_tokens or 0) + (done.completion_tokens or 0) == 64
+
+
+def uncached(done: list[Completion]) -> list[int]:
+    """Return the prompt tokens that were computed rather than copied, of each completion."""
+    return [(c.prompt_tokens or 0) - (c.cached_prompt_tokens or 0) for c in done]
+
+
+def test_a_prompt_is_computed_once_for_any_number_of_samples(runner: BaseLLMRunner) -> None:
+    request = runner.request("a little fox, " * 12, n=600, temperature=1.0, max_tokens=1)
+    done = runner.run([request])
+    prompt = done[0].prompt_tokens or 0
+    assert sorted(uncached(done)) == [1] * 599 + [prompt]
+    some = list(runner.completions([replace(request, samples=tuple(range(7, 600, 2)))]))  # as after a resume
+    assert sorted(uncached(some))[:-1] == [1] * (len(some) - 1)
+    assert {c.sample: c.text for c in some} == {c.sample: c.text for c in done if c.sample in range(7, 600, 2)}
+
+
+def test_each_of_several_prompts_is_computed_once_whatever_they_share(runner: BaseLLMRunner) -> None:
+    """Many more prompts than are kept, several blocks of them, and a common beginning, which is computed once too."""
+    system, n = "the same old story again, " * 8, 9
+    prompts = [f"{system}and now number {i}: " + f"{chr(97 + i % 26)} " * (9 + i) for i in range(30)]
+    done = runner.run([runner.request(prompt, i, "raw", n=n, max_tokens=1) for i, prompt in enumerate(prompts)])
+    common = min((c.cached_prompt_tokens or 0) for c in done if c.cached_prompt_tokens)
+    assert common >= 40
+    paid = [[count for count in uncached(done[i : i + n]) if count > 1] for i in range(0, len(done), n)]
+    assert all(len(counts) <= 1 for counts in paid)
+    assert sum(map(sum, paid)) < 2 * common + sum((c.prompt_tokens or 0) - common for c in done[::n])
 
 
 # --- where an answer ends ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -103,6 +103,47 @@ def test_special_tokens_have_no_text_and_disturb_none(transformers_runner: BaseL
     assert [stream.push(token) for token in (a, tokenizer.eos_token_id, a, tokenizer.eos_token_id, a)] == [
         "a", "", "a", "", "a",
     ]  # fmt: skip
+
+
+@given(data=st.data(), kind=st.sampled_from(list(TOKENIZERS)))
+@settings(max_examples=200, deadline=None)
+def test_tokens_one_by_one_give_what_all_of_them_give_at_once(data: st.DataObject, kind: str) -> None:
+    """Whole characters, words, special tokens and ids beyond the vocabulary; of bytes, also those of no character."""
+    tokenizer, byte_tokens = TOKENIZERS[kind]
+    characters = st.characters(codec="utf-8", exclude_characters="\ufffd").map(
+        lambda c: [byte_tokens[b] for b in c.encode()]
+    )
+    others = st.sampled_from([*tokenizer.all_special_ids, len(tokenizer) + 5]) | st.integers(257, len(tokenizer) - 1)
+    pieces = characters | others.map(lambda token: [token])
+    if kind == "byte-level":  # the other one decodes a run of bytes as a whole, and so backwards in time
+        pieces |= st.integers(0, len(tokenizer) - 1).map(lambda token: [token])
+    many = st.integers(1, 50).flatmap(lambda n: pieces.map(lambda piece: piece * n))
+    ids = [i for piece in data.draw(st.lists(pieces | many, max_size=12)) for i in piece]
+    prompt = [byte_tokens[ord("a")]]
+    stream = TokenText(tokenizer, prompt)
+    text = "".join(stream.push(token) for token in ids)
+    expected = tokenizer.decode(prompt + ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert ("a" + text).rstrip("\ufffd") == expected.rstrip("\ufffd")
+    assert expected.startswith("a" + text)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_token_takes_no_more_time_and_room_however_many_came_before(kind: str) -> None:
+    tokenizer, byte_tokens = TOKENIZERS[kind]
+    decoded: list[int] = []
+
+    class Counting:
+        def decode(self, ids: list[int], **options: Any) -> str:
+            decoded.append(len(ids))
+            return str(tokenizer.decode(ids, **options))
+
+    silent = [tokenizer.all_special_ids[0], len(tokenizer) + 5]
+    for tokens in ([byte_tokens[0xFF]], [byte_tokens[0xE6]], [byte_tokens[0xF0], byte_tokens[0xFF]], silent):
+        stream = TokenText(Counting(), [byte_tokens[ord("a")]])
+        text = "".join(stream.push(token) for _ in range(1000) for token in tokens)
+        assert len(tokens) * 1000 - 4 <= len(text) <= len(tokens) * 1000 if tokens != silent else not text
+    assert max(decoded) < 50
+    assert len(decoded) < 2.5 * 6000
 
 
 # --- padding ----------------------------------------------------------------------------------------------------------
