@@ -194,8 +194,9 @@ class Stops:
                 continue
             if not heard:
                 return
-            # A terminal that is closed says so twice: that is one wish.
-            wishes += [signum for signum in heard if signum in SIGNALS and (signum != HANGUP or not wishes)]
+            for signum in heard:
+                if signum in SIGNALS and (signum != HANGUP or not wishes):  # which comes twice, and is one wish
+                    wishes.append(signum)
             if wishes:
                 over_since = min(over_since, time.monotonic())
             if len(wishes) > 1:  # the main thread ends the process, unless it is held up in native code
