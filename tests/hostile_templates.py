@@ -55,7 +55,6 @@ HOSTILE = {
     + "{% endcall %}" * 40,
     "doubling with a filter block": "{% set ns = namespace(x='x') %}{% for i in range(99) %}"
     "{% set y %}{% filter trim %}{{ ns.x }}{{ ns.x }}{% endfilter %}{% endset %}{% set ns.x = y %}{% endfor %}",
-    "doubling with escape": grown("'%s' % (ns.x | escape)", "'&&'"),
     "doubling in a straight line": "{% set x = 'x' %}" + "{% set x = x ~ x %}" * 99,
     "doubling with sum": grown("[ns.x, ns.x] | sum(start=[])", "[1]"),
     "JSON of JSON": "{{ ('\"' * 99)" + " | tojson" * 40 + " }}",
