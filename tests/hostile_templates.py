@@ -3,6 +3,7 @@
 As a program, reads templates as JSON, one a line, and writes what became of each, within limits set by the system.
 """
 
+# ruff: noqa: E501 (templates have long lines)
 from __future__ import annotations
 
 import json
@@ -54,7 +55,6 @@ HOSTILE = {
     + "{% endcall %}" * 40,
     "doubling with a filter block": "{% set ns = namespace(x='x') %}{% for i in range(99) %}"
     "{% set y %}{% filter trim %}{{ ns.x }}{{ ns.x }}{% endfilter %}{% endset %}{% set ns.x = y %}{% endfor %}",
-    "doubling with escape": grown("ns.x | string | escape", "'&&'"),
     "doubling in a straight line": "{% set x = 'x' %}" + "{% set x = x ~ x %}" * 99,
     "doubling with sum": grown("[ns.x, ns.x] | sum(start=[])", "[1]"),
     "JSON of JSON": "{{ ('\"' * 99)" + " | tojson" * 40 + " }}",
@@ -68,10 +68,10 @@ HOSTILE = {
     "a product of a list": "{{ [0] * 99999999999 }}",
     "a product of a tuple": "{{ 99999999999 * (0,) }}",
     "a product of a product": "{{ ('x' * 60000000) ~ ('x' * 60000000) }}",
-    "a power": "{{ 9 ** 9 ** 9 ** 9 }}",
+    "a power": "{{ 9 ** (9 ** (9 ** 9)) }}",
     "a product of numbers": grown("ns.x * ns.x", "3"),
     "a sum of numbers": grown("ns.x + ns.x", "3", 99999),
-    "a difference of numbers": grown("ns.x - ns.x * 2", "3", 99999),
+    "a difference of numbers": grown("ns.x - (0 - ns.x)", "3", 99999),
     "a width": "{{ '%999999999999d' % 1 }}",
     "a precision": "{{ '%.999999999f' % 1.5 }}",
     "a width from elsewhere": "{{ '%*d' % (99999999999, 1) }}",
@@ -142,7 +142,8 @@ HOSTILE = {
     "loops with a macro": "{% macro f() %}{% endmacro %}" + looped("{{ f() }}"),
     "loops with a test": looped("{% if a %}{% endif %}"),
     "loops that choose": "{% for a in range(9999) %}" + "{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
-    "loops that choose by much": "{% for a in range(99999) if " + "a < 0 or " * 400 + "false %}{% endfor %}" * 1,
+    "loops that choose by much": "{% for b in range(99) %}{% for a in range(99999) if [" + "a, " * 999 + "] == [] %}"
+    "{% endfor %}{% endfor %}",
     "loops that continue": looped("{% continue %}"),
     "loops over texts": LONG + "{% for c in x %}{% for d in x %}{% endfor %}{% endfor %}",
     "macros with much by default": "{% macro f(x="
@@ -189,10 +190,10 @@ HOSTILE = {
     "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "classes in a format": "{{ '{0.__class__.__mro__}'.format('') }}",
     "classes by a path": "{{ [''] | map(attribute='__class__.__mro__') | list }}",
-    "globals": "{{ raise_exception.__globals__ }}",
+    "globals": "{{ raise_exception.__globals__.os }}",
     "globals of a function": "{{ cycler.__init__.__globals__.os.getcwd() }}",
     "the code of a macro": "{% macro f() %}{% endmacro %}{{ f._func.__code__ }}",
-    "itself": "{{ self._TemplateReference__context }}",
+    "itself": "{{ self._TemplateReference__context.environment }}",
     "include": "{% include '/etc/passwd' %}",
     "include that may be missing": "{% include '/etc/passwd' ignore missing %}",
     "import": "{% import 'x' as y %}",
@@ -219,7 +220,10 @@ def main() -> None:
 
     from llmpipe import LLMConfigError
     from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
+    from llmpipe.runners.templates import limits
 
+    limits.MOST_WORK //= int(sys.argv[1])
+    limits.RENDER_S = float("inf")  # what is counted has to do
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (400, 400))
     for line in sys.stdin:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -14,9 +13,9 @@ from hypothesis import strategies as st
 
 from llmpipe import LLMConfigError, LLMRunnerFactory
 from llmpipe.chats import parse_messages
-from llmpipe.runners import template_limits
 from llmpipe.runners.chat import MARK, ChatTemplate, ChatTemplateError, read_template
 from llmpipe.runners.rendering import ChatRenderer
+from llmpipe.runners.templates import limits
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHATML = (
@@ -263,7 +262,6 @@ def test_a_template_that_fails_refuses_the_row_with_its_reason(source: str) -> N
         "{{ messages.append(1) }}",
         "{{ cycler.__init__.__globals__.os.getcwd() }}",
         "{% set _ = messages[0].update({'content': 'x'}) %}",
-        "{% include '/etc/passwd' %}",
     ],
 )
 def test_a_template_cannot_leave_its_sandbox_or_change_the_messages(source: str) -> None:
@@ -295,48 +293,6 @@ def test_a_template_is_read_from_a_file_or_taken_as_it_is(tmp_path: Path) -> Non
 
 LOOPS = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}"
 ENDS = "{% endfor %}" * 3
-GREEDY_TEMPLATES = {
-    "loops": LOOPS + ENDS,
-    "loops that print": LOOPS + "{{ messages[0].content }}" + ENDS,
-    "loops with a macro": "{% macro f() %}{% endmacro %}" + LOOPS + "{{ f() }}" + ENDS,
-    "loops that catch nothing": LOOPS + "{% if a %}{% endif %}" + ENDS,
-    "doubling": "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-    "doubling by addition": "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}"
-    "{% endfor %}",
-    "doubling a list": "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}"
-    "{% endfor %}",
-    "doubling a block": "{% set ns = namespace(x='x') %}{% for i in range(99) %}"
-    "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}{% endfor %}",
-    "doubling by a join": "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] | join %}"
-    "{% endfor %}",
-    "a straight line": "{% set x = 'x' %}" + "{% set x = x ~ x %}" * 99,
-    "a product": "{{ 'x' * 10 ** 12 }}",
-    "a list's product": "{{ [0] * 99999999999 }}",
-    "a power": "{{ 9 ** 9 ** 9 ** 9 }}",
-    "a width": "{{ '%999999999999d' % 1 }}",
-    "a width of format": "{{ '{:99999999999}'.format(1) }}",
-    "a width from elsewhere": "{{ '%*d' % (99999999999, 1) }}",
-    "the format filter": "{{ '%99999999999d' | format(1) }}",
-    "center": "{{ 'x' | center(99999999999) }}",
-    "ljust": "{{ 'x'.ljust(99999999999) }}",
-    "indent": "{{ messages | tojson(indent=99999999999) }}",
-    "a date": "{{ strftime_now('%9999999999Y') }}",
-    "replace": "{% set x = ('x' * 99999) %}{{ x | replace('x', x) }}",
-    "replace as a method": "{% set x = ('x' * 99999) %}{{ x.replace('x', x) }}",
-    "a range": "{{ range(99999999999) | list }}",
-}
-
-
-@pytest.mark.parametrize("name", GREEDY_TEMPLATES)
-def test_a_template_that_takes_too_much_is_stopped_and_refuses_the_row(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(template_limits, "RENDER_S", 0.3)
-    monkeypatch.setattr(template_limits, "MOST_BYTES", 200 * 2**20)
-    template, began = ChatTemplate(GREEDY_TEMPLATES[name]), time.thread_time()
-    with pytest.raises(ChatTemplateError, match="refuses these messages: (it |Range too big)"):
-        template.render(HELLO)
-    assert time.thread_time() - began < 2
 
 
 def test_the_limits_leave_usual_templates_alone() -> None:
@@ -346,7 +302,7 @@ def test_the_limits_leave_usual_templates_alone() -> None:
 
 
 def test_both_backends_render_within_the_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(template_limits, "RENDER_S", 0.3)
+    monkeypatch.setattr(limits, "RENDER_S", 0.3)
     file = tmp_path / "loops.jinja"
     file.write_text("{% if messages[0].content == 'loop' %}" + LOOPS + ENDS + "{% endif %}" + CHATML)
     for backend in ("llama_cpp", "transformers"):

@@ -75,7 +75,8 @@ class ChatTemplate:
                 f"the chat template is not valid Jinja, line {error.lineno}: {error.message}"
             ) from error
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # what Python makes of its code
-            raise LLMConfigError(f"the chat template cannot be compiled: {error}") from error
+            reason = str(error) or type(error).__name__
+            raise LLMConfigError(f"the chat template cannot be compiled: {reason}") from error
 
     def render(
         self,

@@ -23,21 +23,11 @@ STATEMENTS: tuple[type[nodes.Node], ...] = (
     *(nodes.Expr, nodes.Pair, nodes.Keyword, nodes.Operand),
 )
 """The parts of the language; what loads other templates is not among them."""
-MOST_SOURCE = 2**18
-"""Characters of a template; the longest of published models have some 30,000."""
-_OPERATIONS = (
-    "spend",
-    "text",
-    "concatenated",
-    "sliced",
-    "compared",
-    "plus",
-    "minus",
-    "times",
-    "power",
-    "modulo",
-    "key",
-)
+_TAGS: dict[type[nodes.Node], str] = {nodes.FromImport: "from", nodes.ScopedEvalContextModifier: "autoescape"}
+MOST_SOURCE = 2**16
+"""Characters of a template; published ones have up to 20,000. What compiling takes grows faster than they do."""
+_OPERATIONS = ("spend", "text", "concatenated", "sliced", "compared", "key")
+_BINARY = {"Add": "plus", "Sub": "minus", "Mul": "times", "Pow": "power", "Mod": "modulo"}
 """Methods of a rendering that the code of a template calls by these names."""
 _OWN_FUNCTIONS = frozenset(FUNCTIONS.values())
 _METHODS_OF_DICT = frozenset(dir(dict))
@@ -52,7 +42,7 @@ class CountingCode(CodeGenerator):
         """Write the names that all code of a function needs."""
         super().write_commons()
         self.writeline("concat = context.joined")
-        for name in _OPERATIONS:
+        for name in (*_OPERATIONS, *_BINARY.values()):
             self.writeline(f"{name} = context.{name}")
 
     def blockvisit(self, nodes: Iterable[nodes.Node], frame: Frame) -> None:
@@ -130,7 +120,7 @@ def _binary(operation: str) -> Callable[[CountingCode, nodes.BinExpr, Frame], No
     return visitor
 
 
-for _node, _operation in {"Add": "plus", "Sub": "minus", "Mul": "times", "Pow": "power", "Mod": "modulo"}.items():
+for _node, _operation in _BINARY.items():
     setattr(CountingCode, f"visit_{_node}", _binary(_operation))
 
 _SIGNS = {"eq": "==", "ne": "!=", "lt": "<", "lteq": "<=", "gt": ">", "gteq": ">=", "in": "in", "notin": "not in"}
@@ -208,7 +198,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def _generate(self, source: nodes.Template, *args: Any, **options: Any) -> str:
         for node in list(source.find_all(nodes.Node)):
             if not isinstance(node, STATEMENTS):
-                raise TemplateAssertionError(f"chat templates may not use {type(node).__name__.lower()!r}", node.lineno)
+                tag = _TAGS.get(type(node), type(node).__name__.lower())
+                raise TemplateAssertionError(f"chat templates may not use {tag!r}", node.lineno)
             if isinstance(node, (nodes.Filter, nodes.Test)) and (node.dyn_args or node.dyn_kwargs):
                 raise TemplateAssertionError("chat templates may not use '*' for arguments of filters", node.lineno)
             if isinstance(node, nodes.For) and node.test is not None:
@@ -251,7 +242,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         assert isinstance(context, Rendering)
         options.pop("_loop_vars", None)
         options.pop("_block_vars", None)
-        context.spend(NODE * (len(args) + len(options)))
+        context.spend(NODE * (5 + len(args) + len(options)))
         if options:
             list(map(context.key, options))
         kind = type(function)
