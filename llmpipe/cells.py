@@ -8,14 +8,33 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from decimal import Decimal
 from numbers import Real
 from typing import Any
 
+MAX_LEVELS = 200
+"""How deep objects and lists may nest, so that everything that walks them can."""
 _FLOAT = re.compile(r"-?\d+\.0|-?\d(\.\d+)?e[+-]\d\d+")
 TRUE_AND_FALSE = {True: ("true", "True", "TRUE"), False: ("false", "False", "FALSE")}
+
+
+def is_too_deep(value: Any, text: str | bytes) -> bool:
+    """Say whether what a JSON text holds nests more than `MAX_LEVELS` deep."""
+    opened = text.count("{") + text.count("[") if isinstance(text, str) else text.count(b"{") + text.count(b"[")
+    return opened > MAX_LEVELS and _levels(value) > MAX_LEVELS
+
+
+def _levels(value: Any) -> int:
+    levels, layer = 0, [value]
+    while layer := [inner for outer in layer if isinstance(outer, (dict, list)) for inner in _inside(outer)]:
+        levels += 1
+    return levels
+
+
+def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def is_missing(value: Any) -> bool:

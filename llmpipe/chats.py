@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 
 import orjson
 
-from llmpipe.cells import is_missing
+from llmpipe.cells import MAX_LEVELS, is_missing, is_too_deep
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Message, UnusableText, is_utf8
 from llmpipe.sharegpt import as_messages
@@ -109,9 +109,10 @@ def _object_or_as_it_is(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
     try:
-        return json.loads(value)  # not by orjson, which rounds what exceeds 64 bits
+        held = json.loads(value)  # not by orjson, which rounds what exceeds 64 bits
     except (ValueError, RecursionError):
         return value
+    return value if is_too_deep(held, value) else held
 
 
 def parse_tools(value: Any) -> tuple[dict[str, Any], ...] | None:
@@ -214,12 +215,15 @@ def from_json(text: str, what: str) -> Any:
         ValueError: it is none; names `what` it should be.
     """
     try:
-        return orjson.loads(text)
+        value = orjson.loads(text)
     except ValueError as error:
         try:
-            return json.loads(text)  # which reads NaN, as data frames write it
+            value = json.loads(text)  # which reads NaN, as data frames write it
         except (ValueError, RecursionError):
             raise ValueError(f"{what} is text, and not valid JSON: {error}") from error
+    if is_too_deep(value, text):
+        raise ValueError(f"{what} nests more than {MAX_LEVELS} levels deep")
+    return value
 
 
 def kind_of(value: Any) -> str:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmpipe import LLMConfigError, LLMRunnerFactory
+from llmpipe import LLMConfigError, LLMRunnerFactory, compose, run
 from llmpipe.chats import parse_messages
 from llmpipe.runners.chat import MARK, ChatTemplate, ChatTemplateError, read_template
 from llmpipe.runners.rendering import ChatRenderer
@@ -312,3 +312,17 @@ def test_both_backends_render_within_the_limits(monkeypatch: pytest.MonkeyPatch,
             good, bad = runner.run(["Hello", "loop"], max_tokens=2)
             assert good.text is not None
             assert "takes more than 0.3 s" in str(bad.error)
+
+
+@pytest.mark.parametrize("isolation", [False, True])
+def test_messages_that_nest_too_deeply_cost_their_own_row(
+    isolation: bool, write_jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    def nested(levels: int) -> dict[str, Any]:
+        inner = "[" * levels + "]" * levels
+        return {"messages": '[{"role": "user", "content": "What is 2 + 2?", "x": ' + inner + "}]"}
+
+    rows = [nested(levels) for levels in (150, 250, 900, 5000)]
+    config = compose([f"dataset.path={write_jsonl(*rows)}", f"backend.isolation={str(isolation).lower()}"])
+    assert (metrics := run(config, tmp_path / "run"))["rows_error"] == 3, metrics
+    assert metrics["rows_ok"] == 1

@@ -22,9 +22,9 @@ import pytest
 import zstandard
 
 import llmpipe
+from llmpipe.cells import MAX_LEVELS
 from llmpipe.config import ColumnsConfig, DatasetConfig
 from llmpipe.datasets import Dataset
-from llmpipe.datasets.jsonl import MAX_LEVELS
 from llmpipe.exceptions import DatasetError, MissingDependencyError
 from llmpipe.records import Row
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from llmpipe.cells import MAX_LEVELS, is_too_deep
 from llmpipe.config import DatasetConfig
 from llmpipe.datasets.opening import open_bytes
 from llmpipe.records import Row, is_utf8
 
-MAX_LEVELS = 200
-"""How deep objects and lists of a row may nest, so that every writer can walk them."""
 BLOCK_BYTES = 2**17
 """Lines are looked at together in blocks of about so much."""
 LONG_NUMBER = 19
@@ -38,7 +37,7 @@ def read_jsonl(path: Path, config: DatasetConfig = DEFAULTS) -> Iterator[Row]:
                     values = orjson.loads(text) if easy else None
                 except orjson.JSONDecodeError:  # blank, wrong, or only for the standard library
                     values = None
-                if type(values) is dict and not _is_too_deep(values, text):
+                if type(values) is dict and not is_too_deep(values, text):
                     yield Row(name, number, values, text)
                 elif text:
                     yield row_of(name, number, text, indent=len(line) - len(line.lstrip(_BLANKS)))
@@ -63,24 +62,9 @@ def _problem(values: Any, text: bytes) -> str | None:
         return f"a JSON {type(values).__name__}, not an object"
     if not all(is_utf8(name) for name in values):
         return "a column's name holds a lone surrogate, which no UTF-8 text can"
-    if _is_too_deep(values, text):
+    if is_too_deep(values, text):
         return f"nested more than {MAX_LEVELS} levels deep"
     return None
-
-
-def _is_too_deep(values: Any, text: bytes) -> bool:
-    return text.count(b"{") + text.count(b"[") > MAX_LEVELS and _levels(values) > MAX_LEVELS
-
-
-def _levels(value: Any) -> int:
-    levels, layer = 0, [value]
-    while layer := [inner for outer in layer if isinstance(outer, (dict, list)) for inner in _inside(outer)]:
-        levels += 1
-    return levels
-
-
-def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value
 
 
 def parse_json(text: bytes) -> Any:

@@ -141,7 +141,7 @@ class BaseLLMRunner(ABC):
             try:
                 self._check_simple(request.sampling)
                 prompt = self.prompt_text(request)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield from error_chunks(request, str(error))
                 continue
             for sample in request.samples:

@@ -72,7 +72,7 @@ class LookAhead:
                 break
             try:
                 prompt, truncated = self._encode(request)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield from error_chunks(request, str(error))
                 continue
             need = min(len(prompt) + request.sampling.max_tokens, self._limit)
