@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -271,13 +272,9 @@ def test_templates_in_the_style_of_known_models_render_as_in_transformers(family
         assert as_here(source, **CHATS[chat]) == expected
 
 
-REAL = Path(os.environ.get("LLMPIPE_REAL_TEMPLATES", "no such directory"))
-
-
 @pytest.mark.real
-@pytest.mark.skipif(not REAL.is_dir(), reason="LLMPIPE_REAL_TEMPLATES names no directory of *.jinja files")
-def test_templates_of_real_models_render_as_in_transformers() -> None:
-    for file in sorted(REAL.glob("*.jinja")):
+def test_templates_of_real_models_render_as_in_transformers(real: Callable[[str], Path]) -> None:
+    for file in sorted(real("*.jinja").parent.glob("*.jinja")):
         source = file.read_text(encoding="utf-8")
         for name, chat in CHATS.items():
             try:
@@ -331,17 +328,22 @@ STEPS = [
 ]
 
 
+def written_out(text: str) -> bool:
+    """Tell whether a text shows an object, in whichever case and however taken apart."""
+    return "0x" in re.sub(r"[^0-9a-z]", "", text.lower())
+
+
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(VALUES), st.lists(st.sampled_from(STEPS), max_size=5))
 def test_any_chain_of_operations_gives_what_it_gives_in_transformers_or_is_refused(
     value: str, steps: list[str]
 ) -> None:
-    expression = f"({value})"
+    expression, bound = "v", "{% set v = " + value + " %}"  # nothing that transformers computes while it compiles
     for step in steps:
         expression = f"({expression}{step})"
     sources = "{{ " + expression + " }}", "{% for x in " + expression + " %}[{{ x }}]{% endfor %}"
-    for source in sources:
+    for source in (bound + sources[0], bound + sources[1]):
         try:
             expected = as_transformers(source, HELLO)
         except Exception:
@@ -349,9 +351,9 @@ def test_any_chain_of_operations_gives_what_it_gives_in_transformers_or_is_refus
         try:
             found = as_here(source, HELLO)
         except Exception as error:
-            assert " at 0x" in expected or "which has no text" in str(error), (source, error)
+            assert written_out(expected) or "which has no text" in str(error), (source, error)
         else:
-            assert found == expected or " at 0x" in expected, source
+            assert found == expected or written_out(expected), source
 
 
 GROWING = [

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from jinja2 import Undefined, filters, tests
+from jinja2 import filters, tests
 from jinja2.exceptions import SecurityError
 from jinja2.utils import pass_context
 from markupsafe import Markup
@@ -54,15 +54,42 @@ def _check_path(rendering: Rendering, path: Any, values: list[Any]) -> None:
         rendering.spend(NODE * len(rendering.key(path)) * len(values))
 
 
-def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a filter that goes through its values at once, so that no chain of generators grows."""
+def _once(function: Callable[..., Iterable[Any]]) -> Callable[..., Iterator[Any]]:
+    """Return a filter whose values can be gone through once, as those of Jinja's generators.
 
-    def filtered(rendering: Rendering, values: Any, *args: Any, **options: Any) -> Iterator[Any]:
-        found = rendering.listed(values) if values else []
-        _check_path(rendering, options.get("attribute", args[0] if args else None), found)
-        return iter(rendering.listed(function(rendering, found, *args, **options)))
+    They are made at once, so that no chain of generators grows; what fails still does so when it is reached.
+    """
+
+    def filtered(rendering: Rendering, value: Any, *args: Any, **options: Any) -> Iterator[Any]:
+        found: list[Any] = []
+        try:
+            for item in function(rendering, value, *args, **options):
+                rendering.spend(NODE)
+                rendering.take(PART)
+                found.append(item)
+        except SecurityError:
+            raise
+        except Exception as error:
+            return _then_fail(found, error.with_traceback(None))
+        return iter(found)
 
     return filtered
+
+
+def _then_fail(values: list[Any], error: Exception) -> Iterator[Any]:
+    yield from values
+    raise error
+
+
+def _of_each(function: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[Any]]:
+    """Return one of Jinja's filters that look up or test something in each value."""
+
+    def of_each(rendering: Rendering, values: Any, *args: Any, **options: Any) -> Iterable[Any]:
+        found = rendering.listed(values) if values else []
+        _check_path(rendering, options.get("attribute", args[0] if args else None), found)
+        return function(rendering, found, *args, **options)
+
+    return of_each
 
 
 def _first(rendering: Rendering, values: Iterable[Any]) -> Any:
@@ -73,20 +100,18 @@ def _last(rendering: Rendering, values: Any) -> Any:
     return filters.do_last(rendering.environment, values)
 
 
-def _items(rendering: Rendering, value: Any) -> Iterator[Any]:
-    if not isinstance(value, (Mapping, Undefined)):
-        raise TypeError("Can only get item pairs from a mapping.")
-    return iter(value.items()) if isinstance(value, Mapping) else iter(())
+def _items(rendering: Rendering, value: Any) -> Iterable[Any]:
+    return filters.do_items(value)
 
 
-def _batch(rendering: Rendering, values: Iterable[Any], size: int, fill_with: Any = None) -> Iterator[Any]:
+def _batch(rendering: Rendering, values: Iterable[Any], size: int, fill_with: Any = None) -> Iterable[Any]:
     rendering.take(PART * max(operator.index(size), 0))
-    return iter(rendering.listed(filters.do_batch(rendering.listed(values), size, fill_with)))
+    return filters.do_batch(rendering.listed(values), size, fill_with)
 
 
-def _slice(rendering: Rendering, values: Iterable[Any], slices: int, fill_with: Any = None) -> Iterator[Any]:
+def _slice(rendering: Rendering, values: Iterable[Any], slices: int, fill_with: Any = None) -> Iterable[Any]:
     rendering.take(PART * max(operator.index(slices), 0))
-    return iter(rendering.listed(filters.sync_do_slice(rendering.listed(values), slices, fill_with)))
+    return filters.sync_do_slice(rendering.listed(values), slices, fill_with)
 
 
 def _reverse(rendering: Rendering, value: Any) -> Any:
@@ -128,12 +153,12 @@ def _dictsort(
 
 def _unique(
     rendering: Rendering, values: Iterable[Any], case_sensitive: bool = False, attribute: Any = None
-) -> Iterator[Any]:
+) -> Iterable[Any]:
     found = rendering.listed(values)
     first: dict[Any, Any] = {}
     for value, keys in zip(found, _keys(rendering, found, attribute, case_sensitive), strict=True):
         first.setdefault(rendering.key(keys[0]), value)
-    return iter(first.values())
+    return first.values()
 
 
 def _extreme(choose: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,10 +239,9 @@ def _formatted(rendering: Rendering, value: Any, *args: Any, **options: Any) -> 
     return rendering.percent(_string(rendering, value), options or args)
 
 
-def _truncate(rendering: Rendering, value: Any, *args: Any, **options: Any) -> str:
-    value = _string(rendering, value)
+def _truncate(rendering: Rendering, value: Any, *args: Any, **options: Any) -> Any:
     ends = sum(len(end) for end in (*args, *options.values()) if isinstance(end, str))
-    return rendering.made(len(value) + ends, filters.do_truncate, rendering.environment, value, *args, **options)
+    return rendering.made(2 * len(value) + ends, filters.do_truncate, rendering.environment, value, *args, **options)
 
 
 def _safe(rendering: Rendering, value: Any) -> Markup:
@@ -257,7 +281,7 @@ def _charged(rendering: Rendering, value: Any, work: int) -> Any:
 
 
 _COUNTED: dict[str, Callable[..., Any]] = {
-    "batch": _batch,
+    "batch": _once(_batch),
     "capitalize": _of_text("capitalize"),
     "dictsort": _dictsort,
     "e": Rendering.escaped,
@@ -267,23 +291,23 @@ _COUNTED: dict[str, Callable[..., Any]] = {
     "format": _formatted,
     "indent": _indent,
     "int": _int,
-    "items": _items,
+    "items": _once(_items),
     "join": _joined,
     "last": _last,
     "list": Rendering.listed,
     "lower": _of_text("lower"),
-    "map": _eager(filters.sync_do_map),
+    "map": _once(_of_each(filters.sync_do_map)),
     "max": _extreme(max),
     "min": _extreme(min),
-    "reject": _eager(filters.sync_do_reject),
-    "rejectattr": _eager(filters.sync_do_rejectattr),
+    "reject": _once(_of_each(filters.sync_do_reject)),
+    "rejectattr": _once(_of_each(filters.sync_do_rejectattr)),
     "replace": _replaced,
     "reverse": _reverse,
     "round": _round,
     "safe": _safe,
-    "select": _eager(filters.sync_do_select),
-    "selectattr": _eager(filters.sync_do_selectattr),
-    "slice": _slice,
+    "select": _once(_of_each(filters.sync_do_select)),
+    "selectattr": _once(_of_each(filters.sync_do_selectattr)),
+    "slice": _once(_slice),
     "sort": _sort,
     "string": _string,
     "sum": _sum,
@@ -291,7 +315,7 @@ _COUNTED: dict[str, Callable[..., Any]] = {
     "tojson": _tojson,
     "trim": _trim,
     "truncate": _truncate,
-    "unique": _unique,
+    "unique": _once(_unique),
     "upper": _of_text("upper"),
     "wordcount": _sized(filters.do_wordcount, PART),
     CHARGED: _charged,

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from jinja2.exceptions import SecurityError
 from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import SandboxedFormatter, safe_range
 from jinja2.utils import Cycler, Joiner, Namespace
@@ -107,9 +106,10 @@ _CONVERSIONS: dict[str, Callable[[Any], str]] = {"s": str, "r": repr, "a": ascii
 class _BoundedFormatter(SandboxedFormatter):
     """The sandbox's `str.format`, with a look at what each field is about to become."""
 
-    def __init__(self, rendering: Rendering) -> None:
+    def __init__(self, rendering: Rendering, escape: bool) -> None:
         super().__init__(rendering.environment)
         self._rendering = rendering
+        self._escape = escape
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
         """Do what `!s`, `!r` and `!a` say."""
@@ -127,18 +127,18 @@ class _BoundedFormatter(SandboxedFormatter):
         """Return a field as text."""
         rendering = self._rendering
         rendering.spend(10 * NODE)
+        safe = not self._escape or isinstance(value, Markup)
         if not isinstance(value, (int, float)):
             value = rendering.text(value)
         most = sum(map(rendering.width, re.findall(r"\d+", format_spec)))
         most += len(value) if isinstance(value, str) else 2 * MOST_BITS
-        return rendering.made(most, format, value, format_spec)
+        text = rendering.made(most, format, value, format_spec)
+        return text if safe else rendering.escaped(text)
 
 
 def _format(rendering: Rendering, text: str, *args: Any, **options: Any) -> str:
-    if isinstance(text, Markup):
-        raise SecurityError("it calls format of a text that is marked safe")
     rendering.take(len(text))
-    return _BoundedFormatter(rendering).vformat(text, args, options)
+    return type(text)(_BoundedFormatter(rendering, isinstance(text, Markup)).vformat(str(text), args, options))
 
 
 _SAME = "strip lstrip rstrip removeprefix removesuffix"
