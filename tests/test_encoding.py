@@ -187,7 +187,7 @@ def test_stop_tokens_that_the_model_does_not_have_are_refused_by_name(any_runner
     (done,) = any_runner.run([STORY], stop_token_ids=[5, 1_000_000])
     assert "stop_token_ids names token 1000000; the model has tokens 0 to 1535" in str(done.error)
     for wrong in (5, "5", [-1], ["5"], [True], [1.5]):
-        with pytest.raises(LLMConfigError, match="stop_token_ids=.* is not allowed; it must be a list of token ids"):
+        with pytest.raises(LLMConfigError, match="stop_token_ids.* is not allowed"):
             any_runner.request(STORY, stop_token_ids=wrong)
 
 

@@ -62,7 +62,6 @@ class SamplingConfig:
             self.stop = [] if self.stop is None else [self.stop]
         are_texts = not isinstance(self.stop, Iterable) or all(isinstance(stop, str) for stop in self.stop)
         check(are_texts, "stop", self.stop, "a list of non-empty strings")  # a number could be meant as a token
-        self.stop_token_ids = [] if self.stop_token_ids is None else self.stop_token_ids
         settle(self)
         number("temperature", self.temperature, 0, 100, "a number in [0, 100]")
         count("top_k", self.top_k, 0, "an integer >= 0 (0 is off)")
