@@ -51,6 +51,7 @@ BACKEND_OPTIONS: dict[BackendType, dict[str, Kind]] = {
         **BACKEND,
         "n_gpu_layers": (EXACTLY, 1),
         "main_gpu": (EXACTLY, 1),
+        "repack": (EXACTLY, "off"),
         "tensor_split": (EXACTLY, [1, 2]),
         "flash_attention": (ALWAYS, "off"),
         "cache_type_k": (ALWAYS, "f32"),
@@ -86,11 +87,23 @@ RUN_OPTIONS: dict[str, Kind] = {
     "device.type": (EXACTLY, "cpu"),
     "device.index": (EXACTLY, 1),
     "dataset.limit": (ALWAYS, 1),
+    "dataset.offset": (ALWAYS, 1),
+    "dataset.shuffle": (ALWAYS, 1),
+    # How a file is read shows in what its rows hold, which counts.
+    "dataset.field": (NEVER, "data"),
+    "dataset.format": (NEVER, "json"),
+    "dataset.csv.delimiter": (NEVER, "tab"),
     **{f"dataset.columns.{f.name}": (ALWAYS, "other") for f in fields(ColumnsConfig)},
     "prompt.format": (ALWAYS, "raw"),
     "prompt.system": (ALWAYS, "hi"),
     "prompt.template": (ALWAYS, "{prompt}"),
     "prompt.overflow": (ALWAYS, "truncate"),
+    "prompt.tools": (ALWAYS, [{"type": "function", "function": {"name": "f"}}]),
+    "prompt.chat_template_kwargs": (ALWAYS, {"a": 1}),
+    "prompt.continue_final": (ALWAYS, False),
+    "prompt.control_tokens": (ALWAYS, "parse"),
+    "prompt.add_bos": (ALWAYS, False),
+    "output.source": (NEVER, True),
     "output.format": (NEVER, "parquet"),
     "output.prefix": (NEVER, "x_"),
     "metrics.scorers": (NEVER, ["contains"]),
@@ -99,6 +112,7 @@ RUN_OPTIONS: dict[str, Kind] = {
     **{f"sampling.{f.name}": (ALWAYS, 3) for f in fields(SamplingConfig) if f.type in ("int", "int | None")},
     "sampling.logit_bias": (ALWAYS, {5: 1}),
     "sampling.stop": (ALWAYS, ["a"]),
+    "sampling.stop_token_ids": (ALWAYS, [1]),
     "sampling.ignore_eos": (ALWAYS, True),
     "seed": (ALWAYS, 1),
     "on_error": (NEVER, "stop"),
@@ -125,7 +139,7 @@ def with_option(config: Any, key: str, value: Any) -> Any:
 
 
 def check_kinds(config: RunConfig, options: dict[str, Kind]) -> None:
-    scan = Scan(1, ["prompt"], "sha256:0")
+    scan = Scan(1, ["prompt"], "sha256:0", [])
     for exact in (False, True):
         asked = with_option(config, "backend.reproducible", exact)
         before = fingerprint(asked, scan)

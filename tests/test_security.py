@@ -59,7 +59,8 @@ for line in sys.stdin:
     from llmpipe.runners.factory import import_class
     options = {"model": model, "threads": 1, "slots": 2, "context": 64}
     options |= {"lora": lora} if lora else {}
-    options |= {"isolation": True} if backend == "llama_cpp" else {}  # as in the child: without probing
+    # As in the child: without probing.
+    options |= {"isolation": True, "repack": "on"} if backend == "llama_cpp" else {}
     try:
         with import_class(target[backend])(options, "cpu") as runner:
             runner.run(["What is 2 + 2?", "a"], max_tokens=3)

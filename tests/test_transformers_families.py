@@ -128,8 +128,8 @@ def test_rows_that_share_a_prefix_are_those_of_generate_row_by_row(family: Famil
 
 
 def test_samples_of_a_request_are_those_of_a_request_for_each(family: Family) -> None:
-    sampling = SamplingConfig(temperature=1, max_tokens=MAX_TOKENS, n=4)
-    asked = Request(0, sampling, PROMPTS[3], seed=5, samples=(0, 1, 2, 3))
+    sampling = SamplingConfig(temperature=1, top_k=20, max_tokens=MAX_TOKENS, n=4, ignore_eos=True)
+    asked = Request(0, sampling, PROMPTS[3], seed=6, samples=(0, 1, 2, 3))
     together = answers(family.runner(3), [asked])
     assert together == alone(family.runner(3), [asked])
     assert len({text for text, *_ in together.values()}) == 4

@@ -5,7 +5,7 @@ loading.py    a checkpoint → a model on its device
 executor.py   the model as the engine of `runners.batching` sees it: packed forward passes over slots
 attention.py  attention over packed rows, each with a cache of its own
 padded.py     padded batches, for models whose attention cannot be replaced
-sampler.py    `SamplingConfig` → transformers' logits processors and a draw
+sampler.py    `SamplingConfig` → tokens, for all rows of a step at once
 tokens.py     a text → its tokens
 text.py       tokens → text as they come
 memory.py     running out of device memory, and how much there is
