@@ -13,7 +13,7 @@ run: $(INSTALLED)
 	$(BIN)/llmpipe
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
