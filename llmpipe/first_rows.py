@@ -45,6 +45,7 @@ def refuse_hopeless(config: RunConfig, dataset: Dataset, runs_chats: Callable[[B
     if not _is_own(config) or all([message["role"] for message in chat] == ["user"] for chat in chats):
         return
     with LLMRunnerFactory.from_target(config.backend, config.device, weights=False) as runner:
+        runner.renderer.silent = True
         chat = runs_chats(runner)
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         _refuse(rows, lambda row: _render(runner, prompts.build(row)))

@@ -189,6 +189,7 @@ def generate(
         known, facts = ledger.get("facts"), facts_of(runner)
         compare_facts(known or facts, facts, runner.config.reproducible, directory)
         chat = runs_chats(config, scan, runner)
+        mention_unread(config, scan, chat)
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         ledger.set(facts=known or facts)
         attempt = _Attempt(ledger, runner, memory, prompt_format="chat" if chat else "raw")
@@ -242,10 +243,14 @@ def runs_chats(config: RunConfig, scan: Scan, runner: BaseLLMRunner) -> bool:
     """
     chat = runner.is_chat(config.prompt.format)
     check_needs_chats(config, scan, chat)
+    return chat
+
+
+def mention_unread(config: RunConfig, scan: Scan, chat: bool) -> None:
+    """Say which columns look as if they were meant to be read, and are not."""
     unread = unread_columns(config.prompt, config.dataset.columns, scan.columns, chat)
     if unread:
         log.warning("nothing reads the columns %s", ", ".join(f"{name} ({why})" for name, why in unread.items()))
-    return chat
 
 
 def check_needs_chats(config: RunConfig, scan: Scan, chat: bool) -> None:

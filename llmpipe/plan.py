@@ -24,7 +24,7 @@ from llmpipe.first_rows import refuse_hopeless
 from llmpipe.ledger import LedgerSnapshot
 from llmpipe.metrics import percentiles
 from llmpipe.outputs import found_files, json_text, new_files, output_files, seal
-from llmpipe.pipeline import Before, look_through, runs_chats
+from llmpipe.pipeline import Before, look_through, mention_unread, runs_chats
 from llmpipe.prompts import PromptBuilder, settle_prompt
 from llmpipe.records import Request, Row, harmless
 from llmpipe.runners.base import BaseLLMRunner
@@ -75,6 +75,7 @@ def _planned(config: RunConfig, directory: Path, inputs: Inputs, before: Before)
         try:
             compare_facts(known, facts_of(runner), runner.config.reproducible, directory)
             chat = runs_chats(config, scan, runner)
+            mention_unread(config, scan, chat)
             prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
             survey = Survey(runner, prompts, config.dataset.columns.id, every=-(-scan.rows // MOST_COUNTED) or 1)
             for row in dataset.rows():

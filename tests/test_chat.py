@@ -326,3 +326,14 @@ def test_messages_that_nest_too_deeply_cost_their_own_row(
     config = compose([f"dataset.path={write_jsonl(*rows)}", f"backend.isolation={str(isolation).lower()}"])
     assert (metrics := run(config, tmp_path / "run"))["rows_error"] == 3, metrics
     assert metrics["rows_ok"] == 1
+
+
+def test_what_is_worth_saying_of_chats_is_said_once_in_a_run(
+    write_jsonl: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
+    path = write_jsonl(*[{"messages": chat, "functions": [1]} for _ in range(3)])
+    run(compose([f"dataset.path={path}"]), tmp_path / "run")
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len([text for text in said if "knows no developer" in text]) == 1, said
+    assert len([text for text in said if "nothing reads the columns functions" in text]) == 1, said

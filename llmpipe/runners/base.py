@@ -100,7 +100,8 @@ class BaseLLMRunner(ABC):
         self._open_stream: weakref.ref[Generator[Any]] | None = None
         self.now = datetime.now().astimezone()
         """The time that chat templates are told; of a run, its start, so that it has the same prompts when resumed."""
-        self._renderer = ChatRenderer()
+        self.renderer = ChatRenderer()
+        """Renders chats, and says what of them is worth saying."""
         self.preview: Preview | None = None
         """What is known without the weights, where they are not loaded and the backend can say."""
         self._load(weights)
@@ -214,7 +215,7 @@ class BaseLLMRunner(ABC):
         if template is None:
             return "\n".join(message["content"] for message in chat)
         kwargs = parse_template_kwargs(template_kwargs)
-        return self._renderer.render(template, chat, tools, kwargs, continue_final, self.now)
+        return self.renderer.render(template, chat, tools, kwargs, continue_final, self.now)
 
     def template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate | None:
         """Return what renders a chat in which these tools are given; None for a backend without chat templates.
@@ -235,7 +236,7 @@ class BaseLLMRunner(ABC):
         chat = parse_messages(request.messages, any_role=True)
         text = self.render(chat, request.tools, request.template_kwargs, request.continue_final)
         if self.chat_template is not None:
-            self._renderer.look_for_dropped(chat, text, request.id)
+            self.renderer.look_for_dropped(chat, text, request.id)
         return text
 
     def encode(self, request: Request) -> tuple[list[int], int] | None:

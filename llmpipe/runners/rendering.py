@@ -27,6 +27,8 @@ class ChatRenderer:
 
     def __init__(self) -> None:
         self._said: set[str] = set()
+        self.silent = False
+        """Say nothing: whoever renders the same chats afterwards will."""
 
     def render(
         self,
@@ -57,7 +59,7 @@ class ChatRenderer:
 
     def look_for_dropped(self, chat: Sequence[Message], text: str, row: int) -> None:
         """Say so where a message is nowhere in the rendered text; only the first is reported."""
-        if "dropped" in self._said:
+        if self.silent or "dropped" in self._said:
             return
         for message in chat:
             if not _is_in(message["content"], text):
@@ -71,7 +73,7 @@ class ChatRenderer:
                 return
 
     def _say(self, what: str) -> None:
-        if what not in self._said:
+        if not self.silent and what not in self._said:
             self._said.add(what)
             log.warning("%s", what)
 
