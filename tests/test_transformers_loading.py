@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def refusal(*args: Any, **options: Any) -> str:
         load(*args, **options)
     text = str(caught.value)
     assert "\n" not in text
-    assert len(text) < 600
+    assert len(re.sub(r"/[^ ']+/", "", text)) < 600  # however long the paths are
     return text
 
 
