@@ -186,9 +186,11 @@ def test_a_stop_string_that_is_a_control_token_is_looked_for_in_the_text_as_well
 def test_stop_tokens_that_the_model_does_not_have_are_refused_by_name(any_runner: BaseLLMRunner) -> None:
     (done,) = any_runner.run([STORY], stop_token_ids=[5, 1_000_000])
     assert "stop_token_ids names token 1000000; the model has tokens 0 to 1535" in str(done.error)
-    for wrong in (5, "5", [-1], [True], [1.5]):
-        with pytest.raises(LLMConfigError, match="stop_token_ids.* is not allowed"):
+    refused = [(5, "a list"), ("5", "a list"), ([-1], "a list of token ids"), (["x"], "an integer")]
+    for wrong, allowed in [*refused, ([True], "an integer"), ([1.5], "an integer")]:
+        with pytest.raises(LLMConfigError, match=f"stop_token_ids=.* is not allowed; it must be {allowed}"):
             any_runner.request(STORY, stop_token_ids=wrong)
+    assert any_runner.request(STORY, stop_token_ids=["5", 6.0]).sampling.stop_token_ids == [5, 6]  # as elsewhere
 
 
 def test_a_row_may_have_stop_tokens_of_its_own(write_jsonl: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""GGUF files that were never loaded here are loaded first in a process of its own, and asked for a few tokens.
+"""GGUF files that were never loaded here are loaded first in a process of their own, and asked for a few tokens.
 
 llama.cpp checks much of a file, and ends the process where it finds some things impossible. It may also end it on a
 file that is fine: weights are laid out anew for the processor, and the instructions that this is done for can fail,
