@@ -24,6 +24,7 @@ from llmpipe.fingerprint import backend_values, continued, fingerprint
 from llmpipe.ledger import FILE, Ledger, LedgerSnapshot, differences
 from llmpipe.outputs import ERRORS_FILE, WRITERS, Answered, is_same, own_file, refuse_foreign
 from llmpipe.pipeline import Before, layout_of, look_through, scored
+from llmpipe.place import check_place
 from llmpipe.prompts import PromptBuilder
 from llmpipe.records import Completion, Row
 
@@ -53,6 +54,7 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
         LLMError: the file cannot be written, or is there already and no earlier export of this run.
     """
     directory = Path(directory)
+    check_place(directory)
     path = directory / f"partial.{config.output.format.value}" if file is None else Path(file).expanduser()
     config = replace(config, output=replace(config.output, format=_format_of(path, directory)))
     with LedgerSnapshot(directory) as ledger, Inputs(directory, begun=True, resumed=True) as inputs:

@@ -36,6 +36,7 @@ from llmpipe.outputs import (
     write_answers,
     write_metrics,
 )
+from llmpipe.place import check_place
 from llmpipe.prompts import PromptBuilder, settle_prompt, template_columns, unread_columns
 from llmpipe.records import Request, Row, failed
 from llmpipe.report import Report
@@ -79,6 +80,7 @@ def run(
         raise LLMConfigError("plan=true and export= generate nothing: call llmpipe.plan.plan or llmpipe.export.export")
     if config.resume is not None and Path(config.resume).resolve() != directory.resolve():
         raise LLMConfigError(f"resume={config.resume!r} is not allowed here: give that directory to run() itself")
+    check_place(directory)
     before = Before.of(directory)
     with Inputs(directory, before.begun, resumed=config.resume is not None) as inputs:
         dataset, scan, types = look_through(config, inputs, before)

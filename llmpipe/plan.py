@@ -25,6 +25,7 @@ from llmpipe.ledger import LedgerSnapshot
 from llmpipe.metrics import percentiles
 from llmpipe.outputs import found_files, json_text, output_files, own_file, refuse_foreign
 from llmpipe.pipeline import Before, look_through, mention_unread, runs_chats
+from llmpipe.place import check_place
 from llmpipe.prompts import PromptBuilder, settle_prompt
 from llmpipe.records import Request, Row, harmless
 from llmpipe.runners.base import BaseLLMRunner
@@ -59,6 +60,7 @@ def plan(config: RunConfig, directory: str | Path) -> dict[str, Any]:
     """
     directory = Path(directory)
     config = replace(config, prompt=settle_prompt(config.prompt))
+    check_place(directory)
     before = Before.of(directory)
     if not before.begun:
         refuse_foreign(directory / PLAN_FILE, {})
