@@ -16,9 +16,9 @@ from typing import Any
 from llmpipe import __version__
 from llmpipe.chats import read_tools
 from llmpipe.config import BackendConfig, RunConfig, answer_fields, describe
-from llmpipe.config.checks import check
+from llmpipe.config.checks import check, reading
 from llmpipe.datasets import Scan, digest_of
-from llmpipe.exceptions import LedgerError
+from llmpipe.exceptions import LedgerError, LLMInitializationError
 from llmpipe.ledger import differences
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.weights import content_digest, model_digest
@@ -119,7 +119,8 @@ def _of_backend(config: RunConfig) -> dict[str, Any]:
         values |= {name: value for name, value in describe(config.backend).items() if name in ROUNDING_OPTIONS}
         values["device"] = str(config.device)
     for name in ("chat_template", "lora"):  # what is in the files counts, not what they are called
-        values[name] = [content_digest(str(text)) for text in _as_list(values.get(name))]
+        with reading(f"backend.{name}", values.get(name), LLMInitializationError):
+            values[name] = [content_digest(str(text)) for text in _as_list(values.get(name))]
     return {"model": model if model is None else model_digest(str(model)), "backend": values}
 
 

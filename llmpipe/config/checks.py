@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-from llmpipe.exceptions import LLMConfigError
+from llmpipe.exceptions import LLMConfigError, LLMError
 
 LARGEST = 2**31 - 1
 """Most that a backend can count to: a larger number would wrap around in its library."""
@@ -25,6 +26,26 @@ def check(ok: bool, name: str, got: object, allowed: str) -> None:
 def is_remote(path: str) -> bool:
     """Say whether a path names something that is not on this machine, as `s3://bucket/file` does."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/{1,2}[^/]", path) is not None
+
+
+@contextmanager
+def reading(name: str, got: object, error: type[LLMError] = LLMConfigError) -> Iterator[None]:
+    """Name the option, and its value, in what keeps a file that it names from being read.
+
+    Args:
+        name: The option.
+        got: Its value.
+        error: What is raised.
+    """
+    try:
+        yield
+    except OSError as fault:
+        where = f"{fault.filename}: " if fault.filename and str(fault.filename) != str(got) else ""
+        raise error(f"{name}={got!r} cannot be read: {where}{fault.strerror or fault}") from fault
+    except (ValueError, RuntimeError) as fault:
+        if isinstance(fault, LLMError) or not re.search("null byte|null character|home directory", str(fault)):
+            raise
+        raise error(f"{name}={got!r} is no name of a file: {fault}") from fault
 
 
 def number(name: str, value: object, low: float, high: float, allowed: str, *, open_low: bool = False) -> None:

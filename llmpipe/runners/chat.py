@@ -161,7 +161,10 @@ def read_template(text_or_file: str) -> str:
     try:
         return Path(text_or_file).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise LLMConfigError(f"backend.chat_template={text_or_file!r} is neither Jinja nor a readable file") from error
+        why = getattr(error, "strerror", None) or error
+        raise LLMConfigError(
+            f"backend.chat_template={text_or_file!r} is neither Jinja nor a readable file: {why}"
+        ) from error
 
 
 def strftime_now(pattern: str) -> str:

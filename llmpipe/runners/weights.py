@@ -9,10 +9,12 @@ import fnmatch
 import glob
 import hashlib
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
 
 from llmpipe.config import BUNDLED
+from llmpipe.config.checks import reading
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
 
 BUNDLED_DIR = Path(__file__).parent.parent / "models" / "tiny-chat"
@@ -30,9 +32,10 @@ def local_path(model: str) -> Path | None:
     """
     if model == BUNDLED:
         return BUNDLED_DIR
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
+    with _reading(model):
+        path = Path(model).expanduser()
+        if path.exists():
+            return path
     owner, _, name = model.partition(":")[0].partition("/")
     looks_like_a_path = model.startswith((".", "/", "~", "\\")) or not owner or not name or "/" in name
     if looks_like_a_path or name.endswith((".gguf", ".safetensors")):
@@ -41,6 +44,10 @@ def local_path(model: str) -> Path | None:
             f"it must be a file, a directory, a hub id such as owner/name, or bundled"
         )
     return None
+
+
+def _reading(model: str) -> AbstractContextManager[None]:
+    return reading("backend.model", model, LLMInitializationError)
 
 
 def find_gguf(model: str) -> Path:
@@ -54,9 +61,10 @@ def find_gguf(model: str) -> Path:
     if path is None:
         return _download_gguf(model)
     if path.is_dir():
-        files = sorted(file.name for file in path.glob("*.gguf"))
+        with _reading(model):
+            files = sorted(name for name in os.listdir(path) if name.endswith(".gguf"))
         return path / _only_gguf(files, str(path), f"backend.model={path}/")
-    with path.open("rb") as file:
+    with _reading(model), path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise LLMInitializationError(
                 f"backend.model={model!r} is not a GGUF file; for other formats use backend=transformers"
@@ -113,7 +121,9 @@ def find_checkpoint(model: str) -> str:
         raise LLMInitializationError(
             f"backend.model={model!r} is a file; backend=transformers takes a directory, a GGUF file or a hub id"
         )
-    if not (path / "config.json").is_file():
+    with _reading(model):
+        whole = (path / "config.json").is_file()
+    if not whole:
         raise LLMInitializationError(f"backend.model={model!r} has no config.json, so it is no transformers checkpoint")
     return str(path)
 
@@ -130,6 +140,11 @@ def model_digest(model: str) -> str:
     path = local_path(model)
     if path is None:
         return f"hub:{model}"
+    with _reading(model):
+        return _digest_of(path)
+
+
+def _digest_of(path: Path) -> str:
     if path.is_dir():
         files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix != ".md")
     else:  # of a file in parts, all of them
@@ -165,7 +180,7 @@ def content_digest(text: str) -> str:
     if not _exists(name):
         return text
     if Path(name).expanduser().is_dir():
-        return f"{model_digest(name)}{sign}{rest}"
+        return f"{_digest_of(Path(name).expanduser())}{sign}{rest}"
     with Path(name).expanduser().open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}{sign}{rest}"
 
