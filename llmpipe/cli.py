@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import hydra
@@ -84,7 +85,9 @@ def command(arguments: list[str]) -> int:
                 return 128 + interrupted.error.signum
             return program.end()
     except (LLMError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
-        if isinstance(error.__cause__, OSError):  # the log that cannot be opened, in Hydra's words
+        if isinstance(error.__cause__, OSError) and not isinstance(
+            error, LLMError
+        ):  # the log that cannot be opened, in Hydra's words
             error = error.__cause__
         elif type(error) is ValueError and "--" not in str(error):
             raise  # not Hydra's complaint about flags: a bug of ours
@@ -109,7 +112,10 @@ def named(error: OSError) -> LLMError:
     """Say what Hydra could not do: it reads its YAML files, and writes to the run directory, before a job begins."""
     file = Path(os.fsdecode(error.filename))
     why = f"{file}: {error.strerror}"
-    if file.suffix in (".yaml", ".yml") and "run_job" not in {f.name for f, _ in walk_tb(error.__traceback__)}:
+    writing = file.name == "multirun.yaml" or any(
+        f.f_code.co_name == "run_job" for f, _ in walk_tb(error.__traceback__)
+    )
+    if file.suffix in (".yaml", ".yml") and not writing:
         return LLMConfigError(f"cannot read a configuration: {why}")
     return LLMError(f"cannot write to the run directory: {why}; choose another hydra.run.dir")
 
@@ -311,7 +317,8 @@ def resumed(arguments: list[str]) -> list[str]:
         return arguments
     with reading(verb, name, LedgerError):
         directory = Path(name).expanduser()
-        check_place(directory)
+        if directory.exists():
+            check_place(directory)
         saved = saved_arguments(directory)
     given = [argument for i, argument in enumerate(arguments) if i not in places]
     names = {_key(argument) for argument in given} | {"resume", "export", "hydra.run.dir"}

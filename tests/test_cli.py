@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -341,3 +342,92 @@ def test_a_directory_on_another_machine_is_refused_and_no_folder_of_its_name_is_
             == f"llmpipe: {key}={value} is not supported yet: it must be on this machine; copy it from there\n"
         )
         assert list(tmp_path.iterdir()) == []
+
+
+def unreadable(tmp_path: Path) -> Path:
+    """Make a file that may not be read, and what else no file can be read from."""
+    locked = tmp_path / "locked"
+    locked.write_text("{}")
+    locked.chmod(0)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nothing")
+    (tmp_path / "closed").mkdir(mode=0)
+    return locked
+
+
+def without_privileges(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command so that permissions count for root as well."""
+    command = [sys.executable, "-m", "llmpipe", *arguments]
+    if os.getuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root reads everything, and there is no setpriv")
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+LONG_NAME = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["dataset.path=locked"], "locked cannot be read"),
+        (["dataset.path=closed"], "dataset.path='closed' cannot be read: Permission denied"),
+        (["dataset.path=closed/x.jsonl"], "dataset.path='closed/x.jsonl' cannot be read: Permission denied"),
+        ([f"dataset.path={LONG_NAME}"], "cannot be read: File name too long"),
+        (["dataset.path=loop"], "dataset.path='loop' does not exist"),
+        (["dataset.path=dangling"], "dataset.path='dangling' does not exist"),
+        (["dataset.path='~nobody-knows/x'"], "dataset.path='~nobody-knows/x' is no name of a file"),
+        (["prompt.tools=locked"], "prompt.tools='locked' cannot be read: Permission denied"),
+        (["prompt.tools=folder"], "prompt.tools='folder' cannot be read: Is a directory"),
+        ([f"prompt.tools={LONG_NAME}"], "cannot be read: File name too long"),
+        (["backend.model=locked"], "backend.model='locked' cannot be read: Permission denied"),
+        (["backend.model=closed"], "backend.model='closed' cannot be read: Permission denied"),
+        (["backend.model=closed/x.gguf"], "backend.model='closed/x.gguf' cannot be read: Permission denied"),
+        ([f"backend.model=./{LONG_NAME}"], "cannot be read: File name too long"),
+        (["backend.model=loop/x.gguf"], "does not exist"),
+        (["backend.chat_template=locked"], "backend.chat_template='locked' cannot be read: Permission denied"),
+        (["backend.lora=['locked=0.5']"], "locked: Permission denied"),
+        (["backend.lora=[closed/x]"], "cannot be read"),
+        (["--config-dir=yaml", "+experiment=locked"], "cannot read a configuration: "),
+        ([f"resume={LONG_NAME}"], "cannot be read: File name too long"),
+        (["export=closed/x"], "cannot be read: "),
+        ([f"hydra.run.dir={LONG_NAME}"], "cannot write to the run directory: "),
+        (["hydra.run.dir=closed/x"], "cannot write to the run directory: "),
+    ],
+)
+def test_what_cannot_be_read_is_named_as_such_in_a_line(
+    given: list[str], said: str, tmp_path: Path, three_rows: Path
+) -> None:
+    locked = unreadable(tmp_path)
+    (tmp_path / "yaml/experiment").mkdir(parents=True)
+    os.link(locked, tmp_path / "yaml/experiment/locked.yaml")
+    known = ["backend=llama_cpp" if "backend." in given[0] else "backend=echo", f"dataset.path={three_rows}"]
+    known = known[:1] if given[0].startswith("dataset.path") else known
+    asked = given if given[0].startswith(("resume", "export")) else [*given, *known]
+    asked += [] if given[0].startswith(("resume", "export", "hydra.run.dir")) else ["hydra.run.dir=out"]
+    done = without_privileges(*asked, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("llmpipe: ") and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+    assert "run directory" not in done.stderr or "run directory" in said
+    (tmp_path / "closed").chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dataset.path", "a\0b"), ("backend.model", "./a\0b"), ("prompt.tools", "a\0b"), ("directory", "a\0b")],
+)
+def test_the_library_refuses_names_that_no_file_can_have(
+    name: str, value: str, tmp_path: Path, three_rows: Path
+) -> None:
+    config = llmpipe.compose(["backend=llama_cpp", f"dataset.path={three_rows}"])
+    if name == "dataset.path":
+        config.dataset.path = value
+    elif name == "backend.model":
+        config.backend.model = value
+    elif name == "prompt.tools":
+        config.prompt.tools = value
+    with pytest.raises(llmpipe.LLMError):
+        llmpipe.run(config, tmp_path / (value if name == "directory" else "out"))
+    assert not (tmp_path / "out" / "ledger.sqlite").exists()

@@ -275,9 +275,10 @@ def test_a_second_signal_ends_the_process_though_native_code_never_returns(tmp_p
 
 def start_sweep(tmp_path: Path, *overrides: str) -> subprocess.Popen[str]:
     (tmp_path / "tmp").mkdir()
+    (conf := tmp_path / "conf").mkdir(exist_ok=True)
     sweep = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep", "seed=1,2,3,4"]
     return subprocess.Popen(
-        [sys.executable, "-m", "llmpipe", *sweep, *overrides],
+        [sys.executable, "-m", "llmpipe", f"--config-dir={conf}", *sweep, *overrides],
         cwd=tmp_path,
         env={
             **os.environ,
@@ -331,10 +332,10 @@ def test_a_sweep_in_several_processes_ends_as_a_whole_and_what_its_jobs_finished
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_the_processes_of_a_sweep_end_while_they_load_models(signum: signal.Signals, tmp_path: Path) -> None:
-    arguments = foreign(tmp_path, "fine", load="hang")
-    process = start_sweep(tmp_path, f"--config-dir={tmp_path / 'conf'}", "backend=breaking", *arguments)
+    arguments = foreign(tmp_path, "fine", load="hang", pids=str(tmp_path / "pids"))
+    process = start_sweep(tmp_path, "backend=breaking", *arguments)
     try:
-        wait_for(lambda: all((tmp_path / "sweep" / job / "ledger.sqlite").exists() for job in "01"), 60)
+        wait_for(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text().count("\n") == 2, 60)
         workers = workers_of(process)
         process.send_signal(signum)
         process.communicate(timeout=30)

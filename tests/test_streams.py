@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +96,46 @@ def test_a_full_output_is_said_and_fails_only_what_was_to_be_printed(
     done = shell(f"llmpipe backend=echo dataset.path={rows} hydra.run.dir=out {asked} >/dev/full", tmp_path)
     assert done.returncode == code
     assert done.stderr.decode() == "llmpipe: the standard output could not be written: No space left on device\n"
+
+
+SWEEP = "-m seed=1,2 hydra.sweep.dir=sweep"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("streams", [">/dev/full 2>/dev/full", ">&- 2>&-", "2>&1 | head -0", "2>/dev/full"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "hydra.run.dir=out",
+        f"{SWEEP} hydra/launcher=joblib hydra.launcher.n_jobs=2",
+        pytest.param(SWEEP, marks=pytest.mark.slow),
+        pytest.param("hydra.run.dir=out plan=true", marks=pytest.mark.slow),
+        pytest.param("hydra.run.dir=out max_error_rate=0.1", marks=pytest.mark.slow),
+    ],
+)
+def test_what_a_command_does_does_not_depend_on_its_streams(
+    asked: str, streams: str, rows: Path, tmp_path: Path
+) -> None:
+    done = shell(f"llmpipe {asked} backend=echo dataset.path={rows} {streams}", tmp_path)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    found = [tmp_path / "sweep/0", tmp_path / "sweep/1"] if "sweep" in asked else [tmp_path / "out"]
+    for directory in found:
+        assert (directory / "plan.json").exists() if "plan" in asked else len(answers(directory)) == 2
+    if asked == "hydra.run.dir=out":
+        exported = shell(f"llmpipe export=out {streams}", tmp_path)
+        assert exported.returncode == 0 and len((tmp_path / "out/partial.jsonl").read_bytes().splitlines()) == 2
+
+
+def test_a_pipe_that_does_not_wait_for_its_reader_gets_all(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    process = subprocess.Popen([sys.executable, "-m", "llmpipe", "--help"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    time.sleep(0.5)
+    with open(reader, "rb") as pipe:
+        said = pipe.read()
+    assert (process.communicate()[1], process.returncode) == (b"", 0)
+    assert len(said) > 10_000 and said.endswith(b"\n")
 
 
 @pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&-"])

@@ -40,7 +40,7 @@ def reading(name: str, got: object, error: type[LLMError] = LLMConfigError) -> I
     try:
         yield
     except OSError as fault:
-        where = f"{fault.filename}: " if fault.filename and str(fault.filename) != str(got) else ""
+        where = f"{fault.filename}: " if fault.filename and str(fault.filename) not in str(got) else ""
         raise error(f"{name}={got!r} cannot be read: {where}{fault.strerror or fault}") from fault
     except (ValueError, RuntimeError) as fault:
         if isinstance(fault, LLMError) or not re.search("null byte|null character|home directory", str(fault)):
