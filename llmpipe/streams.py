@@ -76,6 +76,7 @@ def _nowhere(number: int, mode: Literal["r", "w"]) -> TextIO:
         os.dup2(null, number)
         os.close(null)
         null = number
+    os.set_inheritable(null, null == number)  # as what stands there would be, for the processes of a sweep
     return open(null, mode, encoding="utf-8", closefd=False)
 
 

@@ -388,7 +388,7 @@ LONG_NAME = "x" * 300
         ([f"backend.model=./{LONG_NAME}"], "cannot be read: File name too long"),
         (["backend.model=loop/x.gguf"], "does not exist"),
         (["backend.chat_template=locked"], "backend.chat_template='locked' cannot be read: Permission denied"),
-        (["backend.lora=['locked=0.5']"], "locked: Permission denied"),
+        (["backend.lora=['locked=0.5']"], "backend.lora=['locked=0.5'] cannot be read: Permission denied"),
         (["backend.lora=[closed/x]"], "cannot be read"),
         (["--config-dir=yaml", "+experiment=locked"], "cannot read a configuration: "),
         ([f"resume={LONG_NAME}"], "cannot be read: File name too long"),
