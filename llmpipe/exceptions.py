@@ -20,9 +20,17 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+from llmpipe.quoting import shortened
+
+MOST_CHARACTERS = 4000
+"""Of a message, whatever of the user's it quotes; then it is cut in the middle."""
+
 
 class LLMError(Exception):
     """Base of every error that llmpipe raises on purpose."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shortened(str(message), MOST_CHARACTERS))
 
 
 class LLMConfigError(LLMError, ValueError):

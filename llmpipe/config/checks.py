@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 
 from llmpipe.exceptions import LLMConfigError
+from llmpipe.quoting import quoted, shortened
 
 LARGEST = 2**31 - 1
 """Most that a backend can count to: a larger number would wrap around in its library."""
@@ -19,7 +20,7 @@ def check(ok: bool, name: str, got: object, allowed: str) -> None:
         LLMConfigError: names the option, the value and the bounds.
     """
     if not ok:
-        raise LLMConfigError(f"{name}={got!r} is not allowed; it must be {allowed}")
+        raise LLMConfigError(f"{name}={quoted(got)} is not allowed; it must be {allowed}")
 
 
 def is_remote(path: str) -> bool:
@@ -74,6 +75,6 @@ def reject_unknown(given: Iterable[str], allowed: Iterable[str], what: str, extr
 def unknown_name(name: object, allowed: Iterable[str], what: str) -> str:
     """Say that `name` is unknown, which name is nearest, and which there are."""
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(str(name), allowed, 1)
+    near = difflib.get_close_matches(shortened(str(name)), allowed, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"unknown {what} {name!r}{hint} There are: {', '.join(allowed)}"
+    return f"unknown {what} {quoted(name)}{hint} There are: {', '.join(allowed)}"
