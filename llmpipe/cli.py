@@ -29,7 +29,7 @@ from llmpipe.config.checks import is_remote
 from llmpipe.config.messages import one_line
 from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
-from llmpipe.ledger import FILE, saved_arguments
+from llmpipe.ledger import begun, saved_arguments
 from llmpipe.streams import lost, usable_streams
 
 log = logging.getLogger("llmpipe")
@@ -234,8 +234,8 @@ def resumed(arguments: list[str]) -> list[str]:
 def without_traces(arguments: list[str]) -> list[str]:
     """Keep Hydra from writing where nothing is run (`plan=true`, `export=`), and the `.hydra` of a run as it was."""
     given = dict(argument.partition("=")[::2] for argument in arguments)
-    begun = "hydra.run.dir" in given and (Path(given["hydra.run.dir"]).expanduser() / FILE).exists()
-    if begun and "hydra.output_subdir" not in given:
+    continues = "hydra.run.dir" in given and begun(Path(given["hydra.run.dir"]).expanduser())
+    if continues and "hydra.output_subdir" not in given:
         arguments = [*arguments, "hydra.output_subdir=null"]
         given["hydra.output_subdir"] = "null"
     plans = given.get("plan", "").lower() in ("true", "yes", "on", "1")

@@ -11,13 +11,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import BaseFileLock
+
 from llmpipe.cells import right_answers
 from llmpipe.config import PromptFormat, RunConfig, describe
 from llmpipe.datasets import Dataset, Inputs, Scan, first_change
 from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError, LLMInferenceError
 from llmpipe.fingerprint import backend_values, compare_facts, continued, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
-from llmpipe.ledger import FILE, Ledger, saved
+from llmpipe.ledger import Ledger, begun, held, saved
 from llmpipe.metrics import MemorySampler, Totals, environment, scorers, utc_now
 from llmpipe.outputs import (
     ID,
@@ -79,6 +81,18 @@ def run(
         raise LLMConfigError("plan=true and export= generate nothing: call llmpipe.plan.plan or llmpipe.export.export")
     if config.resume is not None and Path(config.resume).resolve() != directory.resolve():
         raise LLMConfigError(f"resume={config.resume!r} is not allowed here: give that directory to run() itself")
+    with held(directory) as lock:
+        return begin_or_continue(config, directory, lock, progress, arguments)
+
+
+def begin_or_continue(
+    config: RunConfig,
+    directory: Path,
+    lock: BaseFileLock,
+    progress: Progress | None,
+    arguments: Sequence[str],
+) -> dict[str, Any]:
+    """Run, as `run`, in a directory that no other process works in."""
     before = Before.of(directory)
     with Inputs(directory, before.begun, resumed=config.resume is not None) as inputs:
         dataset, scan, types = look_through(config, inputs, before)
@@ -86,8 +100,9 @@ def run(
             found_files(directory, output_files(config.output), {})
             refuse_hopeless(config, dataset, lambda runner: runs_chats(config, scan, runner))
         asked = fingerprint(config, scan)
+        facts = {"arguments": list(arguments), "dataset_files": scan.contents}
         with (
-            Ledger(directory, continued(asked, before.fingerprint, scan), before.change(scan)) as ledger,
+            Ledger(directory, continued(asked, before.fingerprint, scan), before.change(scan), facts, lock) as ledger,
             MemorySampler(config.metrics.memory_interval_s) as memory,
         ):
             inputs.keep()
@@ -113,8 +128,7 @@ class Before(NamedTuple):
         Raises:
             LedgerError: it is damaged.
         """
-        begun = (directory / FILE).exists()
-        return cls(begun, *saved(directory, "fingerprint", "dataset_files")) if begun else cls()
+        return cls(True, *saved(directory, "fingerprint", "dataset_files")) if begun(directory) else cls()
 
     @property
     def rows(self) -> int | None:

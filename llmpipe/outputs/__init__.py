@@ -4,8 +4,8 @@ A row's own columns come out as they went in. To add a format: write a class lik
 name it in `WRITERS`.
 """
 
+from llmpipe.files import found_files, new_files, seal
 from llmpipe.outputs.arrow_types import ColumnTypes
-from llmpipe.outputs.files import found_files, new_files, seal
 from llmpipe.outputs.layout import COLUMNS, ID, POSITION, Answered, Layout, join
 from llmpipe.outputs.reading import RunFiles, read_run
 from llmpipe.outputs.writing import (
