@@ -6,6 +6,7 @@ finished, some rows are errors; 129, 130 and 143 interrupted by SIGHUP, SIGINT a
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ log = logging.getLogger("llmpipe")
 
 OK, REFUSED, SOME_ERRORS = 0, 1, 3
 CONFIG_NAME = "config"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 LOCAL = ("hydra.run.dir", "hydra.sweep.dir", "resume", "export", "export_to")
 """What names a place to read or write a run."""
 
@@ -84,6 +86,8 @@ def command(arguments: list[str]) -> int:
         if isinstance(error, OSError) and error.filename is not None and not isinstance(error, HydraException):
             why = f"{error.filename}: {error.strerror}"
             error = LLMError(f"cannot write to the run directory: {why}; choose another hydra.run.dir")
+        elif isinstance(error, OSError) and error.errno in FULL:  # Hydra's configuration, half written
+            error = LLMError(f"cannot write to the run directory: {error.strerror}; choose another hydra.run.dir")
         print(f"llmpipe: {one_line(error)}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import io
 import itertools
 import json
@@ -118,7 +119,8 @@ class Children:
             job: `kill=(number, done)`: before or after which step to die; `kill_after_s`; `fault=(number, name)`: from
                 which step on the disk is faulty, and how; `most_bytes` of a file; `rows_per_commit`; `resume=True`;
                 `call=(number, name)`: the system call before which to die, or with a name from which on those of
-                `FAILING_CALLS` fail. With `call` no steps are counted, but calls, and each is named.
+                `FAILING_CALLS` fail. With `call` no steps are counted, but calls, and each is named. `library=True`
+                runs without Hydra, which takes most of the time.
         """
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps({**job, "directory": str(directory), "overrides": overrides}) + "\n")
@@ -140,14 +142,16 @@ def serve() -> None:
     import llmpipe.pipeline
     import llmpipe.runners  # noqa: F401
 
+    compose = functools.cache(lambda *overrides: llmpipe.compose(list(overrides)))
     for line in sys.stdin:
         job = json.loads(line)
+        config = compose(*job["overrides"]) if job.get("library") else None
         said, taken = os.memfd_create("said"), os.memfd_create("taken")
         child = os.fork()
         if not child:
             os.dup2(said, 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os._exit(run_child(job, taken))
+            os._exit(run_child(job, taken, config))
         if job.get("kill_after_s") is not None:
             time.sleep(job["kill_after_s"])
             os.kill(child, signal.SIGKILL)
@@ -159,8 +163,8 @@ def serve() -> None:
         print(json.dumps(answer), flush=True)
 
 
-def run_child(job: dict[str, Any], taken: int) -> int:
-    """Run the command line with what the job wants to go wrong; each step taken leaves a byte in `taken`."""
+def run_child(job: dict[str, Any], taken: int, config: Any) -> int:
+    """Run the command line, or a configuration, with what is to go wrong; each step taken leaves a byte in `taken`."""
     import llmpipe.ledger
     from llmpipe.cli import main
 
@@ -180,13 +184,19 @@ def run_child(job: dict[str, Any], taken: int) -> int:
 
     directory = Path(job["directory"])
     asked = [f"resume={directory}"] if job.get("resume") else [*job["overrides"], f"hydra.run.dir={directory}"]
+
+    def run() -> int:
+        if config is None:
+            return main(asked)
+        return 3 if llmpipe.run(config, directory, arguments=job["overrides"])["rows_error"] else 0
+
     if "call" in job:
         number, name = job["call"]
         code, kinds = (getattr(errno, name), FAILING_CALLS[name]) if name else (0, "")
         ctypes.CDLL(None).watch_calls(str(directory).encode(), taken, number, code, kinds.encode())
-        return main(asked)
+        return run()
     with durable_steps(directory, act):
-        return main(asked)
+        return run()
 
 
 if __name__ == "__main__":
