@@ -21,7 +21,7 @@ from llmpipe.datasets import Scan, digest_of
 from llmpipe.exceptions import LedgerError
 from llmpipe.ledger import differences
 from llmpipe.runners.base import BaseLLMRunner
-from llmpipe.runners.weights import content_digest, model_digest
+from llmpipe.runners.digests import Witness, content_digest, model_digest
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +32,19 @@ ROUNDING_OPTIONS = (
 """Options that change an answer's last digits, and so count in reproducible mode only."""
 
 
-def fingerprint(config: RunConfig, scan: Scan) -> dict[str, Any]:
+def fingerprint(config: RunConfig, scan: Scan, witness: Witness | None = None) -> dict[str, Any]:
     """Return what decides the answers of a run, as nested plain values.
 
+    Args:
+        config: The run.
+        scan: What is in its dataset.
+        witness: Is to remember the files of the model.
+
     Raises:
-        LLMInitializationError: the model cannot be found.
+        LLMInitializationError: the model cannot be found, or read.
     """
     return {
-        **_of_backend(config),
+        **_of_backend(config, witness),
         "sampling": answer_fields(config.sampling),
         "prompt": {**answer_fields(config.prompt), "tools": read_tools(config.prompt.tools)},
         "dataset": {
@@ -108,7 +113,7 @@ def continued(asked: dict[str, Any], known: dict[str, Any] | None, scan: Scan) -
     return {**asked, "dataset": before} if grown else asked
 
 
-def _of_backend(config: RunConfig) -> dict[str, Any]:
+def _of_backend(config: RunConfig, witness: Witness | None) -> dict[str, Any]:
     values = backend_values(config)
     if not str(values.get("_target_")).startswith("llmpipe."):  # nobody here knows what its options mean
         values = {name: value for name, value in values.items() if name not in ("isolation", "row_timeout_s")}
@@ -119,8 +124,8 @@ def _of_backend(config: RunConfig) -> dict[str, Any]:
         values |= {name: value for name, value in describe(config.backend).items() if name in ROUNDING_OPTIONS}
         values["device"] = str(config.device)
     for name in ("chat_template", "lora"):  # what is in the files counts, not what they are called
-        values[name] = [content_digest(str(text)) for text in _as_list(values.get(name))]
-    return {"model": model if model is None else model_digest(str(model)), "backend": values}
+        values[name] = [content_digest(str(text), witness) for text in _as_list(values.get(name))]
+    return {"model": model if model is None else model_digest(str(model), witness), "backend": values}
 
 
 def backend_values(config: RunConfig) -> dict[str, Any]:

@@ -88,6 +88,8 @@ class Ledger:
         """Completions added since the ledger was opened."""
         self.alongside: Callable[[], dict[str, Any]] = dict
         """Gives the facts that each commit notes with its completions, from whichever thread makes it."""
+        self.before_commit: Callable[[], None] = lambda: None
+        """Called by each commit, from whichever thread makes it; what it raises keeps its completions out."""
         self._pending: list[tuple[int, int, bytes, int]] = []
         self._turn = threading.RLock()
         """Held by the thread that uses the connection."""
@@ -158,11 +160,13 @@ class Ledger:
 
         Raises:
             LedgerError: as `check`.
+            LLMError: what `before_commit` raises.
         """
         with self._turn:
             group = list(self._pending)  # others may be added meanwhile
             if not group:
                 return
+            self.before_commit()  # now: the group was computed by then
             with self._transaction():
                 self._db.executemany("INSERT OR REPLACE INTO completions VALUES (?, ?, ?, ?)", group)
                 _note(self._db, self.alongside())

@@ -42,6 +42,7 @@ from llmpipe.prompts import PromptBuilder, settle_prompt, template_columns, unre
 from llmpipe.records import Request, Row, failed
 from llmpipe.report import Report
 from llmpipe.runners.base import BaseLLMRunner
+from llmpipe.runners.digests import Witness
 from llmpipe.runners.factory import LLMRunnerFactory, check_trusted
 from llmpipe.runners.isolated import IsolatedRunner
 from llmpipe.sharegpt import CONVERSATIONS
@@ -99,13 +100,15 @@ def begin_or_continue(
         if not before.begun:  # a fresh run: it leaves nothing where it may not write at its end
             found_files(directory, output_files(config.output), {})
             refuse_hopeless(config, dataset, lambda runner: runs_chats(config, scan, runner))
-        asked = fingerprint(config, scan)
+        witness = Witness(f"; put it back as it was, and continue with: llmpipe resume={directory}")
+        asked = fingerprint(config, scan, witness)
         facts = {"arguments": list(arguments), "dataset_files": scan.contents}
         with (
             Ledger(directory, continued(asked, before.fingerprint, scan), before.change(scan), facts, lock) as ledger,
             MemorySampler(config.metrics.memory_interval_s) as memory,
         ):
             inputs.keep()
+            ledger.before_commit = witness.check
             note_asked(ledger, asked, scan, arguments)
             if not ledger.finished():
                 found_files(directory, output_files(config.output), ledger.get("files") or {})
@@ -200,6 +203,7 @@ def generate(
         LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules) as runner,
         stops,
     ):
+        ledger.before_commit()  # what was loaded is what was digested
         known, facts = ledger.get("facts"), facts_of(runner)
         compare_facts(known or facts, facts, runner.config.reproducible, directory)
         chat = runs_chats(config, scan, runner)
@@ -211,6 +215,7 @@ def generate(
         if isinstance(runner, IsolatedRunner):
             runner.suspects = dict(ledger.get("suspects") or [])
             runner.note = ledger.note_suspects
+            runner.reloaded = ledger.before_commit
             memory.rss_bytes = runner.rss_bytes
 
         def tick() -> None:

@@ -19,8 +19,9 @@ from llmpipe.datasets import Dataset, Scan
 from llmpipe.exceptions import RunStopped
 from llmpipe.fingerprint import fingerprint
 from llmpipe.plan import plan
+from llmpipe.runners.digests import model_digest
 from llmpipe.runners.facts import Facts
-from llmpipe.runners.weights import BUNDLED_DIR, hub_commit, model_digest
+from llmpipe.runners.weights import BUNDLED_DIR, hub_commit
 
 
 @pytest.fixture

@@ -70,6 +70,8 @@ class IsolatedRunner(BaseLLMRunner):
         """Requests that were in a child when it died, in an earlier run, and how often each was then run alone."""
         self.note: Callable[[dict[int, int]], None] = lambda suspects: None
         """Makes the suspects durable."""
+        self.reloaded: Callable[[], None] = lambda: None
+        """Called when the model was loaded again, before it computes anything; what it raises ends the stream."""
         super().__init__(config, device, sampling, weights)
 
     def _initialize_model(self) -> None:
@@ -112,6 +114,7 @@ class IsolatedRunner(BaseLLMRunner):
             self._restarts += 1
             log.warning("the backend is started again")
             self._initialize_model()
+            self.reloaded()
         assert self._child is not None
         return self._child
 
