@@ -239,7 +239,7 @@ class IsolatedRunner(BaseLLMRunner):
         """Return the prompt text of a chat; see `BaseLLMRunner.render`."""
         self._check_loaded()
         chat = parse_messages(messages, any_role=True), parse_tools(tools)
-        with self._turn():
+        with self._turns.turn():
             child = self._living_child()
             try:
                 child.send("render", (self.now, *chat, parse_template_kwargs(template_kwargs), continue_final))
@@ -315,7 +315,9 @@ def _unsuspected(
 
 
 def _leave(child: Child) -> None:
-    """Make the child give up its stream; kill it if it does not."""
+    """Make the child give up its stream; kill it if it does not. The stream of another process goes on."""
+    if not child.is_ours:
+        return
     deadline = time.monotonic() + LEAVE_S
     try:
         child.send("abandon")
