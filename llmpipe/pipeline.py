@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmpipe.cells import right_answers
-from llmpipe.config import PromptFormat, RunConfig, describe
+from llmpipe.config import PromptFormat, RunConfig, check_trusted, describe
 from llmpipe.datasets import Dataset, Inputs, Scan, first_change
 from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError, LLMInferenceError
 from llmpipe.fingerprint import backend_values, compare_facts, continued, facts_of, fingerprint
@@ -40,7 +40,7 @@ from llmpipe.prompts import PromptBuilder, settle_prompt, template_columns, unre
 from llmpipe.records import Request, Row, failed
 from llmpipe.report import Report
 from llmpipe.runners.base import BaseLLMRunner
-from llmpipe.runners.factory import LLMRunnerFactory, check_trusted
+from llmpipe.runners.factory import LLMRunnerFactory
 from llmpipe.runners.isolated import IsolatedRunner
 from llmpipe.sharegpt import CONVERSATIONS
 from llmpipe.stopping import Stops, WaitingIsOver
