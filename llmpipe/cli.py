@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -27,10 +28,12 @@ from omegaconf.errors import OmegaConfBaseException
 from llmpipe import __version__
 from llmpipe.config import conf_dir, register_schemas, to_run_config
 from llmpipe.config.checks import is_remote
+from llmpipe.config.loading import checked
 from llmpipe.config.messages import one_line
 from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
-from llmpipe.ledger import begun, saved_arguments
+from llmpipe.ledger import begun
+from llmpipe.replay import composed_from, replayed
 from llmpipe.streams import lost, usable_streams
 
 log = logging.getLogger("llmpipe")
@@ -60,7 +63,7 @@ def command(arguments: list[str]) -> int:
     logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     try:
         check_local(arguments)
-        arguments = without_traces(resumed(arguments))
+        arguments = without_traces(flags_first(resumed(arguments)))
         with temporary_directory(arguments) as outcomes:
             program = Program(outcomes)
             sys.argv[1:] = arguments
@@ -69,7 +72,8 @@ def command(arguments: list[str]) -> int:
             # Otherwise Hydra prints errors by itself, with a stack trace, and exits.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
             try:
-                hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(program.job)()
+                with checked():
+                    hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(program.job)()
             except SystemExit as end:  # Hydra's own, after --help
                 if end.code:
                     raise
@@ -152,8 +156,7 @@ class Program:
         from llmpipe.terminal import ProgressBar, show_export, show_plan, show_summary
 
         directory = Path(job.runtime.output_dir)
-        config = to_run_config(composed, job.overrides.task)
-        config.trusted_modules = trusted_modules()
+        config = to_run_config(composed, job.overrides.task, job.job.config_name, job.runtime.config_sources)
         if config.trusted_modules and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # as `python -m llmpipe` has it, but behind what is installed
         if config.export is not None:
@@ -164,7 +167,7 @@ class Program:
             show_plan(found, directory)
             return found, None
         with ProgressBar() as bar:
-            metrics = run(config, directory, bar.update, arguments=composed_from(job))
+            metrics = run(config, directory, bar.update, arguments=composed_from(composed, job))
         show_summary(metrics, directory)
         return metrics, metrics
 
@@ -215,6 +218,12 @@ def check_local(arguments: list[str]) -> None:
             raise LLMConfigError(f"{argument} is not supported yet: it must be on this machine; copy it from there")
 
 
+def flags_first(arguments: list[str]) -> list[str]:
+    """Put flags before overrides, which Hydra takes in one row only, and to which more are added here."""
+    overrides = get_args_parser().parse_intermixed_args(arguments).overrides
+    return [*(argument for argument in arguments if argument not in overrides), *overrides]
+
+
 def resumed(arguments: list[str]) -> list[str]:
     """Put the arguments of a run beside `resume=DIRECTORY` or `export=DIRECTORY`; new ones stand above them.
 
@@ -229,8 +238,7 @@ def resumed(arguments: list[str]) -> list[str]:
         return arguments
     directory = Path(name).expanduser()
     given = [argument for i, argument in enumerate(arguments) if i not in places]
-    names = {_key(argument) for argument in given} | {"resume", "export", "hydra.run.dir"}
-    before = [text for text in saved_arguments(directory) if _key(text) not in names]
+    before = replayed(directory, given)
     # The directory keeps the config files that Hydra wrote when the run began.
     return [*before, *given, f"{verb}={directory}", f"hydra.run.dir={directory}", "hydra.output_subdir=null"]
 
@@ -247,30 +255,3 @@ def without_traces(arguments: list[str]) -> list[str]:
         return arguments
     quiet = {"hydra.output_subdir": "null", "hydra/job_logging": "terminal"}
     return [*arguments, *(f"{name}={value}" for name, value in quiet.items() if name not in given)]
-
-
-def composed_from(job: Any) -> list[str]:
-    """Return the arguments that compose the running job again: overrides, and flags that say where files are."""
-    flags = [f"--config-name={job.job.config_name}"] if job.job.config_name != CONFIG_NAME else []
-    flags += [f"--config-dir={s.path}" for s in job.runtime.config_sources if s.provider == "command-line"]
-    return [*flags, *job.overrides.task]
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
-def trusted_modules() -> list[str]:
-    """Return what the command line, or else the primary config file itself, trusts.
-
-    A config group must not be able to trust its own `_target_`, so the composed value is not asked.
-    """
-    job = HydraConfig.get()
-    for override in reversed(job.overrides.task):
-        if _key(override) == "trusted_modules":
-            return list(OmegaConf.from_dotlist([override.lstrip("+")])["trusted_modules"] or [])
-    for source in job.runtime.config_sources:
-        primary = Path(source.path) / f"{job.job.config_name}.yaml"
-        if source.schema == "file" and primary.is_file():
-            return list(OmegaConf.to_container(OmegaConf.load(primary)).get("trusted_modules") or [])  # type: ignore[union-attr]
-    return []

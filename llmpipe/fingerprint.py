@@ -15,10 +15,10 @@ from typing import Any
 
 from llmpipe import __version__
 from llmpipe.chats import read_tools
-from llmpipe.config import BackendConfig, RunConfig, answer_fields, describe
+from llmpipe.config import BACKENDS, BackendConfig, RunConfig, answer_fields, describe
 from llmpipe.config.checks import check
 from llmpipe.datasets import Scan, digest_of
-from llmpipe.exceptions import LedgerError
+from llmpipe.exceptions import LedgerError, LLMConfigError
 from llmpipe.ledger import differences
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.digests import Witness, content_digest, model_digest
@@ -129,10 +129,23 @@ def _of_backend(config: RunConfig, witness: Witness | None) -> dict[str, Any]:
 
 
 def backend_values(config: RunConfig) -> dict[str, Any]:
-    """Return a run's backend options, also where its `_target_` is one that has no dataclass here."""
+    """Return a run's backend options, also where its `_target_` is one that has no dataclass here.
+
+    Raises:
+        LLMConfigError: there are none, or they are those of a backend that has one.
+    """
     if isinstance(config.backend, BackendConfig):
         return describe(config.backend)
     check(isinstance(config.backend, Mapping), "backend", config.backend, "a backend's config, or its options by name")
+    target = config.backend.get("_target_", "???")
+    check(isinstance(target, str), "backend._target_", target, "MODULE.CLASS")
+    if target.startswith("llmpipe."):
+        own = {schema._target_: kind.group for kind, schema in BACKENDS.items()}
+        check(target in own, "backend._target_", target, f"one of {', '.join(own)}, or the class of someone else")
+        raise LLMConfigError(
+            f"backend._target_={target!r} lacks the options that go with it: begin the file that names it with "
+            f"'defaults: [/schema/{own[target]}@_here_]', or use backend={own[target]}"
+        )
     return dict(config.backend)
 
 

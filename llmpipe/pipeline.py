@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from filelock import BaseFileLock
 
 from llmpipe.cells import right_answers
-from llmpipe.config import PromptFormat, RunConfig, describe
+from llmpipe.config import PromptFormat, RunConfig, check_trusted, describe
 from llmpipe.datasets import Dataset, Inputs, Scan, first_change
 from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError, LLMInferenceError
 from llmpipe.fingerprint import backend_values, compare_facts, continued, facts_of, fingerprint
@@ -43,7 +43,7 @@ from llmpipe.records import Request, Row, failed
 from llmpipe.report import Report
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.digests import Witness
-from llmpipe.runners.factory import LLMRunnerFactory, check_trusted
+from llmpipe.runners.factory import LLMRunnerFactory
 from llmpipe.runners.isolated import IsolatedRunner
 from llmpipe.sharegpt import CONVERSATIONS
 from llmpipe.stopping import Stops, WaitingIsOver
