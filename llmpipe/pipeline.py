@@ -289,26 +289,27 @@ def check_needs_chats(config: RunConfig, scan: Scan, chat: bool) -> None:
 
 def _requests(rows: Iterator[Row], prompts: PromptBuilder, ledger: Ledger, stops: Stops) -> Iterator[Request]:
     """Yield the requests for what is not done; rows that cannot be run go to the ledger at once."""
-    resuming = ledger.count() > 0
-    while block := list(islice(rows, BLOCK_ROWS)):
-        done = ledger.done(block[0].index, block[-1].index) if resuming else {}
-        for row in block:
-            if stops.pulls_no_more():
-                return
-            finished = done.get(row.index, frozenset())
-            try:
-                request = prompts.build(row, finished)
-            except (ValueError, RecursionError) as error:
-                if not finished:
-                    completion = failed(row.index, str(error))
-                    stops.asked()
-                    ledger.add([completion])
-                    stops.note(completion)
-                continue
-            if request is not None:
-                if not finished:
-                    stops.asked()
-                yield request
+    resuming, done, known = ledger.count() > 0, dict[int, frozenset[int]](), 0
+    for row in rows:
+        if stops.pulls_no_more():
+            return
+        if resuming and row.index >= known:
+            known = row.index + BLOCK_ROWS
+            done = ledger.done(row.index, known - 1)
+        finished = done.get(row.index, frozenset())
+        try:
+            request = prompts.build(row, finished)
+        except (ValueError, RecursionError) as error:
+            if not finished:
+                completion = failed(row.index, str(error))
+                stops.asked()
+                ledger.add([completion])
+                stops.note(completion)
+            continue
+        if request is not None:
+            if not finished:
+                stops.asked()
+            yield request
 
 
 def conclude(

@@ -82,6 +82,15 @@ class Row:
     typed: bool = True
     """Whether its values are what they were written as; in CSV all are text."""
 
+    @property
+    def size(self) -> int:
+        """About how many bytes the row has in its file, or, of a Parquet file, its like in memory."""
+        if self.raw is not None:
+            return len(self.raw)
+        if self.batch is not None:
+            return int(self.batch[0].nbytes) // self.batch[0].num_rows
+        return sum(len(value) for value in self.values.values() if isinstance(value, str))
+
     def value(self, column: str) -> Any:
         """Return what a column holds, or a field inside one, as `body.messages` names it; None where nothing does."""
         return lookup(self.values, column)
