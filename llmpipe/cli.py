@@ -33,6 +33,8 @@ from llmpipe.config.messages import one_line
 from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
 from llmpipe.ledger import begun
+from llmpipe.place import check_configs, check_link, check_place
+from llmpipe.records import harmless
 from llmpipe.replay import composed_from, replayed
 from llmpipe.streams import lost, usable_streams
 
@@ -69,6 +71,7 @@ def command(arguments: list[str]) -> int:
             sys.argv[1:] = arguments
             register_schemas()
             OmegaConf.register_new_resolver("llmpipe.help", help_text, replace=True)
+            OmegaConf.register_new_resolver("llmpipe.entered", entered, replace=True)
             # Otherwise Hydra prints errors by itself, with a stack trace, and exits.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
             try:
@@ -77,6 +80,9 @@ def command(arguments: list[str]) -> int:
             except SystemExit as end:  # Hydra's own, after --help
                 if end.code:
                     raise
+            except Refused as refused:
+                print(f"llmpipe: {harmless(str(refused))}", file=sys.stderr)
+                return REFUSED
             except Interrupted as interrupted:
                 program.end()
                 print(f"llmpipe: {one_line(interrupted.error)}", file=sys.stderr)
@@ -109,6 +115,36 @@ class Interrupted(BaseException):
     def __init__(self, error: RunInterrupted) -> None:
         self.error = error
         super().__init__(error)
+
+
+class Refused(BaseException):
+    """Ends the command before Hydra writes where it should not; it would wrap an `Exception` in words of its own."""
+
+
+def entered(directory: str, change: Any) -> Any:
+    """Look at a run directory when Hydra has made it, and opens no file in it yet: `hydra.job.chdir` asks for this.
+
+    Args:
+        directory: The run directory, as an absolute path.
+        change: What `hydra.job.chdir` is to be.
+
+    Raises:
+        Refused: something there leads elsewhere, or is another program's.
+    """
+    job = HydraConfig.get()
+    place, configs = Path(directory), []
+    if job.output_subdir is not None:
+        configs = [place / job.output_subdir / f"{name}.yaml" for name in ("config", "hydra", "overrides")]
+    handlers = (OmegaConf.to_container(job.job_logging, resolve=True) or {}).get("handlers", {}).values()
+    logs = [Path(handler["filename"]).absolute() for handler in handlers if "filename" in handler]
+    within = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
+    try:
+        check_place(place, [*configs, *logs], within)
+        if configs:
+            check_configs(configs[0])
+    except LLMError as error:
+        raise Refused(str(error)) from error
+    return change
 
 
 class Outcome(NamedTuple):
@@ -216,6 +252,8 @@ def check_local(arguments: list[str]) -> None:
         key, _, value = argument.partition("=")
         if key.lstrip("+") in LOCAL and is_remote(value.strip("\"'")):
             raise LLMConfigError(f"{argument} is not supported yet: it must be on this machine; copy it from there")
+        if key.lstrip("+") == "hydra.sweep.dir":  # in which Hydra writes before there is a job
+            check_link(Path(value.strip("\"'")) / "multirun.yaml")
 
 
 def flags_first(arguments: list[str]) -> list[str]:
@@ -237,6 +275,7 @@ def resumed(arguments: list[str]) -> list[str]:
     if name == "null":
         return arguments
     directory = Path(name).expanduser()
+    check_place(directory)
     given = [argument for i, argument in enumerate(arguments) if i not in places]
     before = replayed(directory, given)
     # The directory keeps the config files that Hydra wrote when the run began.

@@ -38,6 +38,7 @@ from llmpipe.outputs import (
     write_answers,
     write_metrics,
 )
+from llmpipe.place import check_place
 from llmpipe.prompts import PromptBuilder, settle_prompt, template_columns, unread_columns
 from llmpipe.records import Request, Row, failed
 from llmpipe.report import Report
@@ -82,6 +83,7 @@ def run(
         raise LLMConfigError("plan=true and export= generate nothing: call llmpipe.plan.plan or llmpipe.export.export")
     if config.resume is not None and Path(config.resume).resolve() != directory.resolve():
         raise LLMConfigError(f"resume={config.resume!r} is not allowed here: give that directory to run() itself")
+    check_place(directory)
     with held(directory) as lock:
         return begin_or_continue(config, directory, lock, progress, arguments)
 

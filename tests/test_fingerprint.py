@@ -121,7 +121,7 @@ RUN_OPTIONS: dict[str, Kind] = {
     "run_timeout_s": (NEVER, 60),
     "trusted_modules": (NEVER, ["a"]),
 }
-NOT_OF_A_RUN = {"resume", "plan", "export", "export_to", "dataset.path", "backend"}
+NOT_OF_A_RUN = {"resume", "plan", "export", "export_to", "export_force", "dataset.path", "backend"}
 """Where the dataset is does not count, nor what is done with the run."""
 
 
