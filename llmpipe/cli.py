@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -30,6 +30,7 @@ from llmpipe.config.messages import one_line
 from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
 from llmpipe.ledger import FILE, saved_arguments
+from llmpipe.redaction import RedactedFormatter
 from llmpipe.streams import lost, usable_streams
 
 log = logging.getLogger("llmpipe")
@@ -126,6 +127,8 @@ class Program:
     def job(self, composed: DictConfig) -> dict[str, Any] | None:
         """Run one composed configuration; Hydra calls this for each job, and a failed one does not end a sweep."""
         job = HydraConfig.get()
+        for handler in logging.getLogger().handlers:  # of whichever job_logging was chosen
+            handler.setFormatter(RedactedFormatter(handler.formatter))
         self._exit_code, found, metrics = REFUSED, None, None
         try:
             with usable_streams():  # a launcher may run it in another process
@@ -136,7 +139,7 @@ class Program:
         except LLMError as error:
             log.error("llmpipe: %s", one_line(error))
         if job.mode is RunMode.MULTIRUN:
-            outcome = Outcome(self._exit_code, list(job.overrides.task), metrics)
+            outcome = Outcome(self._exit_code, typed(job), metrics)
             (self._directory / f"job-{job.job.num:06}").write_text(json.dumps(outcome._asdict()), "ascii")
         return found
 
@@ -148,7 +151,7 @@ class Program:
         from llmpipe.terminal import ProgressBar, show_export, show_plan, show_summary
 
         directory = Path(job.runtime.output_dir)
-        config = to_run_config(composed, job.overrides.task)
+        config = to_run_config(composed, typed(job))
         config.trusted_modules = trusted_modules()
         if config.trusted_modules and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # as `python -m llmpipe` has it, but behind what is installed
@@ -249,7 +252,12 @@ def composed_from(job: Any) -> list[str]:
     """Return the arguments that compose the running job again: overrides, and flags that say where files are."""
     flags = [f"--config-name={job.job.config_name}"] if job.job.config_name != CONFIG_NAME else []
     flags += [f"--config-dir={s.path}" for s in job.runtime.config_sources if s.provider == "command-line"]
-    return [*flags, *job.overrides.task]
+    return [*flags, *typed(job)]
+
+
+def typed(job: Any) -> list[str]:
+    """Return the overrides of the running job as they were typed; what is read one by one, OmegaConf resolves."""
+    return cast(list[str], OmegaConf.to_container(job.overrides.task, resolve=False))
 
 
 def _key(override: str) -> str:
@@ -262,7 +270,7 @@ def trusted_modules() -> list[str]:
     A config group must not be able to trust its own `_target_`, so the composed value is not asked.
     """
     job = HydraConfig.get()
-    for override in reversed(job.overrides.task):
+    for override in reversed(typed(job)):
         if _key(override) == "trusted_modules":
             return list(OmegaConf.from_dotlist([override.lstrip("+")])["trusted_modules"] or [])
     for source in job.runtime.config_sources:

@@ -49,12 +49,12 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
     """
     directory = Path(directory)
     path = directory / f"partial.{config.output.format.value}" if file is None else Path(file).expanduser()
-    config = replace(config, output=replace(config.output, format=_format_of(path, directory)))
+    config = config.replace({"output": replace(config.output, format=_format_of(path, directory))})
     with LedgerSnapshot(directory) as ledger, Inputs(directory, begun=True, resumed=True) as inputs:
         before = Before.of(directory)
         dataset, scan, types = look_through(config, inputs, before)
         asked = ledger.get("fingerprint")
-        asking = continued(fingerprint(config, scan), asked, scan)["dataset"]
+        asking = continued(fingerprint(config, scan, asked), asked, scan)["dataset"]
         if changes := "; ".join(differences(asked["dataset"], asking, "dataset")):
             changed = before.change(scan)
             raise DatasetError(
