@@ -35,7 +35,8 @@ from llmpipe.help import help_text
 from llmpipe.ledger import begun
 from llmpipe.place import check_configs, check_link, check_place
 from llmpipe.records import harmless
-from llmpipe.replay import composed_from, replayed
+from llmpipe.redaction import RedactedFormatter
+from llmpipe.replay import composed_from, replayed, typed
 from llmpipe.streams import lost, usable_streams
 
 log = logging.getLogger("llmpipe")
@@ -135,7 +136,8 @@ def entered(directory: str, change: Any) -> Any:
     place, configs = Path(directory), []
     if job.output_subdir is not None:
         configs = [place / job.output_subdir / f"{name}.yaml" for name in ("config", "hydra", "overrides")]
-    handlers = (OmegaConf.to_container(job.job_logging, resolve=True) or {}).get("handlers", {}).values()
+    logging_config: Any = OmegaConf.to_container(job.job_logging, resolve=True) or {}
+    handlers = logging_config.get("handlers", {}).values()
     logs = [Path(handler["filename"]).absolute() for handler in handlers if "filename" in handler]
     within = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
     try:
@@ -170,6 +172,8 @@ class Program:
     def job(self, composed: DictConfig) -> dict[str, Any] | None:
         """Run one composed configuration; Hydra calls this for each job, and a failed one does not end a sweep."""
         job = HydraConfig.get()
+        for handler in logging.getLogger().handlers:  # of whichever job_logging was chosen
+            handler.setFormatter(RedactedFormatter(handler.formatter))
         self._exit_code, found, metrics = REFUSED, None, None
         try:
             with usable_streams():  # a launcher may run it in another process
@@ -180,7 +184,7 @@ class Program:
         except LLMError as error:
             log.error("llmpipe: %s", one_line(error))
         if job.mode is RunMode.MULTIRUN:
-            outcome = Outcome(self._exit_code, list(job.overrides.task), metrics)
+            outcome = Outcome(self._exit_code, typed(job), metrics)
             (self._directory / f"job-{job.job.num:06}").write_text(json.dumps(outcome._asdict()), "ascii")
         return found
 
@@ -192,7 +196,7 @@ class Program:
         from llmpipe.terminal import ProgressBar, show_export, show_plan, show_summary
 
         directory = Path(job.runtime.output_dir)
-        config = to_run_config(composed, job.overrides.task, job.job.config_name, job.runtime.config_sources)
+        config = to_run_config(composed, typed(job), job.job.config_name, job.runtime.config_sources)
         if config.trusted_modules and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # as `python -m llmpipe` has it, but behind what is installed
         if config.export is not None:

@@ -19,10 +19,16 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
+
+from llmpipe.redaction import redacted
 
 
 class LLMError(Exception):
-    """Base of every error that llmpipe raises on purpose."""
+    """Base of every error that llmpipe raises on purpose. No message has what came from the environment."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*map(redacted, args))
 
 
 class LLMConfigError(LLMError, ValueError):

@@ -20,6 +20,7 @@ from llmpipe.config.checks import check
 from llmpipe.datasets import Scan, digest_of
 from llmpipe.exceptions import LedgerError, LLMConfigError
 from llmpipe.ledger import differences
+from llmpipe.redaction import Place, as_written, below, redacted, sealed
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.digests import Witness, content_digest, model_digest
 
@@ -32,18 +33,23 @@ ROUNDING_OPTIONS = (
 """Options that change an answer's last digits, and so count in reproducible mode only."""
 
 
-def fingerprint(config: RunConfig, scan: Scan, witness: Witness | None = None) -> dict[str, Any]:
+def fingerprint(
+    config: RunConfig, scan: Scan, known: dict[str, Any] | None = None, witness: Witness | None = None
+) -> dict[str, Any]:
     """Return what decides the answers of a run, as nested plain values.
+
+    Of what came from the environment there is a digest beside the reference; see `llmpipe.redaction.sealed`.
 
     Args:
         config: The run.
         scan: What is in its dataset.
+        known: The fingerprint of an earlier run that this is to be compared with.
         witness: Is to remember the files of the model.
 
     Raises:
         LLMInitializationError: the model cannot be found, or read.
     """
-    return {
+    found = {
         **_of_backend(config, witness),
         "sampling": answer_fields(config.sampling),
         "prompt": {**answer_fields(config.prompt), "tools": read_tools(config.prompt.tools)},
@@ -57,11 +63,26 @@ def fingerprint(config: RunConfig, scan: Scan, witness: Witness | None = None) -
         },
         "seed": config.seed,
     }
+    sealing: dict[str, Any] = sealed(found, as_written(found, _places(config)), known)
+    return sealing
+
+
+def _places(config: RunConfig) -> dict[Place, str]:
+    """Return what was written where values came from the environment, by their places in the fingerprint."""
+    places = dict(config.references)
+    places.pop(("dataset", "limit"), None)  # compared as a number, and every file shows how many rows there are
+    for written in below(places, "device").values():
+        places["backend", "device"] = written
+    if ("sampling", "seed") in places:
+        places["seed",] = places["sampling", "seed"]
+    if ("backend", "model") in places and not isinstance(config.backend, BackendConfig):
+        places["model",] = places["backend", "model"]
+    return places
 
 
 def facts_of(runner: BaseLLMRunner) -> dict[str, dict[str, Any]]:
     """Return what a runner says of itself, as nested plain values; without its weights, what is known without them."""
-    facts = asdict(runner.facts())
+    facts: dict[str, dict[str, Any]] = redacted(asdict(runner.facts()))
     facts["may_decide"]["llmpipe"] = __version__
     return facts
 

@@ -29,6 +29,7 @@ import orjson
 from llmpipe.exceptions import LedgerError
 from llmpipe.files import new_files, seal
 from llmpipe.records import Completion
+from llmpipe.redaction import change
 
 FILE = "ledger.sqlite"
 VERSION = 4
@@ -515,4 +516,4 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         for key in [*old, *(k for k in new if k not in old)]:
             yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
     elif old != new:
-        yield f"{path} was {old!r}, is {new!r}"
+        yield f"{path} {change(old, new)}"

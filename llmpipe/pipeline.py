@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from itertools import islice
 from pathlib import Path
@@ -41,6 +40,7 @@ from llmpipe.outputs import (
 from llmpipe.place import check_place
 from llmpipe.prompts import PromptBuilder, settle_prompt, template_columns, unread_columns
 from llmpipe.records import Request, Row, failed
+from llmpipe.redaction import as_written, below, sealed
 from llmpipe.report import Report
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.digests import Witness
@@ -78,7 +78,7 @@ def run(
         RunInterrupted, RunStopped: a signal or errors ended the run; what was finished is in the ledger.
     """
     directory = Path(directory)
-    config = replace(config, prompt=settle_prompt(config.prompt))
+    config = config.replace({"prompt": settle_prompt(config.prompt)})
     if config.plan or config.export is not None:
         raise LLMConfigError("plan=true and export= generate nothing: call llmpipe.plan.plan or llmpipe.export.export")
     if config.resume is not None and Path(config.resume).resolve() != directory.resolve():
@@ -103,7 +103,7 @@ def begin_or_continue(
             found_files(directory, output_files(config.output), {})
             refuse_hopeless(config, dataset, lambda runner: runs_chats(config, scan, runner))
         witness = Witness(f"; put it back as it was, and continue with: llmpipe resume={directory}")
-        asked = fingerprint(config, scan, witness)
+        asked = fingerprint(config, scan, before.fingerprint, witness)
         facts = {"arguments": list(arguments), "dataset_files": scan.contents}
         with (
             Ledger(directory, continued(asked, before.fingerprint, scan), before.change(scan), facts, lock) as ledger,
@@ -212,7 +212,7 @@ def generate(
         mention_unread(config, scan, chat)
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         ledger.set(facts=known or facts)
-        attempt = _Attempt(ledger, runner, memory, prompt_format="chat" if chat else "raw")
+        attempt = _Attempt(ledger, runner, memory, config, prompt_format="chat" if chat else "raw")
         before, expected, tokens = ledger.count(), scan.rows * config.sampling.n, 0
         if isinstance(runner, IsolatedRunner):
             runner.suspects = dict(ledger.get("suspects") or [])
@@ -324,7 +324,9 @@ def conclude(
     memory: MemorySampler,
 ) -> dict[str, Any]:
     """Write outputs and metrics from the ledger, unless they are there and whole."""
-    wanted = {"output": describe(config.output), "metrics": describe(config.metrics)}
+    written = config.written()
+    options = {"output": describe(config.output), "metrics": describe(config.metrics)}
+    wanted = sealed(options, {name: written[name] for name in options}, ledger.get("written_as"))
     names = output_files(config.output)
     known: dict[str, list[str]] = ledger.get("files") or {}
     there = found_files(directory, names, known)
@@ -348,7 +350,7 @@ def conclude(
             "prompt_format": ledger.get("prompt_format"),
             "started_at": ledger.get("started_at"),
             "finished_at": ledger.get("finished_at"),
-            "seed": config.seed,
+            "seed": written["seed"],
             "model_digest": ledger.get("fingerprint")["model"],
             "dataset_digest": scan.digest,
             "runner": ledger.get("runner"),
@@ -356,7 +358,7 @@ def conclude(
             "output": output_file(config.output),
         }
         write_metrics(files, metrics)
-        files[REPORT_FILE].write(report.page(metrics, describe(config)))
+        files[REPORT_FILE].write(report.page(metrics, written))
         # Known before they have their names, so that a run that is killed here knows them; until all have theirs,
         # those of before may stand there.
         new = {name: list(dict.fromkeys([digest, there.get(name, digest)])) for name, digest in seal(files).items()}
@@ -403,11 +405,19 @@ def layout_of(config: RunConfig, scan: Scan, samples: int) -> Layout:
     )
 
 
+def told(info: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Return what a runner says of itself, with references where its options came from the environment."""
+    said: dict[str, Any] = as_written(info, below(config.references, "backend"))
+    return said
+
+
 class _Attempt:
     """Notes in the ledger what this attempt takes, on top of the attempts before it."""
 
-    def __init__(self, ledger: Ledger, runner: BaseLLMRunner, memory: MemorySampler, prompt_format: str) -> None:
-        self._ledger, self._runner, self._memory = ledger, runner, memory
+    def __init__(
+        self, ledger: Ledger, runner: BaseLLMRunner, memory: MemorySampler, config: RunConfig, prompt_format: str
+    ) -> None:
+        self._ledger, self._runner, self._memory, self._config = ledger, runner, memory, config
         self._before = {name: ledger.get(name) or 0.0 for name in ("wall_s", "peak_rss_mb", "peak_device_mb")}
         started_at, offset_s = ledger.get("started_at") or utc_now(), ledger.get("utc_offset_s")
         started = datetime.fromisoformat(started_at)
@@ -429,5 +439,5 @@ class _Attempt:
         device = self._runner.memory_usage()["peak_device_mb"] or 0.0
         peak = max(self._before["peak_device_mb"], device) or None
         did = self._ledger.noted or self._ledger.get("runner") is None  # else another attempt's figures say more
-        runner = {"runner": self._runner.info()} if did else {}
+        runner = {"runner": told(self._runner.info(), self._config)} if did else {}
         self._ledger.set(peak_device_mb=peak, **runner, **self._figures())

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmpipe.cells import as_id
 from llmpipe.exceptions import LLMInferenceError
+from llmpipe.redaction import redacted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,7 +89,7 @@ class Row:
         if self.raw is not None:
             return len(self.raw)
         if self.batch is not None:
-            return int(self.batch[0].nbytes) // self.batch[0].num_rows
+            return int(self.batch[0].nbytes // self.batch[0].num_rows)
         return sum(len(value) for value in self.values.values() if isinstance(value, str))
 
     def value(self, column: str) -> Any:
@@ -244,7 +245,7 @@ class Stopwatch:
         if chunk.started_at is not None:
             completion.queue_s = max(0.0, chunk.started_at - pulled_at)
         if chunk.finish_reason == "error":
-            completion.error = chunk.error or "the runner gave no reason"
+            completion.error = redacted(chunk.error) or "the runner gave no reason"
             completion.text = completion.first_token_s = None
         else:
             completion.text = "".join(texts)
@@ -259,7 +260,7 @@ class Stopwatch:
 
 def failed(request_id: int, reason: str, sample: int = 0) -> Completion:
     """Return the completion of a sample that could not be run."""
-    return Completion(request_id, sample, text=None, finish_reason="error", error=reason)
+    return Completion(request_id, sample, text=None, finish_reason="error", error=redacted(reason))
 
 
 def complete(

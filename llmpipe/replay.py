@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
@@ -58,12 +58,21 @@ def composed_from(composed: DictConfig, job: Any) -> list[str]:
     """
     files = {source.path for source in job.runtime.config_sources if source.schema != "structured"}
     if files <= {"hydra.conf", str(conf_dir())} and job.job.config_name == "config":
-        return [text for text in job.overrides.task if key_of(text) not in VERBS]
+        return [text for text in typed(job) if key_of(text) not in VERBS]
     schema = OmegaConf.get_type(composed, "backend")
     return [
         *(f"backend={backend.group}" for backend, known in BACKENDS.items() if schema is known),
         *_written_out(composed),
     ]
+
+
+def typed(job: Any) -> list[str]:
+    """Return the overrides of a job as they were typed; what is read one by one, OmegaConf resolves.
+
+    Args:
+        job: The job's node of Hydra's.
+    """
+    return cast(list[str], OmegaConf.to_container(job.overrides.task, resolve=False))
 
 
 def _written_out(node: DictConfig, path: str = "") -> Iterator[str]:
