@@ -54,7 +54,7 @@ def fingerprint(
         "sampling": answer_fields(config.sampling),
         "prompt": {**answer_fields(config.prompt), "tools": read_tools(config.prompt.tools)},
         "dataset": {
-            "digest": digest_of(scan.contents),
+            "digest": scan.digest,
             "rows": scan.rows,
             "columns": describe(config.dataset.columns),
             "shuffle": config.dataset.shuffle,

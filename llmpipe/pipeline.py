@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from filelock import BaseFileLock
 from llmpipe.cells import right_answers
 from llmpipe.config import PromptFormat, RunConfig, check_trusted, describe
 from llmpipe.datasets import Dataset, Inputs, Scan, first_change
-from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError, LLMInferenceError
+from llmpipe.exceptions import LedgerError, LLMConfigError, LLMError, LLMInferenceError
 from llmpipe.fingerprint import backend_values, compare_facts, continued, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
 from llmpipe.ledger import Ledger, begun, held, saved
@@ -50,9 +49,6 @@ from llmpipe.sharegpt import CONVERSATIONS
 from llmpipe.stopping import Stops, WaitingIsOver
 
 log = logging.getLogger(__name__)
-
-BLOCK_ROWS = 512
-"""Rows that are looked up in the ledger together when a run is resumed."""
 
 Progress = Callable[[int, int, int], None]
 """Called with completions done, completions expected, and tokens generated so far."""
@@ -224,7 +220,7 @@ def generate(
             ledger.check()
             stops.check()
 
-        completions = runner.completions(_requests(islice(dataset.rows(), scan.rows), prompts, ledger, stops), tick)
+        completions = runner.completions(_requests(dataset.blocks(), prompts, ledger, stops), tick)
         try:
             with stops.watching(runner.interrupt):
                 for completion in completions:
@@ -247,8 +243,6 @@ def generate(
             ledger.commit()
             attempt.ended()
     stops.raise_if_stopped(directory, dataset)
-    if dataset.digest() != scan.digest:
-        raise DatasetError("the dataset was changed while it was run: its answers are those of no one dataset")
     if ledger.rows() != scan.rows:
         raise LedgerError(
             f"{scan.rows} rows went in and {ledger.rows()} came out; this is a bug of llmpipe, please report it"
@@ -289,29 +283,28 @@ def check_needs_chats(config: RunConfig, scan: Scan, chat: bool) -> None:
             )
 
 
-def _requests(rows: Iterator[Row], prompts: PromptBuilder, ledger: Ledger, stops: Stops) -> Iterator[Request]:
+def _requests(blocks: Iterable[list[Row]], prompts: PromptBuilder, ledger: Ledger, stops: Stops) -> Iterator[Request]:
     """Yield the requests for what is not done; rows that cannot be run go to the ledger at once."""
-    resuming, done, known = ledger.count() > 0, dict[int, frozenset[int]](), 0
-    for row in rows:
-        if stops.pulls_no_more():
-            return
-        if resuming and row.index >= known:
-            known = row.index + BLOCK_ROWS
-            done = ledger.done(row.index, known - 1)
-        finished = done.get(row.index, frozenset())
-        try:
-            request = prompts.build(row, finished)
-        except (ValueError, RecursionError) as error:
-            if not finished:
-                completion = failed(row.index, str(error))
-                stops.asked()
-                ledger.add([completion])
-                stops.note(completion)
-            continue
-        if request is not None:
-            if not finished:
-                stops.asked()
-            yield request
+    resuming = ledger.count() > 0
+    for block in blocks:
+        done = ledger.done(block[0].index, block[-1].index) if resuming else {}
+        for row in block:
+            if stops.pulls_no_more():
+                return
+            finished = done.get(row.index, frozenset())
+            try:
+                request = prompts.build(row, finished)
+            except (ValueError, RecursionError) as error:
+                if not finished:
+                    completion = failed(row.index, str(error))
+                    stops.asked()
+                    ledger.add([completion])
+                    stops.note(completion)
+                continue
+            if request is not None:
+                if not finished:
+                    stops.asked()
+                yield request
 
 
 def conclude(

@@ -140,7 +140,7 @@ def with_option(config: Any, key: str, value: Any) -> Any:
 
 
 def check_kinds(config: RunConfig, options: dict[str, Kind]) -> None:
-    scan = Scan(1, ["prompt"], "sha256:0", [])
+    scan = Scan(1, ["prompt"], [])
     for exact in (False, True):
         asked = with_option(config, "backend.reproducible", exact)
         before = fingerprint(asked, scan)
