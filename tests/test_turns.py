@@ -130,7 +130,12 @@ def test_a_stream_goes_from_thread_to_thread_and_others_wait_for_it(runner: Base
 
 
 def test_threads_that_pull_one_stream_at_once_share_its_items(echo: BaseLLMRunner) -> None:
-    stream = echo.completions(echo.request(f"row {i}", id=i) for i in range(200))
+    def requests() -> Iterator[Any]:
+        for i in range(200):
+            time.sleep(0.0005)
+            yield echo.request(f"row {i}", id=i)
+
+    stream = echo.completions(requests())
     with ThreadPoolExecutor(4) as pool:
         parts = list(pool.map(lambda _: [one.request_id for one in stream], range(4)))
     assert sorted(sum(parts, [])) == list(range(200))
