@@ -38,6 +38,10 @@ that comes, goes or moves makes another version; so does another way to derive a
 COMMIT_EVERY_S = 0.5
 COMMIT_EVERY_ROWS = 2000
 """So many wait for no half second; who adds them commits them, so that nobody adds faster than the disk can take."""
+COMMIT_AT_ONCE_BYTES = 2**16
+"""An answer of more waits for nobody, so that few of them are held."""
+_BESIDE_BYTES = 1000
+"""More than what SQLite keeps beside an answer, which counts towards the largest size that it takes."""
 _values = attrgetter(*(f.name for f in fields(Completion)[2:] if f.name != "scores"))
 """The values of a completion as they are kept, in the order of its fields; row and sample are beside them."""
 _NO_TEXT = b"[null,"
@@ -48,16 +52,16 @@ _TABLES = (
     "PRIMARY KEY (row, sample)) WITHOUT ROWID",
     f"PRAGMA user_version = {VERSION}",
 )
-_OF_THE_DISK = {
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_NOMEM,
-    sqlite3.SQLITE_PERM,
-    sqlite3.SQLITE_READONLY,
+_OF_DAMAGE = {
+    sqlite3.SQLITE_CONSTRAINT,
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_FORMAT,
+    sqlite3.SQLITE_MISMATCH,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_SCHEMA,
 }
-"""Faults that leave the file as it was."""
+"""What SQLite says of a file that is none of its own, or has other tables; all else leaves the file as it was."""
 
 
 class Ledger:
@@ -132,16 +136,25 @@ class Ledger:
     def add(self, completions: Iterable[Completion]) -> None:
         """Note completions; they are committed within half a second, or by `commit`.
 
+        One that is larger than what SQLite holds becomes an error.
+
         Raises:
             LedgerError: as `check`.
         """
         self.check()
+        most, at_once = self._db.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _BESIDE_BYTES, False
         for completion in completions:
             self.noted += 1
             row, sample = completion.request_id, completion.sample
             data = _dump(_values(completion))
+            if len(data) > most:
+                completion.text = completion.first_token_s = None
+                completion.finish_reason = "error"
+                completion.error = f"an answer of {len(data) / 1e6:.6g} MB, and the ledger holds at most {most / 1e6:g}"
+                data = _dump(_values(completion))
+            at_once |= len(data) > COMMIT_AT_ONCE_BYTES
             self._pending.append((row, sample, data, _crc(data, b"%d %d" % (row, sample))))
-        if len(self._pending) >= COMMIT_EVERY_ROWS:
+        if at_once or len(self._pending) >= COMMIT_EVERY_ROWS:
             self.commit()
         elif self._committer is None:
             self._committer = threading.Thread(target=self._commit_in_time, name="llmpipe-ledger", daemon=True)
@@ -499,9 +512,11 @@ def _faults_named(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_THE_DISK:
-            raise LedgerError(f"cannot read or write {path}: {error}; what was committed before is safe") from error
-        raise _damaged(path, str(error)) from error
+        code = getattr(error, "sqlite_errorcode", None)
+        # Without a code, Python itself says that text is none, or that it was misused.
+        if code is None and isinstance(error, sqlite3.OperationalError) or (code or 0) & 0xFF in _OF_DAMAGE:
+            raise _damaged(path, str(error)) from error
+        raise LedgerError(f"cannot read or write {path}: {error}; what was committed before is safe") from error
     except UnicodeDecodeError as error:  # SQLite quotes what it cannot read, and Python cannot read the quotation
         raise _damaged(path, "what should be a table is no text") from error
 

@@ -26,6 +26,7 @@ from llmpipe.outputs import (
     Answered,
     ColumnTypes,
     Layout,
+    all_names,
     column_types,
     found_files,
     join,
@@ -37,7 +38,7 @@ from llmpipe.outputs import (
     write_metrics,
 )
 from llmpipe.place import check_place
-from llmpipe.prompts import PromptBuilder, settle_prompt, template_columns, unread_columns
+from llmpipe.prompts import OTHER_NAMES, PromptBuilder, settle_prompt, template_columns, unread_columns
 from llmpipe.records import Request, Row, failed
 from llmpipe.redaction import as_written, below, sealed
 from llmpipe.report import Report
@@ -172,7 +173,8 @@ def look_through(
     dataset, types = Dataset(config.dataset, inputs), column_types(config.output.format)
     check_trusted(backend_values(config).get("_target_", "???"), config.trusted_modules)
     template = None if config.prompt.template is None else template_columns(config.prompt.template)
-    scan = dataset.scan(template, None if types is None else types.add, None if before is None else before.rows)
+    also = {*all_names(config.output.prefix, config.metrics.scorers), *OTHER_NAMES}
+    scan = dataset.scan(template, None if types is None else types.add, None if before is None else before.rows, also)
     layout_of(config, scan, config.sampling.n).check(scan.columns)
     scorers(config.metrics.scorers)
     if config.prompt.format is PromptFormat.raw:  # else the model's files have to be asked

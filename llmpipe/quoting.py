@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
 
 MOST_NAMES = 20
 MOST_CHARACTERS = 200
 
 
-def listed(names: Iterable[object], most: int = MOST_NAMES) -> str:
+class Names:
+    """Names in the order in which they come, of which only the first ones are held."""
+
+    def __init__(self, names: Iterable[object] = ()) -> None:
+        self._first: list[str] = []
+        self._more = 0
+        for name in names:
+            self.add(name)
+
+    def add(self, name: object) -> None:
+        """Take the next name."""
+        if len(self._first) < MOST_NAMES:
+            self._first.append(shortened(str(name)))
+        else:
+            self._more += 1
+
+    def __str__(self) -> str:
+        return ", ".join(self._first) + (f" and {self._more:,} more" if self._more else "")
+
+
+def listed(names: Iterable[object]) -> str:
     """Return names with commas between them; of many, the first ones and how many more there are."""
-    left = iter(names)
-    first = [shortened(str(name)) for name in islice(left, most)]
-    more = sum(1 for _ in left)
-    return ", ".join(first) + (f" and {more:,} more" if more else "")
+    return str(Names(names))
 
 
 def quoted(value: object) -> str:

@@ -93,6 +93,7 @@ RUN_OPTIONS: dict[str, Kind] = {
     # How a file is read shows in what its rows hold, which counts.
     "dataset.field": (NEVER, "data"),
     "dataset.format": (NEVER, "json"),
+    "dataset.max_row_mb": (NEVER, 1),
     "dataset.csv.delimiter": (NEVER, "tab"),
     **{f"dataset.columns.{f.name}": (ALWAYS, "other") for f in fields(ColumnsConfig)},
     "prompt.format": (ALWAYS, "raw"),

@@ -125,13 +125,15 @@ class DatasetConfig:
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     """What the dataset calls its columns; a path such as body.messages goes inside of one."""
     shuffle: int | None = None
-    """A seed that puts the rows in random order, each keeping its id; files are read once per 65,536 rows that run."""
+    """A seed that puts the rows in random order, each keeping its id; files are read once per 65,536 rows or 256 MB."""
     offset: int = 0
     """Leave out the first rows, in the order of shuffle, this many."""
     limit: int | None = None
     """Run only the first rows after the offset, this many; a run can be resumed with a larger limit."""
     field: str | None = None
     """The list of rows inside a JSON file's one object: a key or a path, as data.examples; by default its only list."""
+    max_row_mb: float = 256
+    """Rows of more MB, as they stand in their file, are error rows, and are passed over in little memory."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -148,6 +150,12 @@ class DatasetConfig:
         if self.shuffle is not None:
             count("dataset.shuffle", self.shuffle, 0, "an integer >= 0, or null", None)
         count("dataset.offset", self.offset, 0, "an integer >= 0", None)
+        number("dataset.max_row_mb", self.max_row_mb, 0, 1e6, "a number in (0, 1e6]", open_low=True)
+
+    @property
+    def max_row_bytes(self) -> int:
+        """`max_row_mb` in bytes."""
+        return max(1, int(self.max_row_mb * 1e6))
 
     @property
     def paths(self) -> list[str]:

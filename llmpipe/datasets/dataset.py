@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -21,11 +21,16 @@ from llmpipe.datasets.partitions import with_columns
 from llmpipe.datasets.shuffle import Positions, permutation, rows_at
 from llmpipe.datasets.sources import Source, sources_of
 from llmpipe.exceptions import DatasetError, LLMError
+from llmpipe.quoting import listed, quoted, shortened
 from llmpipe.records import Row
 from llmpipe.sharegpt import CONVERSATIONS
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+MAX_COLUMNS = 2**17
+"""How many names of columns are held, those aside that are asked about."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Scan:
 
     rows: int
     columns: list[str]
+    """Those that were asked about, and others; of more than `MAX_COLUMNS`, not all."""
     contents: list[FileContent]
     """What the rows of its files hold."""
     earlier: list[FileContent] | None = None
@@ -119,6 +125,7 @@ class Dataset:
         template: list[str] | None = None,
         look: Callable[[Row], None] | None = None,
         earlier: int | None = None,
+        also: Iterable[str] = (),
     ) -> Scan:
         """Look through all rows once; whatever is read of them from then on is compared with what is seen here.
 
@@ -126,11 +133,14 @@ class Dataset:
             template: The columns of the prompt template, where there is one; else a prompt or messages are needed.
             look: Called with each row, for what else wants to see them all.
             earlier: Of how many rows, from the first one on, the contents are wanted too.
+            also: Further columns of which it matters whether they are there.
 
         Raises:
             DatasetError: a file is damaged, ids are not unique, or a column that every row needs is not there.
         """
         columns: dict[str, dict[str, None]] = {}
+        asked = {*vars(self.columns).values(), *vars(ColumnsConfig()).values(), CONVERSATIONS, *(template or []), *also}
+        room = MAX_COLUMNS
         paths = [name for name in self._named(template) if "." in name]
         for source, reader in zip(self._sources, self._readers, strict=True):
             if getattr(reader, "func", None) is read_parquet:
@@ -143,7 +153,9 @@ class Dataset:
         for row in chain.from_iterable(contents.note(self._read())):
             id_hashes.append(hash(str(row.id(self.columns.id))))
             if row.error is None and not row.values.keys() <= (known := columns.setdefault(row.file, {})).keys():
-                known |= dict.fromkeys(row.values)
+                new = [name for name in row.values if name not in known and (room > 0 or name in asked)]
+                known |= dict.fromkeys(new)
+                room -= len(new)
             for path in paths:
                 if path not in columns.get(row.file, {}) and row.value(path) is not None:
                     columns[row.file][path] = None
@@ -171,8 +183,8 @@ class Dataset:
             kind = type_of(schema, name)
             if kind is not None and not fits(kind, what):
                 raise DatasetError(
-                    f"the column {name!r} of {file} is {kind}, and must be {what}; name another with "
-                    f"dataset.columns.{key}=. There are: {', '.join(f'{f.name} ({f.type})' for f in schema)}"
+                    f"the column {quoted(name)} of {file} is {shortened(str(kind))}, and must be {what}; name another "
+                    f"with dataset.columns.{key}=. There are: {listed(f'{f.name} ({f.type})' for f in schema)}"
                 )
 
     def _named(self, template: list[str] | None) -> list[str]:
@@ -184,12 +196,12 @@ class Dataset:
     def _check_columns(self, file: str, columns: list[str], template: list[str] | None) -> None:
         for name in self._named(template):
             if name not in columns:
-                raise DatasetError(f"{file} has no column {name!r}; it has: {', '.join(columns)}")
+                raise DatasetError(f"{file} has no column {quoted(name)}; it has: {listed(columns)}")
         prompts = {self.columns.prompt, self.columns.messages, CONVERSATIONS}
         if template is None and not prompts & set(columns):
             raise DatasetError(
                 f"{file} has neither a column {self.columns.prompt!r} nor {self.columns.messages!r}; it has: "
-                f"{', '.join(columns)}. Name one with dataset.columns.prompt= or dataset.columns.messages="
+                f"{listed(columns)}. Name one with dataset.columns.prompt= or dataset.columns.messages="
                 f"{self._hint(file)}"
             )
 
@@ -215,9 +227,9 @@ class Dataset:
                 if name in seen:
                     first = seen[name]
                     raise DatasetError(
-                        f"the id {name!r} stands twice: {first.file} line {first.line} and {row.file} line {row.line}; "
-                        f"make ids unique, name another column with dataset.columns.id=, or name rows by position "
-                        f"with dataset.columns.id=null, as where each file counts from the beginning"
+                        f"the id {quoted(name)} stands twice: {first.file} line {first.line} and {row.file} line "
+                        f"{row.line}; make ids unique, name another column with dataset.columns.id=, or name rows by "
+                        f"position with dataset.columns.id=null, as where each file counts from the beginning"
                     )
                 seen[name] = row
 

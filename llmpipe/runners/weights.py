@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llmpipe.config import BUNDLED
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
+from llmpipe.quoting import listed
 
 BUNDLED_DIR = Path(__file__).parent.parent / "models" / "tiny-chat"
 
@@ -63,7 +64,7 @@ def _only_gguf(files: list[str], where: str, remedy: str) -> str:
         raise LLMInitializationError(f"no GGUF file in {where}; for safetensors use backend=transformers")
     if len(first_parts) > 1:
         raise LLMInitializationError(
-            f"{len(first_parts)} GGUF files in {where}; name one: " + ", ".join(remedy + name for name in first_parts)
+            f"{len(first_parts)} GGUF files in {where}; name one: " + listed(remedy + name for name in first_parts)
         )
     return first_parts[0]
 
