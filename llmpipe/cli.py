@@ -11,9 +11,11 @@ import logging
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple, cast
 
 import hydra
@@ -30,7 +32,7 @@ from llmpipe.config.messages import one_line
 from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
 from llmpipe.ledger import FILE, saved_arguments
-from llmpipe.redaction import RedactedFormatter
+from llmpipe.redaction import RedactedFormatter, redacted
 from llmpipe.streams import lost, usable_streams
 
 log = logging.getLogger("llmpipe")
@@ -56,6 +58,7 @@ def command(arguments: list[str]) -> int:
         Path.home()
     except RuntimeError:  # an unknown user; libraries would make a directory named ~
         os.environ["HOME"] = "/nonexistent"
+    sys.excepthook = show_fault
     logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     try:
         check_local(arguments)
@@ -90,6 +93,11 @@ def command(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("llmpipe: interrupted; a run that had begun continues with llmpipe resume=DIRECTORY", file=sys.stderr)
         return 130
+
+
+def show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print what nobody expected as Python does, without what came from the environment."""
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 class Interrupted(BaseException):
