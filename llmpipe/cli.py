@@ -12,9 +12,11 @@ import logging
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import hydra
@@ -35,7 +37,7 @@ from llmpipe.help import help_text
 from llmpipe.ledger import begun
 from llmpipe.place import check_configs, check_link, check_place
 from llmpipe.records import harmless
-from llmpipe.redaction import RedactedFormatter
+from llmpipe.redaction import RedactedFormatter, redacted
 from llmpipe.replay import composed_from, replayed, typed
 from llmpipe.streams import lost, usable_streams
 
@@ -63,6 +65,7 @@ def command(arguments: list[str]) -> int:
         Path.home()
     except RuntimeError:  # an unknown user; libraries would make a directory named ~
         os.environ["HOME"] = "/nonexistent"
+    sys.excepthook = show_fault
     logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     try:
         check_local(arguments)
@@ -104,6 +107,11 @@ def command(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("llmpipe: interrupted; a run that had begun continues with llmpipe resume=DIRECTORY", file=sys.stderr)
         return 130
+
+
+def show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print what nobody expected as Python does, without what came from the environment."""
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 class Interrupted(BaseException):

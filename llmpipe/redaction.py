@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from llmpipe.quoting import shortened
@@ -33,7 +34,7 @@ _pattern = re.compile(r"(?!)")
 
 
 def conceal(value: Any, reference: str) -> None:
-    """Let `redacted` put a reference where a text is, or one of those inside of lists and maps, from now on.
+    """Let `redacted` put a reference where a text is, or one of those inside of lists, maps and JSON, from now on.
 
     The name of a directory is no secret: it stands in the path of everything that is in it.
     """
@@ -41,6 +42,9 @@ def conceal(value: Any, reference: str) -> None:
     if isinstance(value, (Mapping, list)):
         for inner in value.values() if isinstance(value, Mapping) else value:
             conceal(inner, reference)
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with suppress(ValueError, RecursionError):
+            conceal(json.loads(value), reference)
     if not isinstance(value, str) or (os.path.isabs(value) and os.path.isdir(value)):
         return
     quoted = (repr(value), json.dumps(value), json.dumps(value, ensure_ascii=False))
@@ -55,13 +59,15 @@ def conceal(value: Any, reference: str) -> None:
 
 def redacted(value: T) -> T:
     """Return a text, or nested plain values, with references where values from the environment were."""
+    found: Any = value
     if isinstance(value, str):
-        return _pattern.sub(lambda match: _concealed[match[0]], value)  # type: ignore[return-value]
-    if isinstance(value, Mapping):
-        return {redacted(key): redacted(inner) for key, inner in value.items()}  # type: ignore[return-value]
-    if isinstance(value, (list, tuple)):
-        return [redacted(inner) for inner in value]  # type: ignore[return-value]
-    return value
+        found = _pattern.sub(lambda match: _concealed[match[0]], value)
+    elif isinstance(value, Mapping):
+        found = {key: redacted(inner) for key, inner in value.items()}
+    elif isinstance(value, (list, tuple)):
+        found = [redacted(inner) for inner in value]
+        found = found if isinstance(value, list) else tuple(found)
+    return value if found == value else found
 
 
 def as_written(value: Any, references: References, place: Place = ()) -> Any:

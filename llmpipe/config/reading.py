@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -108,6 +109,7 @@ def _references(node: Any, raw: Any, place: Place = ()) -> Iterator[tuple[Place,
         place: Where it stands in the config.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     for key, text in raw.items() if isinstance(raw, dict) else enumerate(raw):
         here = (*place, str(key))
@@ -120,11 +122,18 @@ def _references(node: Any, raw: Any, place: Place = ()) -> Iterator[tuple[Place,
         try:
             value = node[key]
             value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except OmegaConfBaseException as error:
+            if not asked or asked - os.environ.keys():
+                raise
+            kind = re.search(r"could not be converted to (\w+)", str(error))  # all that may be told of the value
+            why = f"the environment has no {kind[1]} there" if kind else "what the environment has there cannot be read"
+            raise LLMConfigError(f"{'.'.join(here)}={text!r} is not allowed: {why}") from None
         finally:
             _asked.reset(token)
-        for name in asked & os.environ.keys():
-            conceal(os.environ[name], f"${{oc.env:{name}}}")
-        if asked & os.environ.keys():
+        if found := asked & os.environ.keys():
+            for name in found:
+                reference = f"${{oc.env:{name}}}"
+                conceal(os.environ[name], reference if reference[:-1] in text else text)
             conceal(value, text)
         if asked:
             yield here, text
@@ -135,7 +144,7 @@ def _environment(name: str, *default: Any, _node_: Any) -> Any:
     from omegaconf.resolvers import oc
 
     if _node_ is not None and _node_._get_full_key(None) == "hydra.job.override_dirname":
-        return f"${{oc.env:{name}}}"  # what is to be a directory's name
+        return f"oc.env:{name}"  # what may be a directory's name, in which Hydra would look for interpolations again
     asked = _asked.get()
     if asked is not None:
         asked.add(name)
