@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llmpipe.cells import as_id
 from llmpipe.exceptions import MOST_CHARACTERS, LLMInferenceError
 from llmpipe.quoting import shortened
+from llmpipe.redaction import redacted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -245,7 +246,7 @@ class Stopwatch:
         if chunk.started_at is not None:
             completion.queue_s = max(0.0, chunk.started_at - pulled_at)
         if chunk.finish_reason == "error":
-            completion.error = shortened(chunk.error or "the runner gave no reason", MOST_CHARACTERS)
+            completion.error = _reason(chunk.error or "the runner gave no reason")
             completion.text = completion.first_token_s = None
         else:
             completion.text = "".join(texts)
@@ -260,7 +261,12 @@ class Stopwatch:
 
 def failed(request_id: int, reason: str, sample: int = 0) -> Completion:
     """Return the completion of a sample that could not be run."""
-    return Completion(request_id, sample, text=None, finish_reason="error", error=shortened(reason, MOST_CHARACTERS))
+    return Completion(request_id, sample, text=None, finish_reason="error", error=_reason(reason))
+
+
+def _reason(text: str) -> str:
+    """Return why there is no answer, as it may be kept."""
+    return shortened(redacted(text), MOST_CHARACTERS)
 
 
 def complete(

@@ -19,8 +19,9 @@ from llmpipe.datasets import Dataset, Scan
 from llmpipe.exceptions import RunStopped
 from llmpipe.fingerprint import fingerprint
 from llmpipe.plan import plan
+from llmpipe.runners.digests import model_digest
 from llmpipe.runners.facts import Facts
-from llmpipe.runners.weights import BUNDLED_DIR, hub_commit, model_digest
+from llmpipe.runners.weights import BUNDLED_DIR, hub_commit
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ RUN_OPTIONS: dict[str, Kind] = {
     "run_timeout_s": (NEVER, 60),
     "trusted_modules": (NEVER, ["a"]),
 }
-NOT_OF_A_RUN = {"resume", "plan", "export", "export_to", "dataset.path", "backend"}
+NOT_OF_A_RUN = {"resume", "plan", "export", "export_to", "export_force", "dataset.path", "backend"}
 """Where the dataset is does not count, nor what is done with the run."""
 
 
@@ -140,7 +141,7 @@ def with_option(config: Any, key: str, value: Any) -> Any:
 
 
 def check_kinds(config: RunConfig, options: dict[str, Kind]) -> None:
-    scan = Scan(1, ["prompt"], "sha256:0", [])
+    scan = Scan(1, ["prompt"], [])
     for exact in (False, True):
         asked = with_option(config, "backend.reproducible", exact)
         before = fingerprint(asked, scan)

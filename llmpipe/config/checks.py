@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.quoting import quoted, shortened
+from llmpipe.redaction import References, as_written
 
 LARGEST = 2**31 - 1
 """Most that a backend can count to: a larger number would wrap around in its library."""
+
+
+_references: ContextVar[References] = ContextVar("references", default=MappingProxyType({}))
+
+
+@contextmanager
+def naming(references: References) -> Iterator[None]:
+    """Let `check` show what was written where a value came from the environment, inside of a `with` block."""
+    token = _references.set(references)
+    try:
+        yield
+    finally:
+        _references.reset(token)
 
 
 def check(ok: bool, name: str, got: object, allowed: str) -> None:
@@ -20,6 +37,7 @@ def check(ok: bool, name: str, got: object, allowed: str) -> None:
         LLMConfigError: names the option, the value and the bounds.
     """
     if not ok:
+        got = as_written(got, _references.get(), tuple(re.findall(r"[^.\[\]]+", name)))
         raise LLMConfigError(f"{name}={quoted(got)} is not allowed; it must be {allowed}")
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 from llmpipe.config.checks import auto_or_bool, check, count, number
 from llmpipe.config.choices import ControlTokens, DeviceType, OnError, OutputFormat, Overflow, PromptFormat
 from llmpipe.config.conversion import settle
 from llmpipe.config.sampling import SamplingConfig
+from llmpipe.config.values import describe
+from llmpipe.redaction import References, as_written
 
 
 @dataclass
@@ -267,8 +270,13 @@ class RunConfig:
     """A run directory, also of a run that is under way or was killed, whose answers so far are written to a file."""
     export_to: str | None = None
     """The file to write them to, .jsonl or .parquet; by default partial.jsonl or .parquet in that directory."""
+    export_force: bool = False
+    """Replace an export of another run, too; what llmpipe did not write, or was changed since, is never replaced."""
     trusted_modules: list[str] = field(default_factory=list)
     """Modules outside llmpipe whose classes a backend's _target_ may name."""
+
+    references = cast(References, MappingProxyType({}))
+    """What was written where options came from the environment; no option itself, so it has no annotation."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -280,11 +288,23 @@ class RunConfig:
         count("seed", self.seed, 0, "an integer >= 0", None)
         self._take_seed()
         check(self.export_to is None or self.export is not None, "export_to", self.export_to, "given with export=")
+        check(not self.export_force or self.export is not None, "export_force", True, "given with export=")
         check(not (self.plan and self.export), "plan", self.plan, "false with export=")
         if self.max_error_rate is not None:
             number("max_error_rate", self.max_error_rate, 0, 1, "a number in (0, 1], or null", open_low=True)
         if self.run_timeout_s is not None:
             number("run_timeout_s", self.run_timeout_s, 0, 1e9, "a number > 0, or null", open_low=True)
+
+    def replace(self, changes: Mapping[str, Any]) -> RunConfig:
+        """Return a copy with other values, of which it is still known what came from the environment."""
+        copy = replace(self, **changes)
+        copy.references = self.references
+        return copy
+
+    def written(self) -> dict[str, Any]:
+        """Return the options as plain values that may be shown: references where values came from the environment."""
+        listing: dict[str, Any] = as_written(describe(self), self.references)
+        return listing
 
     def _take_seed(self) -> None:
         """Make a `sampling.seed` of all rows the run's seed: as each row's own, all would draw the same numbers.

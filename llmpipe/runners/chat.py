@@ -19,6 +19,7 @@ from jinja2.parser import Parser
 
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Message
+from llmpipe.redaction import redacted
 from llmpipe.runners.templates.code import MOST_SOURCE, BoundedEnvironment
 from llmpipe.small_files import read_small_text
 
@@ -117,7 +118,7 @@ class ChatTemplate:
                 },
             )
         except Exception as error:  # a template is a program of the model's: it may fail in any way
-            reason = str(error)[:MOST_REASON]
+            reason = redacted(str(error))[:MOST_REASON]
             raise ChatTemplateError(f"the chat template refuses these messages: {reason}") from error
         finally:
             _time.reset(told)
