@@ -107,6 +107,11 @@ class Child:
         return self._process.poll() is None
 
     @property
+    def pid(self) -> int:
+        """Id of the process."""
+        return self._process.pid
+
+    @property
     def rss_bytes(self) -> int:
         """Resident memory of the process; 0 once it is gone."""
         try:

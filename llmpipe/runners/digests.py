@@ -171,8 +171,8 @@ def _exists(name: str) -> bool:
         return False
 
 
-def _files(path: Path) -> list[Path]:
-    """Return all that is read of a model, an adapter or a template."""
+def files_of(path: Path) -> list[Path]:
+    """Return all that is read of a model, an adapter or a template: of a directory, or of a file in parts."""
     if path.is_dir():
         found = [*path.iterdir(), *(path / TEMPLATES).glob("*.jinja")]
         return sorted(file for file in found if file.is_file() and file.suffix != ".md")
@@ -186,7 +186,7 @@ def _states(path: Path) -> dict[Path, State]:
     Raises:
         OSError: something is not there any more.
     """
-    return {file: State.of(file) for file in (path if path.is_dir() else path.parent, *_files(path))}
+    return {file: State.of(file) for file in (path if path.is_dir() else path.parent, *files_of(path))}
 
 
 def _newest(states: dict[Path, State]) -> int:
@@ -195,7 +195,7 @@ def _newest(states: dict[Path, State]) -> int:
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    for file in _files(path):
+    for file in files_of(path):
         name = file.relative_to(path).as_posix() if path.is_dir() else ""
         with file.open("rb") as stream:
             size = stream.seek(0, 2)
