@@ -539,7 +539,10 @@ TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "panics when it is loaded": ({"model": {"continuing_subword_prefix": "#" * 100}}, "out of range for slice"),
     "panics when it is used": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "chunk size must be non-zero"),
-    "fills the memory": ({"normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 40}}, " MB of memory, or ends the process"),
+    "fills the memory": (
+        {"normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 40}},
+        " MB of memory, or ends the process",
+    ),
     "goes on for ever": (
         {"normalizer": {"type": "Sequence", "normalizers": [SEARCH] * 30_000}},
         "does not come to an end within ",
