@@ -113,6 +113,11 @@ class Child:
         return self._owner == os.getpid()
 
     @property
+    def pid(self) -> int:
+        """Id of the process."""
+        return self._process.pid
+
+    @property
     def rss_bytes(self) -> int:
         """Resident memory of the process; 0 once it is gone."""
         try:
