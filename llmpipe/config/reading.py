@@ -82,8 +82,7 @@ def to_run_config(
     foreign = target is not None and not str(target).startswith("llmpipe.")
     _refuse_added_keys(composed, but=["backend"] if foreign else [])
     config = OmegaConf.to_object(composed)
-    if not isinstance(config, RunConfig):
-        raise LLMConfigError("a config file named run_schema.yaml stands before llmpipe's own: give it another name")
+    assert isinstance(config, RunConfig)
     config.trusted_modules = trusted_modules(overrides, primary, sources)
     check_options(config.backend, lambda key: said_by_user(key, overrides, primary, sources))
     if foreign:
