@@ -41,7 +41,8 @@ def composed_from(composed: DictConfig, job: Any) -> list[str]:
         composed: The job's configuration, without Hydra's node.
         job: That node.
     """
-    overrides = [text for text in job.overrides.task if key_of(text) not in VERBS]
+    typed: Any = OmegaConf.to_container(job.overrides.task, resolve=False)  # a reference stays one
+    overrides = [text for text in typed if key_of(text) not in VERBS]
     files = {source.path for source in job.runtime.config_sources if source.schema != "structured"}
     own = files <= {"hydra.conf", str(conf_dir())} and job.job.config_name == "config"
     if own and GROUP not in map(key_of, overrides):
@@ -72,9 +73,10 @@ def replayed(directory: Path, given: Sequence[str]) -> list[str]:
             before.append(text)
             refused += [] if _describes_a_run(text) else [text]
     if refused:
+        shown = textwrap.shorten(harmless(shlex.join(refused)), 300)
         raise LedgerError(
-            f"the run in {directory} was begun with {textwrap.shorten(harmless(shlex.join(refused)), 300)}, which is not taken from a run "
-            f"directory, as that may be from somebody else: if you trust it, give it again beside the directory"
+            f"the run in {directory} was begun with {shown}, which is not taken from a run directory, as that may be "
+            f"from somebody else: if you trust it, give it again beside the directory"
         )
     return before
 

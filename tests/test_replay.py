@@ -138,7 +138,7 @@ PERSONS_OWN = {
     "experiment": (
         "# @package _global_\ndefaults: [{override /dataset: mine}]\nseed: 7\nprompt: {system: 'a\\n${seed}'}\n"
     ),
-    "dataset": "path: ${oc.env:ROWS}\ncolumns: {reference: answer}\n",
+    "dataset": "path: ${oc.env:ROWS}\ncolumns: {prompt: prompt}\n",
     "backend": "defaults: [/schema/echo@_here_]\nslots: 3\n",
 }
 

@@ -43,7 +43,7 @@ class CheckedLoader(ConfigLoaderImpl):
         Raises:
             LLMConfigError: as `load_configuration`; or it was no person who put a key into the sweep.
         """
-        typed = {key_of(override) for override in master_config.hydra.overrides.task}
+        typed = {key_of(override) for override in _written(master_config.hydra.overrides.task)}
         for override in OverridesParser.create().parse_overrides(sweep_overrides):
             key = override.key_or_group
             describes = key.replace("/", ".").partition(".")[0] in DESCRIPTIVE and key not in TAKES_TRUST
