@@ -6,14 +6,17 @@ finished, some rows are errors; 129, 130 and 143 interrupted by SIGHUP, SIGINT a
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import hydra
@@ -31,14 +34,18 @@ from llmpipe.config.loading import checked
 from llmpipe.config.messages import one_line
 from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
-from llmpipe.ledger import FILE
-from llmpipe.replay import composed_from, replayed
+from llmpipe.ledger import begun
+from llmpipe.place import check_configs, check_link, check_place
+from llmpipe.records import harmless
+from llmpipe.redaction import RedactedFormatter, redacted
+from llmpipe.replay import composed_from, replayed, typed
 from llmpipe.streams import lost, usable_streams
 
 log = logging.getLogger("llmpipe")
 
 OK, REFUSED, SOME_ERRORS = 0, 1, 3
 CONFIG_NAME = "config"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 LOCAL = ("hydra.run.dir", "hydra.sweep.dir", "resume", "export", "export_to")
 """What names a place to read or write a run."""
 
@@ -58,6 +65,7 @@ def command(arguments: list[str]) -> int:
         Path.home()
     except RuntimeError:  # an unknown user; libraries would make a directory named ~
         os.environ["HOME"] = "/nonexistent"
+    sys.excepthook = show_fault
     logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     try:
         check_local(arguments)
@@ -67,6 +75,7 @@ def command(arguments: list[str]) -> int:
             sys.argv[1:] = arguments
             register_schemas()
             OmegaConf.register_new_resolver("llmpipe.help", help_text, replace=True)
+            OmegaConf.register_new_resolver("llmpipe.entered", entered, replace=True)
             # Otherwise Hydra prints errors by itself, with a stack trace, and exits.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
             try:
@@ -75,6 +84,9 @@ def command(arguments: list[str]) -> int:
             except SystemExit as end:  # Hydra's own, after --help
                 if end.code:
                     raise
+            except Refused as refused:
+                print(f"llmpipe: {harmless(str(refused))}", file=sys.stderr)
+                return REFUSED
             except Interrupted as interrupted:
                 program.end()
                 print(f"llmpipe: {one_line(interrupted.error)}", file=sys.stderr)
@@ -88,11 +100,18 @@ def command(arguments: list[str]) -> int:
         if isinstance(error, OSError) and error.filename is not None and not isinstance(error, HydraException):
             why = f"{error.filename}: {error.strerror}"
             error = LLMError(f"cannot write to the run directory: {why}; choose another hydra.run.dir")
+        elif isinstance(error, OSError) and error.errno in FULL:  # Hydra's configuration, half written
+            error = LLMError(f"cannot write to the run directory: {error.strerror}; choose another hydra.run.dir")
         print(f"llmpipe: {one_line(error)}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         print("llmpipe: interrupted; a run that had begun continues with llmpipe resume=DIRECTORY", file=sys.stderr)
         return 130
+
+
+def show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print what nobody expected as Python does, without what came from the environment."""
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 class Interrupted(BaseException):
@@ -105,6 +124,37 @@ class Interrupted(BaseException):
     def __init__(self, error: RunInterrupted) -> None:
         self.error = error
         super().__init__(error)
+
+
+class Refused(BaseException):
+    """Ends the command before Hydra writes where it should not; it would wrap an `Exception` in words of its own."""
+
+
+def entered(directory: str, change: Any) -> Any:
+    """Look at a run directory when Hydra has made it, and opens no file in it yet: `hydra.job.chdir` asks for this.
+
+    Args:
+        directory: The run directory, as an absolute path.
+        change: What `hydra.job.chdir` is to be.
+
+    Raises:
+        Refused: something there leads elsewhere, or is another program's.
+    """
+    job = HydraConfig.get()
+    place, configs = Path(directory), []
+    if job.output_subdir is not None:
+        configs = [place / job.output_subdir / f"{name}.yaml" for name in ("config", "hydra", "overrides")]
+    logging_config: Any = OmegaConf.to_container(job.job_logging, resolve=True) or {}
+    handlers = logging_config.get("handlers", {}).values()
+    logs = [Path(handler["filename"]).absolute() for handler in handlers if "filename" in handler]
+    within = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
+    try:
+        check_place(place, [*configs, *logs], within)
+        if configs:
+            check_configs(configs[0])
+    except LLMError as error:
+        raise Refused(str(error)) from error
+    return change
 
 
 class Outcome(NamedTuple):
@@ -130,6 +180,8 @@ class Program:
     def job(self, composed: DictConfig) -> dict[str, Any] | None:
         """Run one composed configuration; Hydra calls this for each job, and a failed one does not end a sweep."""
         job = HydraConfig.get()
+        for handler in logging.getLogger().handlers:  # of whichever job_logging was chosen
+            handler.setFormatter(RedactedFormatter(handler.formatter))
         self._exit_code, found, metrics = REFUSED, None, None
         try:
             with usable_streams():  # a launcher may run it in another process
@@ -140,7 +192,7 @@ class Program:
         except LLMError as error:
             log.error("llmpipe: %s", one_line(error))
         if job.mode is RunMode.MULTIRUN:
-            outcome = Outcome(self._exit_code, list(job.overrides.task), metrics)
+            outcome = Outcome(self._exit_code, typed(job), metrics)
             (self._directory / f"job-{job.job.num:06}").write_text(json.dumps(outcome._asdict()), "ascii")
         return found
 
@@ -152,7 +204,7 @@ class Program:
         from llmpipe.terminal import ProgressBar, show_export, show_plan, show_summary
 
         directory = Path(job.runtime.output_dir)
-        config = to_run_config(composed, job.overrides.task, job.job.config_name, job.runtime.config_sources)
+        config = to_run_config(composed, typed(job), job.job.config_name, job.runtime.config_sources)
         if config.trusted_modules and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # as `python -m llmpipe` has it, but behind what is installed
         if config.export is not None:
@@ -212,6 +264,8 @@ def check_local(arguments: list[str]) -> None:
         key, _, value = argument.partition("=")
         if key.lstrip("+") in LOCAL and is_remote(value.strip("\"'")):
             raise LLMConfigError(f"{argument} is not supported yet: it must be on this machine; copy it from there")
+        if key.lstrip("+") == "hydra.sweep.dir":  # in which Hydra writes before there is a job
+            check_link(Path(value.strip("\"'")) / "multirun.yaml")
 
 
 def flags_first(arguments: list[str]) -> list[str]:
@@ -233,6 +287,7 @@ def resumed(arguments: list[str]) -> list[str]:
     if name == "null":
         return arguments
     directory = Path(name).expanduser()
+    check_place(directory)
     given = [argument for i, argument in enumerate(arguments) if i not in places]
     before = replayed(directory, given)
     # The directory keeps the config files that Hydra wrote when the run began.
@@ -242,8 +297,8 @@ def resumed(arguments: list[str]) -> list[str]:
 def without_traces(arguments: list[str]) -> list[str]:
     """Keep Hydra from writing where nothing is run (`plan=true`, `export=`), and the `.hydra` of a run as it was."""
     given = dict(argument.partition("=")[::2] for argument in arguments)
-    begun = "hydra.run.dir" in given and (Path(given["hydra.run.dir"]).expanduser() / FILE).exists()
-    if begun and "hydra.output_subdir" not in given:
+    continues = "hydra.run.dir" in given and begun(Path(given["hydra.run.dir"]).expanduser())
+    if continues and "hydra.output_subdir" not in given:
         arguments = [*arguments, "hydra.output_subdir=null"]
         given["hydra.output_subdir"] = "null"
     plans = given.get("plan", "").lower() in ("true", "yes", "on", "1")

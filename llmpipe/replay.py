@@ -14,7 +14,7 @@ import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -41,8 +41,7 @@ def composed_from(composed: DictConfig, job: Any) -> list[str]:
         composed: The job's configuration, without Hydra's node.
         job: That node.
     """
-    typed: Any = OmegaConf.to_container(job.overrides.task, resolve=False)  # a reference stays one
-    overrides = [text for text in typed if key_of(text) not in VERBS]
+    overrides = [text for text in typed(job) if key_of(text) not in VERBS]
     files = {source.path for source in job.runtime.config_sources if source.schema != "structured"}
     own = files <= {"hydra.conf", str(conf_dir())} and job.job.config_name == "config"
     if own and GROUP not in map(key_of, overrides):
@@ -51,6 +50,15 @@ def composed_from(composed: DictConfig, job: Any) -> list[str]:
     schema = OmegaConf.get_type(composed, "backend")
     groups = [f"backend={backend.group}" for backend, known in BACKENDS.items() if schema is known]
     return [*groups, json.dumps({name: value for name, value in values.items() if name in DESCRIPTIVE})]
+
+
+def typed(job: Any) -> list[str]:
+    """Return the overrides of a job as they were typed; what is read one by one, OmegaConf resolves.
+
+    Args:
+        job: The job's node of Hydra's.
+    """
+    return cast(list[str], OmegaConf.to_container(job.overrides.task, resolve=False))
 
 
 def replayed(directory: Path, given: Sequence[str]) -> list[str]:
@@ -73,7 +81,7 @@ def replayed(directory: Path, given: Sequence[str]) -> list[str]:
             before.append(text)
             refused += [] if _describes_a_run(text) else [text]
     if refused:
-        shown = textwrap.shorten(harmless(shlex.join(refused)), 300)
+        shown = textwrap.shorten(harmless(shlex.join(refused)), 2000)
         raise LedgerError(
             f"the run in {directory} was begun with {shown}, which is not taken from a run directory, as that may be "
             f"from somebody else: if you trust it, give it again beside the directory"

@@ -62,6 +62,7 @@ ARGUMENTS: list[Any] = [
     ["resume=elsewhere"],
     ["export=elsewhere"],
     ["export_to=precious"],
+    ["export_force=true"],
     ["plan=true"],
     ["~backend"],
     ["~prompt.system"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gc
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -369,6 +370,148 @@ def test_code_of_a_checkpoint_is_not_run(checkpoint: Path, tmp_path: Path) -> No
     (checkpoint / "custom.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     edit(checkpoint, model_type="custom", auto_map={"AutoConfig": "custom.C", "AutoModelForCausalLM": "custom.M"})
     assert "trust_remote_code=True" in refusal(checkpoint)
+    assert not (tmp_path / "ran").exists()
+
+
+class Marker:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.file), "w")
+
+
+def list_weights(checkpoint: Path, file: Any, index: str = "model.safetensors.index.json") -> None:
+    names = load_file(checkpoint / "model.safetensors")
+    (checkpoint / index).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, file)}))
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("w.bin", "names 'w.bin', which is no safetensors; pickled weights need backend.allow_pickle=true"),
+        ("{outside}/model.safetensors", "which does not lie beside it"),
+        ("../other/model.safetensors", "which does not lie beside it"),
+        ("inside/model.safetensors", "which does not lie beside it"),
+        ("..", "which does not lie beside it"),
+        ("", "which does not lie beside it"),
+        (None, "names 'None', which does not lie beside it"),
+        (["w.bin"], "which does not lie beside it"),
+    ],
+)
+def test_weights_that_an_index_names_lie_beside_it_and_are_safetensors(
+    file: Any, reason: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    for directory in (other, checkpoint / "inside"):
+        directory.mkdir()
+        shutil.copy(checkpoint / "model.safetensors", directory)
+    if isinstance(file, str):
+        file = file.format(outside=other)
+    list_weights(checkpoint, file)
+    (checkpoint / "model.safetensors").rename(tmp_path / "aside")
+    (checkpoint / "w.bin").write_bytes(pickle.dumps(Marker(tmp_path / "ran")))
+    assert reason in refusal(checkpoint)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_in_parts_are_loaded_also_where_they_are_links_as_in_the_cache_of_the_hub(
+    checkpoint: Path, tmp_path: Path, expected: list[str]
+) -> None:
+    list_weights(checkpoint, "model-00001-of-00001.safetensors")
+    (checkpoint / "model.safetensors").rename(tmp_path / "blob")
+    (checkpoint / "model-00001-of-00001.safetensors").symlink_to("../blob")
+    with load(checkpoint) as runner:
+        assert answers(runner) == expected
+
+
+def test_pickled_weights_of_an_index_are_loaded_only_where_they_are_allowed(
+    checkpoint: Path, expected: list[str]
+) -> None:
+    list_weights(checkpoint, "w.bin", "pytorch_model.bin.index.json")
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "w.bin")
+    with load(checkpoint) as runner:  # beside safetensors, which win
+        assert answers(runner) == expected
+    (checkpoint / "model.safetensors").unlink()
+    assert "model.safetensors" in refusal(checkpoint)
+    with load(checkpoint, allow_pickle=True) as runner:
+        assert answers(runner) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("config.json", "transformers_weights", "../other/model.safetensors"),
+        ("config.json", "transformers_weights", "adapter_model.bin"),
+        ("config.json", "transformers_weights", "other.safetensors.index.json"),
+        ("tokenizer_config.json", "fast_tokenizer_files", ["../other/tokenizer.4.0.json"]),
+        ("tokenizer_config.json", "init_inputs", ["{outside}/tokenizer.json"]),
+        ("tokenizer_config.json", "vocab", "{outside}/tokenizer.json"),
+    ],
+)
+def test_no_file_of_a_checkpoint_leads_to_one_elsewhere(
+    file: str, key: str, value: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    shutil.copy(other / "tokenizer.json", other / "tokenizer.4.0.json")
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "adapter_model.bin")
+    list_weights(checkpoint, "../other/model.safetensors", "other.safetensors.index.json")
+    text = json.dumps({**json.loads((checkpoint / file).read_text()), key: value})
+    (checkpoint / file).write_text(text.replace("{outside}", str(other)))
+    text = refusal(checkpoint)
+    assert "names '" in text and ("does not lie beside it" in text or "is no safetensors" in text)
+
+
+def test_where_a_checkpoint_came_from_may_be_told(checkpoint: Path, tmp_path: Path, expected: list[str]) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    edit(checkpoint, _name_or_path=str(tmp_path / "tokenizer.json"))
+    file = checkpoint / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_file": str(tmp_path / "tokenizer.json")}))
+    with load(checkpoint) as runner:
+        assert answers(runner) == expected
+
+
+def test_an_adapter_beside_the_weights_is_not_loaded_along_with_them(checkpoint: Path, tmp_path: Path) -> None:
+    make_adapter(checkpoint)
+    (checkpoint / "adapter_model.safetensors").unlink(missing_ok=True)
+    (checkpoint / "adapter_model.bin").write_bytes(pickle.dumps(Marker(tmp_path / "ran")))
+    assert "has an adapter_config.json: give the model as backend.model" in refusal(checkpoint)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nothing_beside_a_gguf_file_decides_its_answers(tmp_path: Path, expected: list[str]) -> None:
+    model = Path(shutil.copytree(BUNDLED_DIR, tmp_path / "model"))
+    make_adapter(model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(5, 1000))}))
+    with load(model / "tiny-chat.gguf") as runner:
+        assert answers(runner) == expected
+
+
+def test_parts_of_a_distributed_programs_weights_are_refused_in_one_line(checkpoint: Path) -> None:
+    part = "shard-00000-model-00001-of-00001.safetensors"
+    (checkpoint / "model.safetensors").rename(checkpoint / part)
+    assert f"parts of a distributed program ({part})" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_an_attention_from_the_hub_is_code_and_is_not_chosen_by_a_config(
+    key: str, checkpoint: Path, expected: list[str]
+) -> None:
+    edit(checkpoint, **{key: "somebody/kernels"})
+    assert "chooses an attention from the hub (somebody/kernels), which is code" in refusal(checkpoint)
+    with load(checkpoint, attn_implementation="eager") as runner:
+        assert answers(runner) == expected
+
+
+def test_an_adapters_files_lead_to_none_elsewhere(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "a")
+    (tmp_path / "cache.pt").write_bytes(pickle.dumps(Marker(tmp_path / "ran")))
+    file = adapter / "adapter_config.json"
+    changes = {"init_lora_weights": "corda", "corda_config": {"cache_file": str(tmp_path / "cache.pt")}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    assert "adapter_config.json names" in refusal(lora=[str(adapter)])
     assert not (tmp_path / "ran").exists()
 
 

@@ -21,6 +21,7 @@ import llama_cpp
 
 from llmpipe.config import DeviceConfig, LlamaCppConfig, SamplingConfig, Switch
 from llmpipe.exceptions import LLMError, LLMInferenceError, LLMInitializationError
+from llmpipe.quoting import listed
 from llmpipe.records import Request
 from llmpipe.runners.llama_cpp.model import adapter_file
 from llmpipe.runners.weights import BUNDLED_DIR
@@ -58,7 +59,7 @@ def probe(path: Path, config: LlamaCppConfig, weights: bool = True) -> bool:
     known = _recall(memory)
     if known in layouts or (not weights and _recall(_memory(files, weights=True))):
         return known is not Switch.off
-    log.info("not loaded here before, so tried in a process of its own: %s", ", ".join(file.name for file in files))
+    log.info("not loaded here before, so tried in a process of its own: %s", listed(file.name for file in files))
     few = replace(
         config, model=str(path), isolation=True, slots=2, threads=1, context=CONTEXT, n_gpu_layers=None, lora=adapters
     )
@@ -74,7 +75,7 @@ def probe(path: Path, config: LlamaCppConfig, weights: bool = True) -> bool:
             break
         except LLMError as error:
             if not layouts or not isinstance(error, LLMInferenceError):
-                names = ", ".join(map(str, files))
+                names = listed(files)
                 raise LLMInitializationError(f"{names} cannot be loaded, or is damaged: {error}") from error
             log.warning("llama.cpp crashes with weights laid out for this processor; trying them as they are")
     with suppress(OSError):  # then it is probed again

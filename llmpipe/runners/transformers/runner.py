@@ -85,12 +85,12 @@ class TransformersRunner(BaseLLMRunner):
     def _preview_model(self) -> Preview:
         self._chats = {}
         device = loading.torch_device(self.device)
-        checkpoint = loading.Checkpoint(self.config, find_checkpoint(self.config.model))
-        self._tokenizer = checkpoint.tokenizer
-        self._tokens = Tokens(self._tokenizer)
-        self._vocabulary = checkpoint.config.get_text_config().vocab_size
-        self._limit = self.config.context or checkpoint.context
-        model, footprint = checkpoint.outline(device)
+        with loading.Checkpoint(self.config, find_checkpoint(self.config.model)) as checkpoint:
+            self._tokenizer = checkpoint.tokenizer
+            self._tokens = Tokens(self._tokenizer)
+            self._vocabulary = checkpoint.config.get_text_config().vocab_size
+            self._limit = self.config.context or checkpoint.context
+            model, footprint = checkpoint.outline(device)
         self._choices = []
         config = self._sized(self.config)
         try:
