@@ -6,6 +6,7 @@ finished, some rows are errors; 129, 130 and 143 interrupted by SIGHUP, SIGINT a
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -16,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -28,17 +30,22 @@ from omegaconf.errors import OmegaConfBaseException
 from llmpipe import __version__
 from llmpipe.config import conf_dir, register_schemas, to_run_config
 from llmpipe.config.checks import is_remote
+from llmpipe.config.loading import checked
 from llmpipe.config.messages import one_line
 from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
-from llmpipe.ledger import FILE, saved_arguments
+from llmpipe.ledger import begun
+from llmpipe.place import check_configs, check_link, check_place
+from llmpipe.records import harmless
 from llmpipe.redaction import RedactedFormatter, redacted
+from llmpipe.replay import composed_from, replayed, typed
 from llmpipe.streams import lost, usable_streams
 
 log = logging.getLogger("llmpipe")
 
 OK, REFUSED, SOME_ERRORS = 0, 1, 3
 CONFIG_NAME = "config"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 LOCAL = ("hydra.run.dir", "hydra.sweep.dir", "resume", "export", "export_to")
 """What names a place to read or write a run."""
 
@@ -62,19 +69,24 @@ def command(arguments: list[str]) -> int:
     logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     try:
         check_local(arguments)
-        arguments = without_traces(resumed(arguments))
+        arguments = without_traces(flags_first(resumed(arguments)))
         with temporary_directory(arguments) as outcomes:
             program = Program(outcomes)
             sys.argv[1:] = arguments
             register_schemas()
             OmegaConf.register_new_resolver("llmpipe.help", help_text, replace=True)
+            OmegaConf.register_new_resolver("llmpipe.entered", entered, replace=True)
             # Otherwise Hydra prints errors by itself, with a stack trace, and exits.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
             try:
-                hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(program.job)()
+                with checked():
+                    hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(program.job)()
             except SystemExit as end:  # Hydra's own, after --help
                 if end.code:
                     raise
+            except Refused as refused:
+                print(f"llmpipe: {harmless(str(refused))}", file=sys.stderr)
+                return REFUSED
             except Interrupted as interrupted:
                 program.end()
                 print(f"llmpipe: {one_line(interrupted.error)}", file=sys.stderr)
@@ -88,6 +100,8 @@ def command(arguments: list[str]) -> int:
         if isinstance(error, OSError) and error.filename is not None and not isinstance(error, HydraException):
             why = f"{error.filename}: {error.strerror}"
             error = LLMError(f"cannot write to the run directory: {why}; choose another hydra.run.dir")
+        elif isinstance(error, OSError) and error.errno in FULL:  # Hydra's configuration, half written
+            error = LLMError(f"cannot write to the run directory: {error.strerror}; choose another hydra.run.dir")
         print(f"llmpipe: {one_line(error)}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
@@ -110,6 +124,37 @@ class Interrupted(BaseException):
     def __init__(self, error: RunInterrupted) -> None:
         self.error = error
         super().__init__(error)
+
+
+class Refused(BaseException):
+    """Ends the command before Hydra writes where it should not; it would wrap an `Exception` in words of its own."""
+
+
+def entered(directory: str, change: Any) -> Any:
+    """Look at a run directory when Hydra has made it, and opens no file in it yet: `hydra.job.chdir` asks for this.
+
+    Args:
+        directory: The run directory, as an absolute path.
+        change: What `hydra.job.chdir` is to be.
+
+    Raises:
+        Refused: something there leads elsewhere, or is another program's.
+    """
+    job = HydraConfig.get()
+    place, configs = Path(directory), []
+    if job.output_subdir is not None:
+        configs = [place / job.output_subdir / f"{name}.yaml" for name in ("config", "hydra", "overrides")]
+    logging_config: Any = OmegaConf.to_container(job.job_logging, resolve=True) or {}
+    handlers = logging_config.get("handlers", {}).values()
+    logs = [Path(handler["filename"]).absolute() for handler in handlers if "filename" in handler]
+    within = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
+    try:
+        check_place(place, [*configs, *logs], within)
+        if configs:
+            check_configs(configs[0])
+    except LLMError as error:
+        raise Refused(str(error)) from error
+    return change
 
 
 class Outcome(NamedTuple):
@@ -159,8 +204,7 @@ class Program:
         from llmpipe.terminal import ProgressBar, show_export, show_plan, show_summary
 
         directory = Path(job.runtime.output_dir)
-        config = to_run_config(composed, typed(job))
-        config.trusted_modules = trusted_modules()
+        config = to_run_config(composed, typed(job), job.job.config_name, job.runtime.config_sources)
         if config.trusted_modules and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # as `python -m llmpipe` has it, but behind what is installed
         if config.export is not None:
@@ -171,7 +215,7 @@ class Program:
             show_plan(found, directory)
             return found, None
         with ProgressBar() as bar:
-            metrics = run(config, directory, bar.update, arguments=composed_from(job))
+            metrics = run(config, directory, bar.update, arguments=composed_from(composed, job))
         show_summary(metrics, directory)
         return metrics, metrics
 
@@ -220,6 +264,14 @@ def check_local(arguments: list[str]) -> None:
         key, _, value = argument.partition("=")
         if key.lstrip("+") in LOCAL and is_remote(value.strip("\"'")):
             raise LLMConfigError(f"{argument} is not supported yet: it must be on this machine; copy it from there")
+        if key.lstrip("+") == "hydra.sweep.dir":  # in which Hydra writes before there is a job
+            check_link(Path(value.strip("\"'")) / "multirun.yaml")
+
+
+def flags_first(arguments: list[str]) -> list[str]:
+    """Put flags before overrides, which Hydra takes in one row only, and to which more are added here."""
+    overrides = get_args_parser().parse_intermixed_args(arguments).overrides
+    return [*(argument for argument in arguments if argument not in overrides), *overrides]
 
 
 def resumed(arguments: list[str]) -> list[str]:
@@ -235,9 +287,9 @@ def resumed(arguments: list[str]) -> list[str]:
     if name == "null":
         return arguments
     directory = Path(name).expanduser()
+    check_place(directory)
     given = [argument for i, argument in enumerate(arguments) if i not in places]
-    names = {_key(argument) for argument in given} | {"resume", "export", "hydra.run.dir"}
-    before = [text for text in saved_arguments(directory) if _key(text) not in names]
+    before = replayed(directory, given)
     # The directory keeps the config files that Hydra wrote when the run began.
     return [*before, *given, f"{verb}={directory}", f"hydra.run.dir={directory}", "hydra.output_subdir=null"]
 
@@ -245,8 +297,8 @@ def resumed(arguments: list[str]) -> list[str]:
 def without_traces(arguments: list[str]) -> list[str]:
     """Keep Hydra from writing where nothing is run (`plan=true`, `export=`), and the `.hydra` of a run as it was."""
     given = dict(argument.partition("=")[::2] for argument in arguments)
-    begun = "hydra.run.dir" in given and (Path(given["hydra.run.dir"]).expanduser() / FILE).exists()
-    if begun and "hydra.output_subdir" not in given:
+    continues = "hydra.run.dir" in given and begun(Path(given["hydra.run.dir"]).expanduser())
+    if continues and "hydra.output_subdir" not in given:
         arguments = [*arguments, "hydra.output_subdir=null"]
         given["hydra.output_subdir"] = "null"
     plans = given.get("plan", "").lower() in ("true", "yes", "on", "1")
@@ -254,35 +306,3 @@ def without_traces(arguments: list[str]) -> list[str]:
         return arguments
     quiet = {"hydra.output_subdir": "null", "hydra/job_logging": "terminal"}
     return [*arguments, *(f"{name}={value}" for name, value in quiet.items() if name not in given)]
-
-
-def composed_from(job: Any) -> list[str]:
-    """Return the arguments that compose the running job again: overrides, and flags that say where files are."""
-    flags = [f"--config-name={job.job.config_name}"] if job.job.config_name != CONFIG_NAME else []
-    flags += [f"--config-dir={s.path}" for s in job.runtime.config_sources if s.provider == "command-line"]
-    return [*flags, *typed(job)]
-
-
-def typed(job: Any) -> list[str]:
-    """Return the overrides of the running job as they were typed; what is read one by one, OmegaConf resolves."""
-    return cast(list[str], OmegaConf.to_container(job.overrides.task, resolve=False))
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
-def trusted_modules() -> list[str]:
-    """Return what the command line, or else the primary config file itself, trusts.
-
-    A config group must not be able to trust its own `_target_`, so the composed value is not asked.
-    """
-    job = HydraConfig.get()
-    for override in reversed(typed(job)):
-        if _key(override) == "trusted_modules":
-            return list(OmegaConf.from_dotlist([override.lstrip("+")])["trusted_modules"] or [])
-    for source in job.runtime.config_sources:
-        primary = Path(source.path) / f"{job.job.config_name}.yaml"
-        if source.schema == "file" and primary.is_file():
-            return list(OmegaConf.to_container(OmegaConf.load(primary)).get("trusted_modules") or [])  # type: ignore[union-attr]
-    return []

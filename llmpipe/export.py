@@ -6,19 +6,25 @@ with the columns of the final output. The run, if there is one, does not notice.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from fnmatch import fnmatch
+from glob import has_magic
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llmpipe.config import OutputFormat, RunConfig
 from llmpipe.datasets import Inputs
 from llmpipe.exceptions import DatasetError, LLMConfigError, LLMError
-from llmpipe.fingerprint import continued, fingerprint
-from llmpipe.ledger import FILE, LedgerSnapshot, differences
-from llmpipe.outputs import ERRORS_FILE, METRICS_FILE, REPORT_FILE, WRITERS, Answered, new_files, seal
+from llmpipe.fingerprint import backend_values, continued, fingerprint
+from llmpipe.ledger import FILE, Ledger, LedgerSnapshot, differences
+from llmpipe.outputs import ERRORS_FILE, WRITERS, Answered, is_same, own_file, refuse_foreign
 from llmpipe.pipeline import Before, layout_of, look_through, scored
+from llmpipe.place import check_place
 from llmpipe.prompts import PromptBuilder
 from llmpipe.records import Completion, Row
 
@@ -42,15 +48,19 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
         file: Where to, .jsonl or .parquet; by default `partial.jsonl` or `partial.parquet` in the directory.
 
     Raises:
-        LLMConfigError: the file is of no known type, or one of the run's own.
+        LLMConfigError: the file is of no known type, one of a run's own, or one that the run reads.
         DatasetError: the dataset was changed since the run began.
         LedgerError: the directory holds no run, or a damaged one.
-        LLMError: the file cannot be written.
+        LLMError: the file cannot be written, or is there already and no earlier export of this run.
     """
     directory = Path(directory)
+    check_place(directory)
     path = directory / f"partial.{config.output.format.value}" if file is None else Path(file).expanduser()
     config = config.replace({"output": replace(config.output, format=_format_of(path, directory))})
     with LedgerSnapshot(directory) as ledger, Inputs(directory, begun=True, resumed=True) as inputs:
+        run = _named(directory, ledger, path)
+        refuse_foreign(path, run, config.export_force)  # before all is read
+        _refuse_inputs(path, config)
         before = Before.of(directory)
         dataset, scan, types = look_through(config, inputs, before)
         asked = ledger.get("fingerprint")
@@ -66,14 +76,13 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         counter = _Counter()
         answered = scored(counter.finished(dataset.rows(), ledger.completions(), prompts), config)
-        with new_files(path.parent, [path.name]) as files:
-            writer = WRITERS[config.output.format](files[path.name], layout, types)
+        with own_file(path, run, config.export_force) as opened:
+            writer = WRITERS[config.output.format](opened, layout, types)
             try:
                 for one in answered:
                     writer.write(one)
             finally:
                 writer.finish()
-            seal(files)
     return Exported(path, counter.rows, scan.rows)
 
 
@@ -115,9 +124,42 @@ def _format_of(path: Path, directory: Path) -> OutputFormat:
     formats = [format.value for format in OutputFormat]
     if path.suffix.removeprefix(".") not in formats:
         raise LLMConfigError(f"export_to={str(path)!r} is not allowed; it must end in .{' or .'.join(formats)}")
-    own = [FILE, ERRORS_FILE, METRICS_FILE, REPORT_FILE, *(f"outputs.{format}" for format in formats)]
-    if path.name in own and path.parent.resolve() == directory.resolve():
+    own = [ERRORS_FILE, *(f"outputs.{format}" for format in formats)]
+    of_a_run = path.parent.resolve() == directory.resolve() or (path.parent / FILE).exists()
+    if path.name.casefold() in own and of_a_run:  # for there are file systems that know no capitals
         raise LLMConfigError(f"export_to={str(path)!r} is not allowed: that file is the run's own; choose another name")
     if not path.parent.is_dir():
         raise LLMError(f"cannot write {path}: there is no directory {path.parent}")
     return OutputFormat(path.suffix.removeprefix("."))
+
+
+def _named(directory: Path, ledger: Ledger, path: Path) -> dict[str, Any]:
+    """Return what tells a run from others, also once its dataset has grown, or it was moved with its export."""
+    asked = {name: value for name, value in ledger.get("fingerprint").items() if name != "dataset"}
+    return {
+        "directory": os.path.relpath(directory.resolve(), path.parent.resolve()),
+        "started_at": ledger.get("started_at"),
+        "asked": hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32],
+    }
+
+
+def _refuse_inputs(path: Path, config: RunConfig) -> None:
+    """Refuse to write what the run reads, or to where it would be read as a part of the dataset.
+
+    Raises:
+        LLMConfigError: names the option that reads it.
+    """
+    backend = backend_values(config)
+    read = {
+        "dataset.path": config.dataset.paths,
+        "prompt.tools": [config.prompt.tools],
+        **{f"backend.{name}": [backend.get(name)] for name in ("model", "chat_template")},
+        "backend.lora": backend.get("lora") or [],
+    }
+    for option, given in read.items():
+        for name in (Path(name).expanduser() for name in given if isinstance(name, (str, Path))):
+            pattern = os.path.realpath(name if has_magic(str(name)) else name / "*")
+            if is_same(path, name) or (option == "dataset.path" and fnmatch(os.path.realpath(path), pattern)):
+                raise LLMConfigError(
+                    f"export_to={str(path)!r} is not allowed: {option}={str(name)!r} reads it; choose another name"
+                )

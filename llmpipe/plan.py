@@ -23,8 +23,9 @@ from llmpipe.fingerprint import compare_facts, continued, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
 from llmpipe.ledger import LedgerSnapshot
 from llmpipe.metrics import percentiles
-from llmpipe.outputs import found_files, json_text, new_files, output_files, seal
+from llmpipe.outputs import found_files, json_text, output_files, own_file, refuse_foreign
 from llmpipe.pipeline import Before, look_through, mention_unread, runs_chats, told
+from llmpipe.place import check_place
 from llmpipe.prompts import PromptBuilder, settle_prompt
 from llmpipe.records import Request, Row, harmless
 from llmpipe.redaction import redacted
@@ -56,10 +57,14 @@ def plan(config: RunConfig, directory: str | Path) -> dict[str, Any]:
 
     Raises:
         LLMConfigError, DatasetError, LLMInitializationError, LedgerError: the run could not start.
+        LLMError: there is a `plan.json` that llmpipe did not write.
     """
     directory = Path(directory)
     config = config.replace({"prompt": settle_prompt(config.prompt)})
+    check_place(directory)
     before = Before.of(directory)
+    if not before.begun:
+        refuse_foreign(directory / PLAN_FILE, {})
     with Inputs(directory if before.begun else None, before.begun, resumed=config.resume is not None) as inputs:
         found: dict[str, Any] = redacted(_planned(config, directory, inputs, before))
     if not before.begun:
@@ -251,6 +256,5 @@ def write_plan(directory: Path, found: dict[str, Any]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LLMError(f"cannot write to the run directory {directory}: {error.strerror or error}") from error
-    with new_files(directory, [PLAN_FILE]) as files:
-        files[PLAN_FILE].write(json_text(found))
-        seal(files)
+    with own_file(directory / PLAN_FILE, {}) as file:
+        file.write(json_text(found))

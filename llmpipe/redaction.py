@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from llmpipe.quoting import shortened
+
 T = TypeVar("T")
 Place = tuple[str, ...]
 """Where a value stands in nested plain values: keys, and numbers in lists."""
@@ -114,7 +116,7 @@ def change(was: Any, now: Any) -> str:
     old, new = (_SEALED.sub(r"\1", value) if isinstance(value, str) else value for value in (was, now))
     if old == new:
         return f"is {new} as before, but with another value"
-    return f"was {old!r}, is {new!r}"
+    return f"was {shortened(repr(old), 1000)}, is {shortened(repr(new), 1000)}"
 
 
 def _opens(known: Any, value: Any) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,6 +21,7 @@ from llmpipe.datasets import Dataset
 from llmpipe.export import export
 from llmpipe.fingerprint import fingerprint
 from llmpipe.ledger import Ledger
+from llmpipe.plan import plan
 from llmpipe.records import Completion, failed
 
 LLMPIPE = [sys.executable, "-m", "llmpipe"]
@@ -51,10 +54,7 @@ def test_answers_of_a_running_and_of_a_killed_run_are_there_and_the_run_goes_on_
         while not (while_running and while_running.rows) and time.monotonic() < deadline:
             time.sleep(0.1)
             if (out / "ledger.sqlite").exists():
-                try:
-                    while_running = export(config, out)
-                except LedgerError as error:
-                    assert "only just begun" in str(error)
+                while_running = export(config, out)
         assert child.poll() is None, "it ended too soon to be looked at"
     finally:
         child.send_signal(signal.SIGKILL)
@@ -156,5 +156,109 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(
     with pytest.raises(DatasetError, match="dataset.digest was"):
         export(config, tmp_path / "out")
     assert run_llmpipe("export=nowhere", cwd=tmp_path).stderr == (
-        "llmpipe: nowhere is no run directory: there is no ledger.sqlite in it\n"
+        "llmpipe: nowhere is no run directory: no run has begun in it; give the run's own command\n"
     )
+
+
+@pytest.fixture
+def two_runs(
+    write_jsonl: Callable[..., Path], tmp_path: Path, echo_config: Callable[..., RunConfig]
+) -> list[RunConfig]:
+    """Make two runs over the same rows, in the directories 0 and 1."""
+    configs = [echo_config(write_jsonl({"id": "a", "prompt": "x y"}), f"sampling.max_tokens={n}") for n in (1, 2)]
+    for number, config in enumerate(configs):
+        llmpipe.run(config, tmp_path / str(number))
+    return configs
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_an_export_is_written_again_and_another_runs_is_replaced_only_when_asked(
+    format: str, two_runs: list[RunConfig], tmp_path: Path
+) -> None:
+    file = tmp_path / f"answers.{format}"
+    export(two_runs[0], tmp_path / "0", file)
+    first = file.read_bytes()
+    export(two_runs[0], tmp_path / "0", file)
+    assert file.read_bytes() == first
+    with pytest.raises(LLMError, match=r"exported from another run \(in 0\); .*export_force=true"):
+        export(two_runs[1], tmp_path / "1", file)
+    assert file.read_bytes() == first
+    export(replace(two_runs[1], export="1", export_force=True), tmp_path / "1", file)
+    assert file.read_bytes() != first
+
+
+def test_an_export_that_was_killed_between_its_two_names_can_be_written_again(
+    two_runs: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, renamed = tmp_path / "answers.jsonl", os.replace
+    export(two_runs[0], tmp_path / "0", file)
+
+    def killed(old: Path, new: Path) -> None:
+        if new == file:
+            raise KeyboardInterrupt
+        renamed(old, new)
+
+    monkeypatch.setattr(os, "replace", killed)
+    config = replace(two_runs[0], output=replace(two_runs[0].output, prefix="llm_"))
+    with pytest.raises(KeyboardInterrupt):
+        export(config, tmp_path / "0", file)
+    monkeypatch.undo()
+    export(config, tmp_path / "0", file)
+    assert "llm_completion" in json.loads(file.read_bytes())
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_export_replaces_nothing_that_llmpipe_did_not_write(
+    force: bool, two_runs: list[RunConfig], tmp_path: Path
+) -> None:
+    config = replace(two_runs[0], export="0", export_force=force)
+    answers = export(two_runs[1], tmp_path / "1", tmp_path / "earlier.jsonl").path
+    edited = export(two_runs[0], tmp_path / "0", tmp_path / "edited.jsonl").path
+    edited.write_bytes(edited.read_bytes() + b"{}\n")
+    (tmp_path / "directory.jsonl").mkdir()
+    (tmp_path / "own.jsonl").write_text('{"mine": 1}\n')
+    (tmp_path / "empty.parquet").touch()
+    (tmp_path / "0" / "partial.jsonl").write_text("mine")
+    (tmp_path / "link.jsonl").symlink_to(answers)
+    (tmp_path / "dangling.jsonl").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    os.link(tmp_path / "rows.jsonl", tmp_path / "hard.jsonl")
+    os.link(tmp_path / "0/outputs.jsonl", tmp_path / "linked.jsonl")
+    names = "directory own edited link dangling pipe hard linked rows".split()
+    files = [*(tmp_path / f"{name}.jsonl" for name in names), tmp_path / "empty.parquet", None]
+    files += [tmp_path / "0" / ".." / "rows.jsonl", tmp_path / "1/outputs.jsonl", tmp_path / "1/OUTPUTS.parquet"]
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    for file in files:
+        with pytest.raises(LLMError):
+            export(config, tmp_path / "0", file)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    assert not [file for file in tmp_path.rglob("*.tmp")]
+
+
+def test_an_earlier_export_that_the_run_reads_is_not_replaced_and_no_file_is_added_to_a_dataset(
+    two_runs: list[RunConfig], tmp_path: Path, echo_config: Callable[..., RunConfig]
+) -> None:
+    (tmp_path / "rows").mkdir()
+    earlier = export(two_runs[0], tmp_path / "0", tmp_path / "rows" / "earlier.jsonl").path
+    (tmp_path / "other").symlink_to("rows")
+    for number, path in enumerate((earlier, tmp_path / "rows", tmp_path / "rows" / "*.jsonl")):
+        config = echo_config(path, "output.prefix=again_")
+        llmpipe.run(config, out := tmp_path / f"again{number}")
+        for file in (earlier, tmp_path / "other" / "earlier.jsonl", tmp_path / "other" / "new.jsonl"):
+            if file.exists() or path != earlier:
+                with pytest.raises(LLMConfigError, match="dataset.path=.* reads it"):
+                    export(replace(config, export="again", export_force=True), out, file)
+    assert sorted(file.name for file in (tmp_path / "rows").iterdir()) == [".earlier.jsonl.llmpipe", "earlier.jsonl"]
+
+
+def test_a_plan_replaces_an_earlier_one_and_no_file_of_another_origin(
+    write_jsonl: Callable[..., Path], tmp_path: Path, echo_config: Callable[..., RunConfig]
+) -> None:
+    config, mine = echo_config(write_jsonl({"prompt": "x"})), tmp_path / "plan.json"
+    mine.write_text("mine")
+    with pytest.raises(LLMError, match="llmpipe did not write it"):
+        plan(config, tmp_path)
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    plan(config, tmp_path)
+    plan(config, tmp_path)

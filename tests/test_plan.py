@@ -57,7 +57,7 @@ def test_a_plan_foretells_tokens_prompts_slots_and_errors_of_the_run(
     )
     config = compose([f"backend={backend}", f"dataset.path={path}", "sampling.max_tokens=3", *CPU])
     found = plan(config, tmp_path / "out")
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["plan.json"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [".plan.json.llmpipe", "plan.json"]
     assert json.loads((tmp_path / "out" / "plan.json").read_bytes()) == found
 
     metrics = llmpipe.run(config, tmp_path / "out")
@@ -257,7 +257,7 @@ def test_the_command_shows_rows_and_prompts_and_tells_by_its_exit_code_whether_a
     assert r"Say \x1b]0;owned\x07 [bold]\u202eit" in good.stdout
     assert not {"\x1b", "\x07", "\u202e"} & set(good.stdout)
     assert "1 (1 ok, 0 errors)" in good.stdout and "MB total" in good.stdout
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["plan.json"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [".plan.json.llmpipe", "plan.json"]
 
     with path.open("a") as file:
         file.write('{"prompt": 5}\n')

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,31 @@ def test_a_wild_config_is_refused_or_runs_and_never_ends_the_process(
     assert set(found.values()) <= {"ok", "refused"}, found
 
 
+ENDLESS = (
+    "{{ lipsum(n=10 ** 9) }}"
+    "{% macro f(x=lipsum(n=10 ** 9), y='x' * 10 ** 12) %}{% endmacro %}"
+    "{% set x = 9 ** 9 ** 9 ** 9 %}"
+    "{% for i in range(10 ** 12) %}{{ i }}{% endfor %}"
+)
+"""A template that is never done, in parts that could be computed before there is a chat."""
+
+
+@pytest.mark.parametrize("backend", ["llama_cpp", "transformers"])
+def test_a_template_that_is_never_done_holds_up_neither_loading_nor_a_run(backend: str, tmp_path: Path) -> None:
+    if backend == "llama_cpp":
+        model = gguf_models.write_variant(tmp_path / "m.gguf", {"tokenizer.chat_template": ENDLESS})
+    else:
+        model = checkpoint(tmp_path / "model")
+        (model / "chat_template.jinja").write_text(ENDLESS)
+    started = time.monotonic()
+    with LLMRunnerFactory.create_runner({"backend": backend, "model_path": str(model), **SMALL}) as runner:
+        assert runner.chat_template == ENDLESS
+        with pytest.raises(ValueError, match="the chat template refuses these messages"):
+            runner.render([{"role": "user", "content": "x"}])
+        assert runner.generate_text("x", prompt_format="raw", max_tokens=2)
+    assert time.monotonic() - started < 30
+
+
 # --- secrets, paths, terminals ----------------------------------------------------------------------------------------
 
 CANARY = "canary-3f9a77c1d2"
@@ -284,6 +310,100 @@ def test_links_in_a_run_directory_are_not_written_through(tmp_path: Path, write_
         except LLMError as error:
             assert name in str(error)
         assert outside.read_bytes() == b"mine"
+
+
+IN_PLACE = ["run.log", ".hydra", ".hydra/config.yaml", ".hydra/overrides.yaml", ".lock", ".input-0", ".input-0.tmp"]
+IN_PLACE += ["ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm"]
+
+
+@pytest.mark.parametrize("link", ["to a file", "to a directory", "to nothing", "hard"])
+def test_a_link_where_a_run_would_write_is_refused_in_a_line_before_anything_is_written(
+    link: str, tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    rows, victim = write_jsonl({"prompt": "hi"}), tmp_path / "victim"
+    file, folder = victim / "file", victim / "folder"
+    folder.mkdir(parents=True)
+    file.write_bytes(b"mine")
+    fresh, begun = tmp_path / "fresh", tmp_path / "begun"
+    llmpipe.run(config := compose(["backend=echo", f"dataset.path={rows}"]), tmp_path / "before")
+    for name in IN_PLACE if link == "to a file" else [".hydra", "run.log"]:
+        for directory in (fresh, begun):
+            shutil.rmtree(directory, ignore_errors=True)
+        fresh.mkdir()
+        shutil.copytree(tmp_path / "before", begun)
+        for directory in (fresh, begun):
+            place = directory / name
+            place.parent.mkdir(exist_ok=True)
+            place.unlink(missing_ok=True)
+            if link == "hard":
+                if name == ".hydra":
+                    place.mkdir()
+                    place /= "hydra.yaml"
+                os.link(file, place)
+            else:
+                place.symlink_to({"to a file": file, "to a directory": folder, "to nothing": victim / "new"}[link])
+        asked = [["backend=echo", f"dataset.path={rows}", "hydra.run.dir=fresh"]]
+        if ".hydra" not in name and name != "run.log":
+            asked = [] if name != ".lock" else [*asked, ["resume=begun"], ["export=begun"], [*asked[0], "plan=true"]]
+            for directory in (fresh, begun):
+                with pytest.raises(LLMError, match="is a symlink"):
+                    llmpipe.run(config, directory)
+        for arguments in asked:
+            done = run_llmpipe(*arguments, cwd=tmp_path)
+            said = "has other names too" if link == "hard" else "is a symlink (to "
+            assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+            assert said in done.stderr and Path(name).name in done.stderr
+        assert sorted(victim.rglob("*")) == [file, folder] and file.read_bytes() == b"mine"
+        assert {path.name for path in fresh.iterdir()} == {Path(name).parts[0]}
+
+
+def test_links_in_a_sweep_and_logs_of_other_names_are_refused_too_and_a_link_to_a_run_directory_is_not(
+    tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    asked = ["backend=echo", f"dataset.path={write_jsonl({'prompt': 'hi'})}"]
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").write_bytes(b"mine")
+    for number, (name, target, more) in enumerate(
+        [
+            ("0", victim, []),
+            ("1", victim, ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]),
+            ("1/run.log", victim / "file", []),
+            ("0/.hydra", victim, ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]),
+            ("multirun.yaml", victim / "file", []),
+            ("deep/0/x.log", victim / "file", ["hydra.sweep.subdir=deep/${hydra.job.num}", "hydra.job.name=x"]),
+        ]
+    ):
+        place = tmp_path / f"sweep{number}" / name
+        place.parent.mkdir(parents=True)
+        place.symlink_to(target)
+        done = run_llmpipe("-m", "seed=1,2", f"hydra.sweep.dir=sweep{number}", *asked, *more, cwd=tmp_path)
+        assert done.returncode == 1, done.stdout
+        assert [line for line in done.stderr.splitlines() if f"{name} is a symlink" in line] == [
+            done.stderr.splitlines()[-1]
+        ]
+        assert [file.name for file in victim.iterdir()] == ["file"] and (victim / "file").read_bytes() == b"mine"
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real").mkdir()
+    done = run_llmpipe(*asked, "hydra.run.dir=link/0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "run").symlink_to(tmp_path / "real" / "0")
+    for arguments in (["resume=run"], [*asked, "hydra.run.dir=run"]):
+        assert run_llmpipe(*arguments, cwd=tmp_path).returncode == 0
+
+
+def test_the_configs_of_another_program_are_not_written_over(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
+    asked = ["backend=echo", f"dataset.path={write_jsonl({'prompt': 'hi'})}", "hydra.run.dir=out"]
+    theirs = tmp_path / "out" / ".hydra" / "config.yaml"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("db:\n  driver: mysql\n")
+    done = run_llmpipe(*asked, cwd=tmp_path)
+    assert done.returncode == 1 and ".hydra/config.yaml is another program's" in done.stderr
+    assert theirs.read_text() == "db:\n  driver: mysql\n"
+    shutil.rmtree(tmp_path / "out")
+    refused = run_llmpipe(*asked, "prompt.template='{nothing}'", cwd=tmp_path)  # it leaves its own there
+    assert refused.returncode == 1 and theirs.exists()
+    assert run_llmpipe(*asked, cwd=tmp_path).returncode == 0
 
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b[31m\x9b31m\x08\r"

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from types import MappingProxyType
 
 from llmpipe.exceptions import LLMConfigError
+from llmpipe.quoting import quoted, shortened
 from llmpipe.redaction import References, as_written
 
 LARGEST = 2**31 - 1
@@ -37,7 +38,7 @@ def check(ok: bool, name: str, got: object, allowed: str) -> None:
     """
     if not ok:
         got = as_written(got, _references.get(), tuple(re.findall(r"[^.\[\]]+", name)))
-        raise LLMConfigError(f"{name}={got!r} is not allowed; it must be {allowed}")
+        raise LLMConfigError(f"{name}={quoted(got)} is not allowed; it must be {allowed}")
 
 
 def is_remote(path: str) -> bool:
@@ -92,6 +93,6 @@ def reject_unknown(given: Iterable[str], allowed: Iterable[str], what: str, extr
 def unknown_name(name: object, allowed: Iterable[str], what: str) -> str:
     """Say that `name` is unknown, which name is nearest, and which there are."""
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(str(name), allowed, 1)
+    near = difflib.get_close_matches(shortened(str(name)), allowed, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"unknown {what} {name!r}{hint} There are: {', '.join(allowed)}"
+    return f"unknown {what} {quoted(name)}{hint} There are: {', '.join(allowed)}"

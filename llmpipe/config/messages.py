@@ -13,6 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from llmpipe.config.backends import BACKENDS
 from llmpipe.config.checks import unknown_name
 from llmpipe.config.run import RunConfig
+from llmpipe.exceptions import MOST_CHARACTERS
+from llmpipe.quoting import shortened
 from llmpipe.records import harmless
 from llmpipe.redaction import redacted
 
@@ -22,6 +24,10 @@ _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(\S+?)=(.*)'$", re.MULTI
 
 def one_line(error: Exception) -> str:
     """Return an error as one readable line; an unknown name is followed by those there are."""
+    return shortened(_in_words(error), MOST_CHARACTERS)
+
+
+def _in_words(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.partition("=")
         return (

@@ -16,6 +16,7 @@ from llmpipe.config.backends import BACKENDS
 from llmpipe.config.checks import naming, reject_unknown
 from llmpipe.config.escapes import read_escapes
 from llmpipe.config.run import RunConfig
+from llmpipe.config.trust import check_options, said_by_user, trusted_modules
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.redaction import Place, below, conceal
 
@@ -38,11 +39,12 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from llmpipe.config.loading import checked
     from llmpipe.config.messages import one_line
 
     extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
-        with _apart_from_others(), hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with _apart_from_others(), checked(), hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             register_schemas()
             return to_run_config(hydra.compose("config", [*overrides, *extra]), overrides)
     except (HydraException, OmegaConfBaseException) as error:
@@ -63,17 +65,21 @@ def _apart_from_others() -> Iterator[None]:
             GlobalHydra.instance().hydra = theirs
 
 
-def to_run_config(composed: Any, overrides: Sequence[str] = ()) -> RunConfig:
+def to_run_config(
+    composed: Any, overrides: Sequence[str] = (), primary: str | None = None, sources: Sequence[Any] = ()
+) -> RunConfig:
     """Turn Hydra's composed config into dataclasses, checking every value.
 
     The options of a backend that is not llmpipe's stay plain values: the class that `_target_` names knows them.
 
     Args:
         composed: The config.
-        overrides: What it was composed with, for the escapes in it.
+        overrides: What it was composed with, for the escapes in it and for what it trusts.
+        primary: The name of the primary config, where it is a person's own.
+        sources: Where Hydra looks for it.
 
     Raises:
-        LLMConfigError: a key was added that nothing reads, or a value is out of range.
+        LLMConfigError: a key was added that nothing reads, a value is out of range, or code is not trusted.
     """
     from omegaconf import OmegaConf
 
@@ -84,7 +90,10 @@ def to_run_config(composed: Any, overrides: Sequence[str] = ()) -> RunConfig:
     references = dict(_references(composed, OmegaConf.to_container(composed, resolve=False)))
     with naming(below(references, "sampling") | references):  # whose checks leave the group out: rows have it, too
         config = OmegaConf.to_object(composed)
-    assert isinstance(config, RunConfig)
+    if not isinstance(config, RunConfig):
+        raise LLMConfigError("a config file named run_schema.yaml stands before llmpipe's own: give it another name")
+    config.trusted_modules = trusted_modules(overrides, primary, sources)
+    check_options(config.backend, lambda key: said_by_user(key, overrides, primary, sources))
     if foreign:
         config.backend = OmegaConf.to_container(composed.backend, resolve=True, enum_to_str=True)
     config.references = references

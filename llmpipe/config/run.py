@@ -125,13 +125,15 @@ class DatasetConfig:
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     """What the dataset calls its columns; a path such as body.messages goes inside of one."""
     shuffle: int | None = None
-    """A seed that puts the rows in random order, each keeping its id; files are read once per 65,536 rows that run."""
+    """A seed that puts the rows in random order, each keeping its id; files are read once per 65,536 rows or 256 MB."""
     offset: int = 0
     """Leave out the first rows, in the order of shuffle, this many."""
     limit: int | None = None
     """Run only the first rows after the offset, this many; a run can be resumed with a larger limit."""
     field: str | None = None
     """The list of rows inside a JSON file's one object: a key or a path, as data.examples; by default its only list."""
+    max_row_mb: float = 256
+    """Rows of more MB, as they stand in their file, are error rows, and are passed over in little memory."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -148,6 +150,12 @@ class DatasetConfig:
         if self.shuffle is not None:
             count("dataset.shuffle", self.shuffle, 0, "an integer >= 0, or null", None)
         count("dataset.offset", self.offset, 0, "an integer >= 0", None)
+        number("dataset.max_row_mb", self.max_row_mb, 0, 1e6, "a number in (0, 1e6]", open_low=True)
+
+    @property
+    def max_row_bytes(self) -> int:
+        """`max_row_mb` in bytes."""
+        return max(1, int(self.max_row_mb * 1e6))
 
     @property
     def paths(self) -> list[str]:
@@ -262,6 +270,8 @@ class RunConfig:
     """A run directory, also of a run that is under way or was killed, whose answers so far are written to a file."""
     export_to: str | None = None
     """The file to write them to, .jsonl or .parquet; by default partial.jsonl or .parquet in that directory."""
+    export_force: bool = False
+    """Replace an export of another run, too; what llmpipe did not write, or was changed since, is never replaced."""
     trusted_modules: list[str] = field(default_factory=list)
     """Modules outside llmpipe whose classes a backend's _target_ may name."""
 
@@ -278,6 +288,7 @@ class RunConfig:
         count("seed", self.seed, 0, "an integer >= 0", None)
         self._take_seed()
         check(self.export_to is None or self.export is not None, "export_to", self.export_to, "given with export=")
+        check(not self.export_force or self.export is not None, "export_force", True, "given with export=")
         check(not (self.plan and self.export), "plan", self.plan, "false with export=")
         if self.max_error_rate is not None:
             number("max_error_rate", self.max_error_rate, 0, 1, "a number in (0, 1], or null", open_low=True)

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Self
 
@@ -93,14 +93,14 @@ class Inputs:
         self._made.clear()
 
     def __enter__(self) -> Self:
+        if not self._begun:
+            for left in self._directory.glob(".input-[0-9]*"):  # by a run that was killed before it had begun
+                left.unlink()
         return self
 
     def __exit__(self, *exc: object) -> None:
         for copy in self._made:
             copy.unlink(missing_ok=True)
-        if self._made:
-            with suppress(OSError):  # unless it holds something else
-                self._directory.rmdir()
         if self._temporary:
             self._temporary.cleanup()
 

@@ -21,6 +21,7 @@ from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Message
 from llmpipe.redaction import redacted
 from llmpipe.runners.templates.code import MOST_SOURCE, BoundedEnvironment
+from llmpipe.small_files import read_small_text
 
 MOST_REASON = 1000
 """Characters of what a template says when it refuses a chat."""
@@ -160,9 +161,12 @@ def read_template(text_or_file: str) -> str:
     if "{" in text_or_file or "\n" in text_or_file:
         return text_or_file
     try:
-        return Path(text_or_file).read_text(encoding="utf-8")
+        return read_small_text(Path(text_or_file))
     except (OSError, ValueError) as error:
-        raise LLMConfigError(f"backend.chat_template={text_or_file!r} is neither Jinja nor a readable file") from error
+        why = "" if isinstance(error, OSError) else f": {error}"
+        raise LLMConfigError(
+            f"backend.chat_template={text_or_file!r} is neither Jinja nor a readable file{why}"
+        ) from error
 
 
 def strftime_now(pattern: str) -> str:

@@ -98,13 +98,24 @@ class Child:
                 start_new_session=True,  # the terminal's Ctrl-C goes to the parent alone
             )
         self._connection = Connection(mine.detach())
+        self._owner = os.getpid()
         self._sending = threading.Lock()
         self.send("load", (logging.getLogger().getEffectiveLevel(), target, arguments))
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process.poll() is None
+        """Whether the process runs, and is there for this one."""
+        return self.is_ours and self._process.poll() is None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process started it, not one that this was forked from."""
+        return self._owner == os.getpid()
+
+    @property
+    def pid(self) -> int:
+        """Id of the process."""
+        return self._process.pid
 
     @property
     def rss_bytes(self) -> int:
@@ -146,9 +157,10 @@ class Child:
         return None
 
     def kill(self) -> None:
-        """End the process at once. Does no harm when called again."""
-        self._process.kill()
-        self._process.wait()
+        """End the process at once, if it is ours. Does no harm when called again."""
+        if self.is_ours:
+            self._process.kill()
+            self._process.wait()
         self._connection.close()
         self._said.close()
 

@@ -70,6 +70,8 @@ class IsolatedRunner(BaseLLMRunner):
         """Requests that were in a child when it died, in an earlier run, and how often each was then run alone."""
         self.note: Callable[[dict[int, int]], None] = lambda suspects: None
         """Makes the suspects durable."""
+        self.reloaded: Callable[[], None] = lambda: None
+        """Called when the model was loaded again, before it computes anything; what it raises ends the stream."""
         super().__init__(config, device, sampling, weights)
 
     def _initialize_model(self) -> None:
@@ -112,6 +114,7 @@ class IsolatedRunner(BaseLLMRunner):
             self._restarts += 1
             log.warning("the backend is started again")
             self._initialize_model()
+            self.reloaded()
         assert self._child is not None
         return self._child
 
@@ -236,7 +239,7 @@ class IsolatedRunner(BaseLLMRunner):
         """Return the prompt text of a chat; see `BaseLLMRunner.render`."""
         self._check_loaded()
         chat = parse_messages(messages, any_role=True), parse_tools(tools)
-        with self._turn():
+        with self._turns.turn():
             child = self._living_child()
             try:
                 child.send("render", (self.now, *chat, parse_template_kwargs(template_kwargs), continue_final))
@@ -312,7 +315,9 @@ def _unsuspected(
 
 
 def _leave(child: Child) -> None:
-    """Make the child give up its stream; kill it if it does not."""
+    """Make the child give up its stream; kill it if it does not. The stream of another process goes on."""
+    if not child.is_ours:
+        return
     deadline = time.monotonic() + LEAVE_S
     try:
         child.send("abandon")
