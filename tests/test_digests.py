@@ -114,8 +114,8 @@ def test_files_that_are_only_numbered_anew_are_let_pass(model: Path, monkeypatch
     witness = Witness()
     assert model_digest(str(model), witness) == model_digest("bundled")
     witness.check()
-    spoil(model / "config.json")
-    with pytest.raises(LLMInferenceError, match="config.json was changed"):
+    spoil(model / "tokenizer.json")
+    with pytest.raises(LLMInferenceError, match="tokenizer.json was changed"):
         witness.check()
 
 
