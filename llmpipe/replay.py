@@ -93,6 +93,7 @@ def _read(text: str) -> dict[str, Any]:
     """Return the values that a run was noted as."""
     try:
         values = json.loads(text)
+        list(leaves(values))
     except (ValueError, RecursionError):
         values = None
     return values if isinstance(values, dict) else {text: None}
