@@ -98,7 +98,8 @@ ARGUMENTS: list[Any] = [
     [json.dumps({"prompt": {"chat_template_kwargs": {"${oc.env:HOME}": 1}}})],
     [json.dumps({"backend": {"trust_remote_code": True}})],
     ["{"],
-    ['{"prompt": {"tools": ' + "[" * 900 + "]" * 900 + "}}"],
+    *(['{"prompt": {"tools": ' + "[" * levels + "]" * levels + "}}"] for levels in (60, 900)),
+    *(["prompt.tools=" + "[" * levels + "]" * levels] for levels in (60, 900)),
     ["{" * 100_000],
     ["+written_out=run"],
     [""],
@@ -140,7 +141,7 @@ def test_what_a_person_gives_again_is_theirs(place: Path, received: Path, said: 
 PERSONS_OWN = {
     "sampling": "defaults: [creative]\nmax_tokens: 1\nlogit_bias: {5: -100}\n",
     "experiment": (
-        "# @package _global_\ndefaults: [{override /dataset: mine}]\nseed: 7\nprompt: {system: 'a\\n${seed}'}\n"
+        "# @package _global_\ndefaults: [{override /dataset: mine}]\nseed: 7\nprompt: {template: 'a\\n${seed}'}\n"
     ),
     "dataset": "path: ${oc.env:ROWS}\ncolumns: {prompt: prompt}\n",
     "backend": "defaults: [/schema/echo@_here_]\nslots: 3\n",
