@@ -39,6 +39,7 @@ from llmpipe.exceptions import (
     LLMOutOfMemoryError,
 )
 from llmpipe.records import Chunk, Request
+from llmpipe.redaction import conceal, concealed
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.chat import ChatTemplateError
 from llmpipe.runners.factory import import_class
@@ -100,7 +101,7 @@ class Child:
         self._connection = Connection(mine.detach())
         self._owner = os.getpid()
         self._sending = threading.Lock()
-        self.send("load", (logging.getLogger().getEffectiveLevel(), target, arguments))
+        self.send("load", (logging.getLogger().getEffectiveLevel(), concealed(), target, arguments))
 
     @property
     def is_alive(self) -> bool:
@@ -244,8 +245,10 @@ class Service:
             else:
                 self._inbox.put((kind, content))
 
-    def _load(self, content: tuple[int, str, tuple[Any, ...]]) -> Message:
-        level, target, arguments = content
+    def _load(self, content: tuple[int, dict[str, str], str, tuple[Any, ...]]) -> Message:
+        level, values, target, arguments = content
+        for value, reference in values.items():  # here, too: a text that was cut would not be known any more
+            conceal(value, reference)
         root = logging.getLogger()
         root.setLevel(level)
         root.addHandler(LogHandler(self._outbox))
