@@ -18,7 +18,6 @@ from llmpipe.config import DeviceConfig, LlamaCppConfig, SamplingConfig, Switch
 from llmpipe.exceptions import LLMError, LLMInferenceError, LLMInitializationError
 from llmpipe.quoting import listed
 from llmpipe.records import Request
-from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.digests import files_of
 from llmpipe.runners.llama_cpp.model import adapter_file
 from llmpipe.runners.trials import Trial, TrialRunner
@@ -82,7 +81,7 @@ def _trial(files: Sequence[Path], weights: bool) -> Trial:
     return Trial(files, here, GROWTH)
 
 
-def _try(runner: BaseLLMRunner) -> None:
+def _try(runner: TrialRunner) -> None:
     """Ask for a few tokens: of several rows at once, as other code than for one computes them.
 
     Raises:
@@ -90,5 +89,5 @@ def _try(runner: BaseLLMRunner) -> None:
     """
     sampling = SamplingConfig(max_tokens=2, ignore_eos=True, n=2)
     runner.run([Request(0, sampling, PROMPT, samples=(0, 1))])
-    if runner.info()["isolation"]["restarts"]:
+    if runner.crashes:
         raise LLMInferenceError("computing with it crashed the backend")
