@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 from llmpipe.cells import right_answers
 from llmpipe.config import PromptFormat, RunConfig, describe
 from llmpipe.datasets import Dataset, Inputs, Scan, first_change
-from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError, LLMInferenceError, LLMInitializationError
+from llmpipe.exceptions import (
+    DatasetError,
+    LedgerError,
+    LLMConfigError,
+    LLMError,
+    LLMInferenceError,
+    LLMInitializationError,
+)
 from llmpipe.fingerprint import backend_values, compare_facts, continued, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
 from llmpipe.ledger import FILE, Ledger, saved
