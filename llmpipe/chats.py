@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 import orjson
 
 from llmpipe.cells import MAX_LEVELS, is_missing, is_too_deep
+from llmpipe.config.checks import readable
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.quoting import quoted
 from llmpipe.records import Message, UnusableText, is_utf8
@@ -153,10 +154,11 @@ def read_tools(given: Any) -> list[dict[str, Any]] | None:
     try:
         if isinstance(given, (str, Path)) and not str(given).lstrip().startswith(("[", "{")):
             what = f"prompt.tools={str(given)!r}"
-            text = read_small_text(Path(given).expanduser(), encoding="utf-8-sig")
+            with readable("prompt.tools", str(given)):
+                text = read_small_text(Path(given).expanduser(), encoding="utf-8-sig")
         tools = parse_tools(text)
-    except OSError as error:
-        raise LLMConfigError(f"{what} cannot be read: {error.strerror or error} (from {Path.cwd()})") from error
+    except LLMConfigError:
+        raise
     except ValueError as error:
         raise LLMConfigError(f"{what} is not allowed: {error}") from error
     return None if tools is None else list(tools)

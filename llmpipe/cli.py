@@ -7,13 +7,14 @@ finished, some rows are errors; 129, 130 and 143 interrupted by SIGHUP, SIGINT a
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -29,10 +30,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmpipe import __version__
 from llmpipe.config import conf_dir, register_schemas, to_run_config
-from llmpipe.config.checks import is_remote
+from llmpipe.config.checks import is_remote, readable
 from llmpipe.config.loading import checked
 from llmpipe.config.messages import one_line
-from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
+from llmpipe.exceptions import LedgerError, LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
 from llmpipe.ledger import begun
 from llmpipe.place import check_configs, check_link, check_place
@@ -40,6 +41,8 @@ from llmpipe.records import harmless
 from llmpipe.redaction import RedactedFormatter, redacted
 from llmpipe.replay import composed_from, replayed, typed
 from llmpipe.streams import lost, usable_streams
+from llmpipe.temporary import temporary_directory
+from llmpipe.workers import become_worker, in_this_process, is_worker, passing_on
 
 log = logging.getLogger("llmpipe")
 
@@ -70,12 +73,10 @@ def command(arguments: list[str]) -> int:
     try:
         check_local(arguments)
         arguments = without_traces(flags_first(resumed(arguments)))
-        with temporary_directory(arguments) as outcomes:
-            program = Program(outcomes)
+        with place_for_libraries(arguments), passing_on():
+            program = Program()
             sys.argv[1:] = arguments
             register_schemas()
-            OmegaConf.register_new_resolver("llmpipe.help", help_text, replace=True)
-            OmegaConf.register_new_resolver("llmpipe.entered", entered, replace=True)
             # Otherwise Hydra prints errors by itself, with a stack trace, and exits.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
             try:
@@ -98,15 +99,32 @@ def command(arguments: list[str]) -> int:
         elif type(error) is ValueError and "--" not in str(error):
             raise  # not Hydra's complaint about flags: a bug of ours
         if isinstance(error, OSError) and error.filename is not None and not isinstance(error, HydraException):
-            why = f"{error.filename}: {error.strerror}"
-            error = LLMError(f"cannot write to the run directory: {why}; choose another hydra.run.dir")
+            error = named(error)
         elif isinstance(error, OSError) and error.errno in FULL:  # Hydra's configuration, half written
             error = LLMError(f"cannot write to the run directory: {error.strerror}; choose another hydra.run.dir")
         print(f"llmpipe: {one_line(error)}", file=sys.stderr)
         return REFUSED
-    except KeyboardInterrupt:
-        print("llmpipe: interrupted; a run that had begun continues with llmpipe resume=DIRECTORY", file=sys.stderr)
-        return 130
+    except BrokenExecutor:
+        print(
+            "llmpipe: a process of the sweep has died; each job goes on with llmpipe resume=ITS_DIRECTORY",
+            file=sys.stderr,
+        )
+        return REFUSED
+    except KeyboardInterrupt as interrupt:
+        signum = getattr(interrupt, "signum", signal.SIGINT)
+        by = f"interrupted by {signal.Signals(signum).name}"
+        print(f"llmpipe: {by}; a run that had begun continues with llmpipe resume=DIRECTORY", file=sys.stderr)
+        return 128 + signum
+
+
+def named(error: OSError) -> LLMError:
+    """Say what Hydra could not do: it reads its YAML files, and writes to the run directory, before a job begins."""
+    file = Path(os.fsdecode(error.filename))
+    why = f"{file}: {error.strerror}"
+    in_a_job = any(frame.name == "run_job" for frame in traceback.extract_tb(error.__traceback__))
+    if file.suffix in (".yaml", ".yml") and not in_a_job:
+        return LLMConfigError(f"cannot read a configuration: {why}")
+    return LLMError(f"cannot write to the run directory: {why}; choose another hydra.run.dir")
 
 
 def show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -144,9 +162,9 @@ def entered(directory: str, change: Any) -> Any:
     place, configs = Path(directory), []
     if job.output_subdir is not None:
         configs = [place / job.output_subdir / f"{name}.yaml" for name in ("config", "hydra", "overrides")]
-    logging_config: Any = OmegaConf.to_container(job.job_logging, resolve=True) or {}
-    handlers = logging_config.get("handlers", {}).values()
-    logs = [Path(handler["filename"]).absolute() for handler in handlers if "filename" in handler]
+    logging_config: Any = OmegaConf.to_container(job.job_logging, resolve=True)
+    handlers = (logging_config or {}).get("handlers", {}).values()
+    logs = [Path(handler["filename"]).absolute() for handler in handlers if handler.get("filename")]
     within = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
     try:
         check_place(place, [*configs, *logs], within)
@@ -155,6 +173,12 @@ def entered(directory: str, change: Any) -> Any:
     except LLMError as error:
         raise Refused(str(error)) from error
     return change
+
+
+def register_resolvers() -> None:
+    """Make known what the configuration asks by name."""
+    OmegaConf.register_new_resolver("llmpipe.help", help_text, replace=True)
+    OmegaConf.register_new_resolver("llmpipe.entered", entered, replace=True)
 
 
 class Outcome(NamedTuple):
@@ -166,16 +190,43 @@ class Outcome(NamedTuple):
     """Of a finished run; None of one that was refused or stopped."""
 
 
-class Program:
-    """The jobs of one command: one, or several with `--multirun`.
+_outcomes: dict[int, Outcome] = {}
+"""Of the jobs of a sweep, by their numbers."""
+
+
+class Found(dict[str, Any]):
+    """What a job of a sweep returns, with what came of it, which is noted in each process that it comes to.
 
     Args:
-        outcomes: A directory for what came of each job of a sweep: a launcher may run them in other processes.
+        found: What was found.
+        number: Of the job.
+        outcome: What came of it.
     """
 
-    def __init__(self, outcomes: Path) -> None:
-        self._directory = outcomes
+    def __init__(self, found: dict[str, Any], number: int, outcome: Outcome) -> None:
+        super().__init__(found)
+        self._number, self._outcome = number, outcome
+        _outcomes[number] = outcome
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any], int, Outcome]]:
+        return type(self), (dict(self), self._number, self._outcome)
+
+
+class Program:
+    """The jobs of one command: one, or several with `--multirun`, which a launcher may run in other processes."""
+
+    def __init__(self) -> None:
         self._exit_code: int | None = None
+        _outcomes.clear()
+        register_resolvers()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_exit_code": None, "command": os.getpid()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._exit_code = None
+        become_worker(state["command"])
+        register_resolvers()
 
     def job(self, composed: DictConfig) -> dict[str, Any] | None:
         """Run one composed configuration; Hydra calls this for each job, and a failed one does not end a sweep."""
@@ -184,16 +235,18 @@ class Program:
             handler.setFormatter(RedactedFormatter(handler.formatter))
         self._exit_code, found, metrics = REFUSED, None, None
         try:
-            with usable_streams():  # a launcher may run it in another process
+            with usable_streams(), in_this_process():
                 found, metrics = self._do(composed, job)
             self._exit_code = SOME_ERRORS if found is not None and found["rows_error"] else OK
         except RunInterrupted as error:
+            if is_worker():  # the command says it, and no other job is begun here
+                logging.shutdown()
+                os._exit(128 + error.signum)
             raise Interrupted(error) from error
-        except LLMError as error:
+        except (LLMError, OSError) as error:
             log.error("llmpipe: %s", one_line(error))
         if job.mode is RunMode.MULTIRUN:
-            outcome = Outcome(self._exit_code, typed(job), metrics)
-            (self._directory / f"job-{job.job.num:06}").write_text(json.dumps(outcome._asdict()), "ascii")
+            return Found(found or {}, job.job.num, Outcome(self._exit_code, typed(job), metrics))
         return found
 
     def _do(self, composed: DictConfig, job: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -223,7 +276,7 @@ class Program:
         """Print the runs of a sweep beside each other, and return the exit code of the whole command."""
         from llmpipe.terminal import show_comparison
 
-        outcomes = [Outcome(**json.loads(file.read_bytes())) for file in sorted(self._directory.glob("job-*"))]
+        outcomes = [outcome for _, outcome in sorted(_outcomes.items())]
         if len(outcomes) > 1 and any(outcome.metrics for outcome in outcomes):
             show_comparison([(outcome.overrides, outcome.metrics) for outcome in outcomes])
         if not outcomes and self._exit_code is None:  # nothing was to be done but to print
@@ -233,25 +286,20 @@ class Program:
 
 
 @contextmanager
-def temporary_directory(arguments: list[str]) -> Iterator[Path]:
-    """Make a directory for the time of the command; in its run directory where nothing else can be written.
-
-    Then it is also the place for the temporary files of libraries.
-    """
-    place = None
+def place_for_libraries(arguments: list[str]) -> Iterator[None]:
+    """Where no temporary file can be made, let libraries make theirs in the run directory, and clear it at the end."""
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    place = given.get("hydra.run.dir") or given.get("hydra.sweep.dir")
     try:
         tempfile.gettempdir()
     except OSError:
-        given = dict(argument.partition("=")[::2] for argument in arguments)
-        place = given.get("hydra.run.dir") or given.get("hydra.sweep.dir")
-        if place is None:  # nothing can be run then, and what only prints needs none
-            yield Path(os.devnull)
+        if place is not None:  # else nothing can be run, and what only prints needs none
+            os.makedirs(place, exist_ok=True)
+            with temporary_directory(Path(place).absolute()) as made:
+                os.environ["TMPDIR"] = str(made)
+                yield
             return
-        os.makedirs(place, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="llmpipe-", dir=place) as made:
-        if place is not None:
-            os.environ["TMPDIR"] = os.path.abspath(made)
-        yield Path(made)
+    yield
 
 
 def check_local(arguments: list[str]) -> None:
@@ -286,10 +334,11 @@ def resumed(arguments: list[str]) -> list[str]:
         raise LLMConfigError(f"{verb}= names no run directory")
     if name == "null":
         return arguments
-    directory = Path(name).expanduser()
-    check_place(directory)
-    given = [argument for i, argument in enumerate(arguments) if i not in places]
-    before = replayed(directory, given)
+    with readable(verb, name, LedgerError):
+        directory = Path(name).expanduser()
+        check_place(directory)
+        given = [argument for i, argument in enumerate(arguments) if i not in places]
+        before = replayed(directory, given)
     # The directory keeps the config files that Hydra wrote when the run began.
     return [*before, *given, f"{verb}={directory}", f"hydra.run.dir={directory}", "hydra.output_subdir=null"]
 

@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmpipe.config import OutputFormat, RunConfig
+from llmpipe.config import OutputFormat, RunConfig, split_adapter
 from llmpipe.datasets import Inputs
 from llmpipe.exceptions import DatasetError, LLMConfigError, LLMError
 from llmpipe.fingerprint import backend_values, continued, fingerprint
@@ -154,7 +154,7 @@ def _refuse_inputs(path: Path, config: RunConfig) -> None:
         "dataset.path": config.dataset.paths,
         "prompt.tools": [config.prompt.tools],
         **{f"backend.{name}": [backend.get(name)] for name in ("model", "chat_template")},
-        "backend.lora": backend.get("lora") or [],
+        "backend.lora": [split_adapter(adapter)[0] for adapter in backend.get("lora") or []],
     }
     for option, given in read.items():
         for name in (Path(name).expanduser() for name in given if isinstance(name, (str, Path))):

@@ -16,9 +16,9 @@ from typing import Any
 from llmpipe import __version__
 from llmpipe.chats import read_tools
 from llmpipe.config import BACKENDS, BackendConfig, RunConfig, answer_fields, describe
-from llmpipe.config.checks import check
+from llmpipe.config.checks import check, readable
 from llmpipe.datasets import Scan, digest_of
-from llmpipe.exceptions import LedgerError, LLMConfigError
+from llmpipe.exceptions import LedgerError, LLMConfigError, LLMInitializationError
 from llmpipe.ledger import differences
 from llmpipe.redaction import Place, as_written, below, redacted, sealed
 from llmpipe.runners.base import BaseLLMRunner
@@ -145,7 +145,8 @@ def _of_backend(config: RunConfig, witness: Witness | None) -> dict[str, Any]:
         values |= {name: value for name, value in describe(config.backend).items() if name in ROUNDING_OPTIONS}
         values["device"] = str(config.device)
     for name in ("chat_template", "lora"):  # what is in the files counts, not what they are called
-        values[name] = [content_digest(str(text), witness) for text in _as_list(values.get(name))]
+        with readable(f"backend.{name}", values.get(name), LLMInitializationError):
+            values[name] = [content_digest(str(text), witness) for text in _as_list(values.get(name))]
     return {"model": model if model is None else model_digest(str(model), witness), "backend": values}
 
 

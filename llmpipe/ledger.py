@@ -447,7 +447,10 @@ def saved_arguments(directory: Path) -> list[str]:
         LedgerError: the directory holds no run, or a damaged one.
     """
     (found,) = saved(directory, "arguments")
-    return [str(argument) for argument in found or []]
+    found = found or []
+    if not isinstance(found, list) or not all(isinstance(argument, str) for argument in found):
+        raise _damaged(directory / FILE, "the arguments are no command line")
+    return found
 
 
 def saved(directory: Path, *keys: str) -> list[Any]:

@@ -14,7 +14,7 @@ from filelock import BaseFileLock
 from llmpipe.cells import right_answers
 from llmpipe.config import PromptFormat, RunConfig, check_trusted, describe
 from llmpipe.datasets import Dataset, Inputs, Scan, first_change
-from llmpipe.exceptions import LedgerError, LLMConfigError, LLMError, LLMInferenceError
+from llmpipe.exceptions import LedgerError, LLMConfigError, LLMError, LLMInferenceError, LLMInitializationError
 from llmpipe.fingerprint import backend_values, compare_facts, continued, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
 from llmpipe.ledger import Ledger, begun, held, saved
@@ -211,6 +211,7 @@ def generate(
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         ledger.set(facts=known or facts)
         attempt = _Attempt(ledger, runner, memory, config, prompt_format="chat" if chat else "raw")
+        safe = f"what was finished is safe: llmpipe resume={directory}"
         before, expected, tokens = ledger.count(), scan.rows * config.sampling.n, 0
         if isinstance(runner, IsolatedRunner):
             runner.suspects = dict(ledger.get("suspects") or [])
@@ -232,14 +233,14 @@ def generate(
                     progress(before + ledger.noted, expected, tokens)
         except WaitingIsOver:  # the end says why
             pass
+        except (LLMInferenceError, LLMInitializationError) as error:  # in the middle of it: what was there is lost
+            raise LLMInferenceError(f"{error}; {safe}") from error
         except Exception as error:
             if isinstance(error, LLMError) or type(runner).__module__.startswith("llmpipe."):
                 raise
             log.exception("%s failed", type(runner).__name__)  # its author wants to see where
             why = " ".join(str(error).split()) or type(error).__name__
-            raise LLMInferenceError(
-                f"{type(runner).__name__} failed: {why}; what was finished is safe: llmpipe resume={directory}"
-            ) from error
+            raise LLMInferenceError(f"{type(runner).__name__} failed: {why}; {safe}") from error
         finally:
             completions.close()  # type: ignore[attr-defined]
             ledger.commit()

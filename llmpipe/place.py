@@ -44,8 +44,11 @@ def check_link(path: Path) -> None:
     """
     try:
         status = path.lstat()
-    except OSError:  # not there, or whoever opens it will say what is wrong
+    except (FileNotFoundError, NotADirectoryError):  # whoever makes it will say what is wrong
         return
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise LLMError(f"cannot write to the run directory {path.parent}: {why}") from error
     if stat.S_ISLNK(status.st_mode):
         raise LLMError(f"{path} is a symlink (to {os.readlink(path)}), and a run would write there: remove it")
     if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 MOST_NAMES = 20
@@ -31,6 +32,11 @@ class Names:
 def listed(names: Iterable[object]) -> str:
     """Return names with commas between them; of many, the first ones and how many more there are."""
     return str(Names(names))
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Return the names that come more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def quoted(value: object) -> str:

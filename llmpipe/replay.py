@@ -8,62 +8,48 @@ not where they were.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from llmpipe.config import BACKENDS, conf_dir
-from llmpipe.config.escapes import KEYS, unescaped
+from llmpipe.config.escapes import unescaped
 from llmpipe.config.trust import DESCRIPTIVE, TAKES_TRUST, VERBS, brings_code, key_of, leaves
 from llmpipe.exceptions import LedgerError
 from llmpipe.ledger import saved_arguments
 from llmpipe.records import harmless
 
+GROUP, OPTION = "written_out", "run"
+"""The config group, and its one option, that Hydra knows while a run goes on that was noted as values."""
 _WRITES = ("backend.offload_folder",)
 _REFERENCE = re.compile(r"\$\{([\w.]+|llmpipe\.data:[\w.-]+)\}")
 """A reference to another key, or to an example dataset; any other asks something outside of the configuration."""
 
 
-def replayed(directory: Path, given: Sequence[str]) -> list[str]:
-    """Return the arguments of the run in a directory that the given ones do not replace.
-
-    Raises:
-        LedgerError: the directory holds no run, or one with arguments that a directory cannot give.
-    """
-    names = {key_of(argument) for argument in given}
-    before = [text for text in saved_arguments(directory) if not _replaced(text, names)]
-    if refused := [text for text in before if not _describes_a_run(text)]:
-        raise LedgerError(
-            f"the run in {directory} was begun with {harmless(shlex.join(refused))}, which is not taken from a run "
-            f"directory, as that may be from somebody else: if you trust it, give it again beside the directory"
-        )
-    if any(text.startswith("++backend.") for text in before) and "backend" not in names | set(map(key_of, before)):
-        return ["~backend", *before]  # someone else's, with no options but its own
-    return before
-
-
 def composed_from(composed: DictConfig, job: Any) -> list[str]:
-    """Return the arguments that compose the running job again, from llmpipe's own config files alone.
+    """Return what composes the running job again: its overrides, or, where config files are a person's own, all values.
 
     Args:
         composed: The job's configuration, without Hydra's node.
         job: That node.
     """
+    overrides = [text for text in typed(job) if key_of(text) not in VERBS]
     files = {source.path for source in job.runtime.config_sources if source.schema != "structured"}
-    if files <= {"hydra.conf", str(conf_dir())} and job.job.config_name == "config":
-        return [text for text in typed(job) if key_of(text) not in VERBS]
+    own = files <= {"hydra.conf", str(conf_dir())} and job.job.config_name == "config"
+    if own and GROUP not in map(key_of, overrides):
+        return overrides
+    values: Any = OmegaConf.to_container(composed, resolve=False, throw_on_missing=False, enum_to_str=True)
     schema = OmegaConf.get_type(composed, "backend")
-    return [
-        *(f"backend={backend.group}" for backend, known in BACKENDS.items() if schema is known),
-        *_written_out(composed),
-    ]
+    groups = [f"backend={backend.group}" for backend, known in BACKENDS.items() if schema is known]
+    return [*groups, json.dumps({name: value for name, value in values.items() if name in DESCRIPTIVE})]
 
 
 def typed(job: Any) -> list[str]:
@@ -75,35 +61,47 @@ def typed(job: Any) -> list[str]:
     return cast(list[str], OmegaConf.to_container(job.overrides.task, resolve=False))
 
 
-def _written_out(node: DictConfig, path: str = "") -> Iterator[str]:
-    """Yield an override for each option of a configuration."""
-    values = OmegaConf.to_container(node, resolve=False, throw_on_missing=False, enum_to_str=True)
-    assert isinstance(values, dict)
-    for name, value in values.items():
-        key, inner = f"{path}{name!s}", node._get_node(name)
-        if key.partition(".")[0] not in DESCRIPTIVE or value == "???":
-            continue
-        if isinstance(inner, DictConfig) and (not path or is_dataclass(OmegaConf.get_type(inner))):
-            yield from _written_out(inner, f"{key}.")
-        else:
-            yield f"++{key}={Override._get_value_element_as_str(_quoted(value, key in KEYS))}"
+def replayed(directory: Path, given: Sequence[str]) -> list[str]:
+    """Return the arguments of the run in a directory that the given ones do not replace.
+
+    Raises:
+        LedgerError: the directory holds no run, or one with arguments that a directory cannot give.
+    """
+    names = {key_of(argument) for argument in given}
+    before: list[str] = []
+    refused: list[str] = []
+    for text in saved_arguments(directory):
+        if text.startswith("{"):
+            values = _without(_read(text), names)
+            refused += [f"{'.'.join(path)}={value}" for path, value in leaves(values) if not _may_be(path, value)]
+            ConfigStore.instance().store(OPTION, values, group=GROUP, package="_global_")
+            before += [] if "backend" in {*names, *map(key_of, before)} else ["~backend"]
+            before.append(f"+{GROUP}={OPTION}")
+        elif key_of(text) not in names:
+            before.append(text)
+            refused += [] if _describes_a_run(text) else [text]
+    if refused:
+        shown = textwrap.shorten(harmless(shlex.join(refused)), 2000)
+        raise LedgerError(
+            f"the run in {directory} was begun with {shown}, which is not taken from a run directory, as that may be "
+            f"from somebody else: if you trust it, give it again beside the directory"
+        )
+    return before
 
 
-def _quoted(value: Any, escaped: bool) -> Any:
-    """Return a value with its texts in quotes, for Hydra's grammar; and for escapes to be read, where they are."""
-    if isinstance(value, dict):
-        return {_quoted(name, escaped): _quoted(inner, escaped) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_quoted(inner, escaped) for inner in value]
-    if not isinstance(value, str):
-        return value
-    return QuotedString(value.replace("\\", "\\u005c") if escaped else value, Quote.double)
+def _read(text: str) -> dict[str, Any]:
+    """Return the values that a run was noted as."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    return values if isinstance(values, dict) else {text: None}
 
 
-def _replaced(text: str, names: set[str]) -> bool:
-    """Say whether given arguments of these keys stand for a noted one: of its key, or the group of one written out."""
-    key = key_of(text)
-    return key in names or (text.startswith("++") and key.partition(".")[0] in names)
+def _without(values: dict[str, Any], names: Iterable[str], path: str = "") -> dict[str, Any]:
+    """Return values less those of some keys."""
+    kept = {name: value for name, value in values.items() if f"{path}{name}" not in names}
+    return {n: _without(v, names, f"{path}{n}.") if isinstance(v, dict) else v for n, v in kept.items()}
 
 
 def _describes_a_run(argument: str) -> bool:
@@ -111,12 +109,26 @@ def _describes_a_run(argument: str) -> bool:
     if argument.startswith("-"):
         return False
     override = OverridesParser.create().parse_override(argument)
-    group = re.split(r"[./]", override.key_or_group)
-    if override.is_delete() or override.is_sweep_override() or override.package or group[0] not in DESCRIPTIVE:
+    names, value = override.key_or_group.split("."), override.value()
+    if override.is_delete() or override.is_sweep_override() or override.package or _asks(unescaped(argument)):
         return False
-    found = list(leaves(override.value(), tuple(group)))
-    texts = [unescaped(argument), *(text for path, value in found for text in (*path, value) if isinstance(text, str))]
-    return not any("${" in _REFERENCE.sub("", text) for text in texts) and not any(
-        key in _WRITES or (key in TAKES_TRUST and brings_code(value))
-        for key, value in ((".".join(path), value) for path, value in found)
+    options = {file.stem for file in (conf_dir() / names[0]).glob("*.yaml")} if names[0] in DESCRIPTIVE else set()
+    if len(names) == 1 and options and not isinstance(value, dict):  # else it sets the group's keys
+        return all(
+            isinstance(option, str) and option in options for option in (value if isinstance(value, list) else [value])
+        )
+    return all(_may_be(*leaf) for leaf in leaves(value, tuple(names)))
+
+
+def _may_be(path: tuple[str, ...], value: Any) -> bool:
+    """Say whether a run directory may set a key to a value."""
+    key = ".".join(path)
+    asks = any(_asks(text) for text in (*path, value) if isinstance(text, str))
+    return (
+        path[0] in DESCRIPTIVE and not asks and key not in _WRITES and not (key in TAKES_TRUST and brings_code(value))
     )
+
+
+def _asks(text: str) -> bool:
+    """Say whether a text has references that ask something outside of the configuration, such as the environment."""
+    return "${" in _REFERENCE.sub("", text)

@@ -25,12 +25,9 @@ from llmpipe.config import OnError, RunConfig
 from llmpipe.datasets import Dataset
 from llmpipe.exceptions import LLMInferenceError, RunInterrupted, RunStopped
 from llmpipe.records import Completion
+from llmpipe.signals import HANGUP, SIGNALS, TWICE
 
 log = logging.getLogger(__name__)
-
-HANGUP = getattr(signal, "SIGHUP", None)
-"""Comes when the terminal is closed; Windows has none."""
-SIGNALS = [signum for signum in (signal.SIGINT, signal.SIGTERM, HANGUP) if signum is not None]
 
 RATED_FROM = 100
 """Rows that must have been asked for before their error rate means anything."""
@@ -52,7 +49,7 @@ class WaitingIsOver(BaseException):
 class Stops:
     """Watches one attempt at a run, while its `with` block lasts.
 
-    The first of `SIGNALS` is a wish to stop; a second one, other than SIGHUP, ends the process at once.
+    The first of `SIGNALS` is a wish to stop; a second one, unless of those that come `TWICE`, ends the process at once.
 
     Args:
         config: The run.
@@ -105,7 +102,7 @@ class Stops:
         if self._received is None:
             self._received = signum
             log.warning("stopping after %s; once more to stop at once", signal.Signals(signum).name)
-        elif signum != HANGUP:  # a terminal that is closed says so twice: by itself, and through the shell
+        elif signum not in TWICE:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
 
@@ -195,7 +192,7 @@ class Stops:
             if not heard:
                 return
             for signum in heard:
-                if signum in SIGNALS and (signum != HANGUP or not wishes):  # which comes twice, and is one wish
+                if signum in SIGNALS and (signum not in TWICE or not wishes):
                     wishes.append(signum)
             if wishes:
                 over_since = min(over_since, time.monotonic())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,9 @@ class Outlet(io.FileIO):
     def write(self, data: Any) -> int:
         """Write some bytes, or drop them."""
         try:
-            return super().write(data)
+            while (written := super().write(data)) is None:  # whoever started us has made it one that does not wait
+                select.select([], [self], [])
+            return written
         except OSError as error:
             if not isinstance(error, BrokenPipeError):  # whose reader has seen enough
                 self.lost = error

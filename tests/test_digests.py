@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import pytest
 import llmpipe
 from llmpipe import LLMInferenceError, LLMInitializationError, RunConfig, compose
 from llmpipe.runners import digests
-from llmpipe.runners.digests import TEMPLATES, Witness, content_digest, model_digest
+from llmpipe.runners.digests import TEMPLATES, State, Witness, content_digest, model_digest
 from llmpipe.runners.weights import BUNDLED_DIR
 
 
@@ -88,7 +89,33 @@ def test_a_change_is_noticed_also_once_it_was_undone(name: str, model: Path) -> 
     witness.check()
     change, said = CHANGES[name]
     change(model)
-    with pytest.raises(LLMInferenceError, match=rf"{said}.* while answers were computed with it; .*; so there$"):
+    with pytest.raises(LLMInferenceError, match=rf"{said}.* while answers were computed with it: .*; so there$"):
+        witness.check()
+
+
+def test_what_was_noticed_once_is_not_forgotten(model: Path) -> None:
+    witness = Witness()
+    model_digest(str(model), witness)
+    (model / "added_tokens.json").touch()
+    for _ in range(2):
+        with pytest.raises(LLMInferenceError, match="added_tokens.json was added"):
+            witness.check()
+        (model / "added_tokens.json").unlink(missing_ok=True)
+
+
+def test_files_that_are_only_numbered_anew_are_let_pass(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some file systems in user space do."""
+    of, numbers = State.of, itertools.count()
+
+    def anew(path: Path) -> State:
+        return of(path)._replace(place=(next(numbers),))
+
+    monkeypatch.setattr(State, "of", anew)
+    witness = Witness()
+    assert model_digest(str(model), witness) == model_digest("bundled")
+    witness.check()
+    spoil(model / "config.json")
+    with pytest.raises(LLMInferenceError, match="config.json was changed"):
         witness.check()
 
 

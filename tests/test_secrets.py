@@ -17,7 +17,7 @@ import pytest
 
 import llmpipe
 from llmpipe import EchoRunner, LedgerError, LLMConfigError, LLMError, RunConfig, compose
-from llmpipe.config import BACKENDS, conf_dir
+from llmpipe.config import BACKENDS, BackendConfig, DatasetConfig, conf_dir
 from llmpipe.datasets import Dataset
 from llmpipe.export import export
 from llmpipe.fingerprint import fingerprint
@@ -67,37 +67,47 @@ def run_llmpipe(*arguments: str, cwd: Path, **environment: str) -> subprocess.Co
 # --- every option -----------------------------------------------------------------------------------------------------
 
 
-def options_of(config: Any, path: str = "") -> Iterator[str]:
-    """Yield every option that can hold text."""
+VALUES = {"list": "[a,'b ${oc.env:SECRET}']", "dict": "{a:'${oc.env:SECRET}'}", "str": "${oc.env:SECRET}"}
+ANY = [*VALUES.values(), "${oc.env:NUMBER}"]
+
+
+def options_of(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every option that can hold text, with text from the environment for it."""
     for f in fields(config):
         if f.name == "backend":  # chooses a file
             continue
         inner = getattr(config, f.name)
         if is_dataclass(inner):
             yield from options_of(inner, f"{path}{f.name}.")
-        elif "str" in str(f.type) or f.type == "Any":
-            yield path + f.name
+        else:
+            kind = next((kind for kind in VALUES if kind in str(f.type)), None)
+            values = [VALUES[kind]] if kind else ANY if f.type == "Any" else []
+            yield from ((path + f.name, value) for value in values)
 
 
 OPTIONS = [
-    *(("echo", option) for option in options_of(RunConfig(backend=None, dataset=llmpipe.config.DatasetConfig("x")))),
-    *((name.group, f"backend.{option}") for name, schema in BACKENDS.items() for option in options_of(schema())),
+    *(("echo", *option) for option in options_of(RunConfig("???", dataset=DatasetConfig("x")))),
+    *dict.fromkeys(
+        (name.group, f"backend.{option}", value)
+        for name, schema in BACKENDS.items()
+        for option, value in options_of(schema())
+        if name.group == "llama_cpp" or option not in {f.name for f in fields(BackendConfig)}
+    ),
 ]
 
 
-@pytest.mark.parametrize(("backend", "option"), OPTIONS)
+@pytest.mark.parametrize(("backend", "option", "value"), OPTIONS)
 def test_an_option_shows_its_reference_in_every_listing_and_message(
-    backend: str, option: str, write_jsonl: Callable[..., Path]
+    backend: str, option: str, value: str, write_jsonl: Callable[..., Path]
 ) -> None:
     path = write_jsonl({"prompt": "hi"})
-    for value in ("${oc.env:SECRET}", "[a,'b ${oc.env:SECRET}']", "{a:'${oc.env:SECRET}'}", "${oc.env:NUMBER}"):
-        try:
-            config = compose([f"backend={backend}", f"dataset.path={path}", f"{option}={value}"])
-            assert "${oc.env:" in json.dumps(config.written())
-            check_hidden(config.written())
-            check_hidden(fingerprint(config, Dataset(config.dataset).scan()))
-        except LLMError as error:
-            check_hidden(str(error))
+    try:
+        config = compose([f"backend={backend}", f"dataset.path={path}", f"{option}={value}"])
+        assert "${oc.env:" in json.dumps(config.written())
+        check_hidden(config.written())
+        check_hidden(fingerprint(config, Dataset(config.dataset).scan()))
+    except LLMError as error:
+        check_hidden(str(error))
 
 
 @pytest.mark.parametrize(
@@ -174,14 +184,16 @@ def test_no_artifact_log_or_message_of_a_run_has_a_value(rows: Path, tmp_path: P
     check_hidden(tmp_path, done.stdout, done.stderr)
     assert saved_arguments(tmp_path / "out") == run
     assert "You know ${oc.env:SECRET}" in (tmp_path / "out" / "report.html").read_text()
-    again = run_llmpipe("resume=out", cwd=tmp_path)
+    alone = run_llmpipe("resume=out", cwd=tmp_path)  # a directory does not decide what is asked of the environment
+    assert alone.returncode == 1 and "prompt.system=You know ${oc.env:SECRET}" in alone.stderr
+    again = run_llmpipe("resume=out", *SECRETIVE, cwd=tmp_path)
     assert again.returncode == 3, again.stderr
-    changed = run_llmpipe("resume=out", cwd=tmp_path, SECRET=f"{HEAD} and more")
+    changed = run_llmpipe("resume=out", *SECRETIVE, cwd=tmp_path, SECRET=f"{HEAD} and more")
     assert changed.returncode == 1
     assert "prompt.system is You know ${oc.env:SECRET} as before, but with another value" in changed.stderr
-    missing = run_llmpipe("resume=out", "prompt.system='${oc.env:UNSET}'", cwd=tmp_path)
+    missing = run_llmpipe("resume=out", *SECRETIVE, "prompt.system='${oc.env:UNSET}'", cwd=tmp_path)
     assert missing.returncode == 1 and "Environment variable 'UNSET' not found" in missing.stderr
-    for process in (again, changed, missing):
+    for process in (alone, again, changed, missing):
         check_hidden(tmp_path, process.stdout, process.stderr)
 
 

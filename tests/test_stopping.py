@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import llmpipe
@@ -265,5 +266,91 @@ def test_a_second_signal_ends_the_process_though_native_code_never_returns(tmp_p
         sent = time.monotonic()
         process.communicate(timeout=30)
         assert process.returncode == 130 and time.monotonic() - sent < SECOND
+    finally:
+        process.kill()
+
+
+# --- a sweep in several processes -------------------------------------------------------------------------------------
+
+
+def start_sweep(tmp_path: Path, *overrides: str) -> subprocess.Popen[str]:
+    (tmp_path / "tmp").mkdir()
+    sweep = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep", "seed=1,2,3,4"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "llmpipe", *sweep, *overrides],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+            "TMPDIR": str(tmp_path / "tmp"),
+        },
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if "Loky" in str(child.cmdline())]
+
+
+@pytest.mark.parametrize(
+    ("signum", "group", "code"),
+    [
+        (signal.SIGINT, True, 130),  # Ctrl-C in a terminal
+        (signal.SIGTERM, False, 143),
+        (signal.SIGTERM, True, 143),
+        (signal.SIGKILL, False, -9),
+    ],
+)
+def test_a_sweep_in_several_processes_ends_as_a_whole_and_what_its_jobs_finished_is_there(
+    signum: signal.Signals, group: bool, code: int, tmp_path: Path
+) -> None:
+    asked = [*BACKENDS["llama_cpp"], *LONG, f"dataset.path={short_and_long(tmp_path)}"]
+    process = start_sweep(tmp_path, *asked)
+    try:
+        wait_for(lambda: all(committed(tmp_path / "sweep" / job) == 2 for job in "01"), 60)
+        workers = workers_of(process)
+        assert len(workers) == 2
+        (os.killpg if group else os.kill)(process.pid, signum)
+        sent = time.monotonic()
+        said = process.communicate(timeout=30)[1]
+        if signum != signal.SIGKILL:
+            assert not [worker for worker in workers if worker.is_running()]
+            assert said.splitlines()[-1].startswith(f"llmpipe: interrupted by {signum.name}; ")
+            assert "Traceback" not in said and "Error" not in said, said
+        wait_for(lambda: not [worker for worker in workers if worker.is_running()], 10)
+        assert process.returncode == code and time.monotonic() - sent < 5 * SECOND
+        assert sorted(file.name for file in (tmp_path / "sweep").iterdir()) == ["0", "1", "multirun.yaml"]
+        assert [committed(tmp_path / "sweep" / job) for job in "01"] == [2, 2]
+        assert not [path for path in (tmp_path / "tmp").iterdir() if "llmpipe" in path.name]
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_the_processes_of_a_sweep_end_while_they_load_models(signum: signal.Signals, tmp_path: Path) -> None:
+    arguments = foreign(tmp_path, "fine", load="hang")
+    process = start_sweep(tmp_path, f"--config-dir={tmp_path / 'conf'}", "backend=breaking", *arguments)
+    try:
+        wait_for(lambda: all((tmp_path / "sweep" / job / "ledger.sqlite").exists() for job in "01"), 60)
+        workers = workers_of(process)
+        process.send_signal(signum)
+        process.communicate(timeout=30)
+        assert process.returncode == (143 if signum == signal.SIGTERM else -9)
+        wait_for(lambda: not [worker for worker in workers if worker.is_running()], 3)
+    finally:
+        process.kill()
+
+
+def test_a_process_of_a_sweep_that_is_killed_ends_it_in_a_line(tmp_path: Path) -> None:
+    process = start_sweep(tmp_path, *BACKENDS["llama_cpp"], *LONG, f"dataset.path={short_and_long(tmp_path)}")
+    try:
+        wait_for(lambda: all(committed(tmp_path / "sweep" / job) == 2 for job in "01"), 60)
+        workers_of(process)[0].kill()
+        said = process.communicate(timeout=30)[1]
+        assert process.returncode == 1 and "Traceback" not in said, said
+        assert said.splitlines()[-1].startswith("llmpipe: a process of the sweep has died; ")
     finally:
         process.kill()

@@ -23,9 +23,12 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmpipe import LLMInitializationError
+from llmpipe import LLMConfigError, LLMInitializationError
+from llmpipe.cli import main
 from llmpipe.exceptions import MissingDependencyError
+from llmpipe.runners import trials
 from llmpipe.runners.transformers import TransformersRunner, loading
+from llmpipe.runners.transformers.trial import try_tokenizer
 from llmpipe.runners.weights import BUNDLED_DIR
 
 BATCHING = ["slots", "padded"]
@@ -523,6 +526,108 @@ def test_a_hub_model_that_is_not_cached_is_refused_at_once_where_the_hub_may_not
     text = refusal("nobody/no-such-model", local_files_only=True, revision=revision)
     assert "'nobody/no-such-model'" in text
     assert time.monotonic() - started < 5
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+SEARCH = {"type": "Replace", "pattern": {"Regex": "[^y]{1,9}yy"}, "content": "x"}
+TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
+    "aborts when it is loaded": (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
+        "or ends the process (exit code -6)",
+    ),
+    "panics when it is loaded": ({"model": {"continuing_subword_prefix": "#" * 100}}, "out of range for slice"),
+    "panics when it is used": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "chunk size must be non-zero"),
+    "fills the memory": (
+        {"normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 40}},
+        " MB of memory, or ends the process",
+    ),
+    "goes on for ever": (
+        {"normalizer": {"type": "Sequence", "normalizers": [SEARCH] * 30_000}},
+        "does not come to an end within ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_that_would_end_the_process_is_refused(
+    name: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "LEAST_S", 3.0)
+    monkeypatch.setattr(trials, "LEAST_BYTES", 300 * 2**20)
+    changes, reason = TOKENIZERS[name]
+    file = checkpoint / "tokenizer.json"
+    values = json.loads(file.read_text())
+    model = {**values["model"], **changes.get("model", {})}
+    file.write_text(json.dumps({**values, **changes, "model": model}))
+    for _ in range(2):  # what failed is not remembered
+        text = refusal(checkpoint)
+        assert text.startswith(f"the tokenizer of {checkpoint} cannot be used, or is damaged: it ")
+        assert reason in text
+    with pytest.raises(LLMInitializationError, match="cannot be used, or is damaged"):
+        TransformersRunner({"model": str(checkpoint)}, "cpu", weights=False)
+
+
+def test_a_sound_tokenizer_is_tried_once_and_in_a_moment(
+    checkpoint: Path, expected: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "llmpipe")
+    for tries in (1, 1, 2):
+        if tries == 2:
+            (checkpoint / "tokenizer_config.json").touch()
+        with load(checkpoint) as runner:
+            assert answers(runner) == expected
+        assert caplog.text.count("tried in a process of its own") == tries
+    started = time.monotonic()
+    (checkpoint / "tokenizer_config.json").touch()
+    try_tokenizer("it", str(checkpoint), {})
+    assert time.monotonic() - started < 1
+
+
+def test_a_tokenizer_that_is_not_one_json_file_is_tried_as_well(checkpoint: Path, expected: list[str]) -> None:
+    model = json.loads((checkpoint / "tokenizer.json").read_text())["model"]
+    (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (checkpoint / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>"}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(config))
+    with load(checkpoint) as runner:
+        assert len(answers(runner)) == len(PROMPTS)
+
+
+def test_a_text_that_the_tokenizer_fails_on_costs_its_own_row(checkpoint: Path) -> None:
+    file = checkpoint / "tokenizer.json"
+    values = json.loads(file.read_text())
+    model = {"type": "WordLevel", "vocab": values["model"]["vocab"], "unk_token": "[UNK]"}
+    file.write_text(json.dumps({**values, "model": model}))
+    with load(checkpoint) as runner:
+        done = runner.run(["a", "qqxzqq", "a"], prompt_format="raw", max_tokens=2)
+    assert [completion.error is None for completion in done] == [True, False, True]
+    assert "the tokenizer fails on this text: WordLevel error: Missing [UNK] token" in (done[1].error or "")
+
+
+# --- chat templates ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"])
+@pytest.mark.parametrize(
+    "template", ["{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "{% if 1 %}" * 300 + "{% endif %}" * 300, "{{ 1"]
+)
+def test_a_chat_template_that_cannot_be_compiled_is_refused_before_any_row_is(
+    template: str, file: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoint / file).parent.mkdir(exist_ok=True)
+    (checkpoint / file).write_text(template)
+    with pytest.raises(LLMConfigError, match=r"^the chat template (cannot be compiled|is not valid Jinja).*$"):
+        load(checkpoint)
+    for option in ([], ["plan=true"]):
+        directory = f"hydra.run.dir={tmp_path / 'run'}"
+        assert main(["backend=transformers", f"backend.model={checkpoint}", "device=cpu", directory, *option]) == 1
+        said = capsys.readouterr().err.splitlines()
+        assert [line for line in said if "the chat template" in line] == said[-1:]
+        assert not list(tmp_path.glob("run/*.json*"))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

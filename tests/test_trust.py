@@ -1,56 +1,17 @@
-"""A config group or a run directory from somebody else describes a run, and no more: it runs no code."""
+"""A config group from somebody else describes a run, and no more: it runs no code."""
 
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from traps import Said, check_refused
 
-from llmpipe.cli import main
-
-
-class Mark:
-    """Makes a directory when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (self.path,)
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a dataset, a pickle that leaves `owned` where it is read, and a module that does so."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "rows.jsonl").write_text('{"id": "a", "prompt": "say a"}\n')
-    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Mark(tmp_path / "owned")))
-    np.save(tmp_path / "evil.npy", np.array([Mark(tmp_path / "owned")], dtype=object), allow_pickle=True)
-    (tmp_path / "evilmodule.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'owned')!r})\nHandler = print\n")
-    (tmp_path / "precious").write_text("mine")
-    return tmp_path
-
-
-@pytest.fixture
-def said(capfd: pytest.CaptureFixture[str]) -> Any:
-    """Run a command in this process and return its exit code and what it has said on stderr."""
-
-    def run(*arguments: str) -> tuple[int, str]:
-        capfd.readouterr()
-        try:
-            code = main(list(arguments))
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, capfd.readouterr().err
-
-    return run
-
+from llmpipe import LLMConfigError, compose
+from llmpipe.config import conf_dir
 
 LOAD = {"_target_": "joblib.load", "filename": "evil.pkl"}
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -127,7 +88,7 @@ def write_group(place: Path, values: Any, group: str = "experiment", name: str =
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_group_runs_no_code(name: str, place: Path, said: Any) -> None:
+def test_a_group_runs_no_code(name: str, place: Path, said: Said) -> None:
     check_refused(place, said("hydra.run.dir=out", *write_group(place, HOSTILE[name])))
 
 
@@ -135,13 +96,107 @@ def test_a_group_runs_no_code(name: str, place: Path, said: Any) -> None:
 @pytest.mark.parametrize(
     "command", [["-m", "hydra.sweep.dir=outs"], ["--help"], ["--cfg=job"], ["--info=config"]], ids=str
 )
-def test_a_group_runs_no_code_whatever_is_asked_for(name: str, command: list[str], place: Path, said: Any) -> None:
+def test_a_group_runs_no_code_whatever_is_asked_for(name: str, command: list[str], place: Path, said: Said) -> None:
     check_refused(place, said(*command, *write_group(place, HOSTILE[name])))
 
 
-def check_refused(place: Path, outcome: tuple[int, str]) -> None:
-    code, error = outcome
-    assert not (place / "owned").exists() and not (place / "elsewhere").exists()
-    assert (place / "precious").read_text() == "mine" and not (place / "out").exists()
-    assert code == 1
-    assert error.startswith("llmpipe: ") and error.count("\n") == 1, error
+def test_a_file_outside_of_the_config_directories_is_nobodys_own(place: Path, said: Said) -> None:
+    (place / "evil.yaml").write_text("# @package _global_\nhydra: {job: {env_set: {LD_PRELOAD: /tmp/evil.so}}}\n")
+    away = os.path.relpath(place / "evil", conf_dir() / "experiment")
+    check_refused(place, said(f"+experiment={away}", "backend=echo", "dataset.path=rows.jsonl", "hydra.run.dir=out"))
+
+
+@pytest.mark.parametrize("option", ["trust_remote_code", "allow_pickle"])
+def test_a_group_cannot_have_a_model_run_code(option: str, place: Path, said: Said) -> None:
+    (place / "my" / "backend").mkdir(parents=True)
+    (place / "my" / "backend" / "evil.yaml").write_text(
+        f"defaults: [/schema/transformers@_here_]\nmodel: nowhere/model\n{option}: true\n"
+    )
+    chosen = ["--config-dir=my", "backend=evil", "dataset.path=rows.jsonl", "hydra.run.dir=out"]
+    code, error = said(*chosen)
+    assert code == 1 and f"backend.{option}=True is not for a config group to set" in error
+    code, error = said(*chosen, f"backend.{option}=true", "backend.model=./nowhere")
+    assert code == 1 and "does not exist" in error
+    with pytest.raises(LLMConfigError, match="is not for a config group to set"):
+        compose(["backend=evil"], "my")
+    assert getattr(compose(["backend=evil", f"backend.{option}=true"], "my").backend, option)
+
+
+def test_a_group_cannot_put_trust_into_a_sweep(place: Path, said: Said) -> None:
+    params = {"trusted_modules": "[evilmodule]", "backend._target_": "evilmodule.Handler"}
+    chosen = write_group(place, {"hydra": {"sweeper": {"params": params}}})
+    code, error = said("-m", "hydra.sweep.dir=outs", *chosen)
+    assert code == 1 and "a sweep over='trusted_modules' is not allowed" in error and error.count("\n") == 1
+    assert not (place / "owned").exists()
+
+
+def test_the_library_trusts_no_group_either(place: Path) -> None:
+    write_group(place, {"trusted_modules": ["evilmodule"]})
+    assert compose(["+experiment=evil"], "my").trusted_modules == []
+    assert compose(["+experiment=evil", "trusted_modules=[mine]"], "my").trusted_modules == ["mine"]
+    write_group(place, HOSTILE["joblib"])
+    with pytest.raises(LLMConfigError, match="joblib.load.*not trusted"):
+        compose(["+experiment=evil"], "my")
+
+
+def test_what_a_person_trusts_runs(place: Path, said: Said) -> None:
+    chosen = [*write_group(place, HOSTILE["joblib"]), "hydra.run.dir=out"]
+    assert said(*chosen, "trusted_modules=[joblib]")[0] == 0
+    assert (place / "owned").is_dir()
+    (place / "owned").rmdir()
+    (place / "my" / "mine.yaml").write_text("defaults: [config, _self_]\ntrusted_modules: [joblib]\n")
+    assert said(*chosen, "--config-name=mine", "hydra.run.dir=again")[0] == 0
+    assert (place / "owned").is_dir()
+    assert "trusted_modules must be a list" in said(*chosen, "trusted_modules=joblib")[1]
+
+
+def test_a_group_may_say_what_groups_are_for(place: Path, said: Said) -> None:
+    handlers = {
+        "rotating": {
+            "class": "logging.handlers.RotatingFileHandler",
+            "filename": "${hydra.runtime.output_dir}/${hydra.job.name}-debug.log",
+            "maxBytes": 10_000,
+        },
+        "console": {"class": "logging.StreamHandler", "stream": "ext://sys.stderr"},
+    }
+    logging = {"version": 1, "handlers": handlers, "root": {"level": "INFO", "handlers": list(handlers)}}
+    chosen = write_group(
+        place,
+        {
+            "defaults": [{"override /hydra/launcher": "joblib"}, {"override /sampling": "balanced"}],
+            "seed": 5,
+            "hydra": {
+                "job": {"name": "trial"},
+                "run": {"dir": "out/${now:%Y}"},
+                "sweep": {"dir": "outs"},
+                "launcher": {"n_jobs": 1},
+                "sweeper": {"params": {"sampling.max_tokens": "1,2"}},
+                "job_logging": logging,
+            },
+        },
+    )
+    code, error = said("-m", *chosen)
+    assert code == 0, error
+    assert (place / "outs" / "0" / "trial-debug.log").is_file() and (place / "outs" / "1" / "outputs.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    "logging",
+    [
+        {"version": 1, "handlers": {"x": {"class": "logging.NoHandler"}}, "root": {"handlers": ["x"]}},
+        {"version": 1, "handlers": {"x": {"class": ["logging.Handler"]}}, "root": {"handlers": ["x"]}},
+        {"version": 1, "handlers": {"x": {"class": "logging.FileHandler"}}, "root": {"handlers": ["x"]}},
+        {"version": 1, "root": {"handlers": ["nowhere"]}},
+        {"version": 7, "root": {}},
+        {"version": 1, "root": "text"},
+        {"formatters": {}},
+    ],
+    ids=str,
+)
+def test_loggers_that_cannot_be_set_up_are_said_in_a_line(logging: dict[str, Any], place: Path, said: Said) -> None:
+    (place / "my" / "hydra" / "job_logging").mkdir(parents=True)
+    (place / "my" / "hydra" / "job_logging" / "mine.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(logging)))
+    chosen = ["--config-dir=my", "hydra/job_logging=mine", "backend=echo", "dataset.path=rows.jsonl"]
+    code, error = said(*chosen, "hydra.run.dir=out")
+    assert code == 1 and error.count("\n") == 1, error
+    assert "job_logging" in error

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 
-from llmpipe.exceptions import LLMConfigError
+from llmpipe.exceptions import LLMConfigError, LLMError
 from llmpipe.quoting import quoted, shortened
 from llmpipe.redaction import References, as_written
 
@@ -44,6 +44,26 @@ def check(ok: bool, name: str, got: object, allowed: str) -> None:
 def is_remote(path: str) -> bool:
     """Say whether a path names something that is not on this machine, as `s3://bucket/file` does."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/{1,2}[^/]", path) is not None
+
+
+@contextmanager
+def readable(name: str, got: object, error: type[LLMError] = LLMConfigError) -> Iterator[None]:
+    """Name the option, and its value, in what keeps a file that it names from being read.
+
+    Args:
+        name: The option.
+        got: Its value.
+        error: What is raised.
+    """
+    try:
+        yield
+    except OSError as fault:
+        where = f"{fault.filename}: " if fault.filename and str(fault.filename) != str(got) else ""
+        raise error(f"{name}={quoted(got)} cannot be read: {where}{fault.strerror or fault}") from fault
+    except (ValueError, RuntimeError) as fault:
+        if isinstance(fault, LLMError) or not re.search("null byte|null character|home directory", str(fault)):
+            raise
+        raise error(f"{name}={quoted(got)} is no name of a file: {fault}") from fault
 
 
 def number(name: str, value: object, low: float, high: float, allowed: str, *, open_low: bool = False) -> None:

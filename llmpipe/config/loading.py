@@ -53,7 +53,7 @@ class CheckedLoader(ConfigLoaderImpl):
     def _load_single_config(self, default: Any, repo: Any) -> Any:
         loaded = super()._load_single_config(default, repo)
         own = loaded.path.startswith(_TRUSTED_PLACES) or loaded.path == f"file://{conf_dir()}"
-        if not own and not default.primary:
+        if not (own and ".." not in default.config_path) and not default.primary:
             check_group(_written(loaded.config), f"{loaded.path}/{default.config_path}.yaml")
         return loaded
 

@@ -90,8 +90,7 @@ def to_run_config(
     references = dict(_references(composed, OmegaConf.to_container(composed, resolve=False)))
     with naming(below(references, "sampling") | references):  # whose checks leave the group out: rows have it, too
         config = OmegaConf.to_object(composed)
-    if not isinstance(config, RunConfig):
-        raise LLMConfigError("a config file named run_schema.yaml stands before llmpipe's own: give it another name")
+    assert isinstance(config, RunConfig)
     config.trusted_modules = trusted_modules(overrides, primary, sources)
     check_options(config.backend, lambda key: said_by_user(key, overrides, primary, sources))
     if foreign:

@@ -18,10 +18,14 @@ from llmpipe.config.checks import check
 from llmpipe.config.run import RunConfig
 from llmpipe.exceptions import LLMConfigError
 
-VERBS = ("resume", "plan", "export", "export_to")
-TRUST = "trusted_modules"
-DESCRIPTIVE = frozenset(f.name for f in fields(RunConfig)) - {*VERBS, TRUST} | {"experiment"}
+DESCRIPTIVE = (
+    *("backend", "device", "sampling", "dataset", "prompt", "output", "metrics", "experiment"),
+    *("seed", "on_error", "max_error_rate", "run_timeout_s"),
+)
 """First names of the keys and groups that describe a run, rather than what is done with it or whom it trusts."""
+TRUST = "trusted_modules"
+VERBS = frozenset(f.name for f in fields(RunConfig)) - {*DESCRIPTIVE, TRUST}
+"""Keys that say what is done with runs."""
 TAKES_TRUST = frozenset(
     f"backend.{f.name}" for schema in BACKENDS.values() for f in fields(schema) if f.metadata.get("takes_trust")
 )

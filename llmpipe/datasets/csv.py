@@ -15,7 +15,7 @@ from llmpipe.config import DatasetConfig
 from llmpipe.datasets.jsonl import DEFAULTS, too_large
 from llmpipe.datasets.opening import open_bytes
 from llmpipe.exceptions import DatasetError
-from llmpipe.quoting import listed, quoted
+from llmpipe.quoting import listed, quoted, repeated
 from llmpipe.records import Row, is_utf8
 
 MAX_ROW_LINES = 2**16
@@ -50,7 +50,7 @@ def read_csv(path: Path, config: DatasetConfig = DEFAULTS) -> Iterator[Row]:
         while header and not header[-1]:
             header.pop()
         if len(set(header)) != len(header):
-            raise DatasetError(f"{path}: the header names a column twice: {listed(header)}")
+            raise DatasetError(f"{path}: the header names a column twice: {listed(repeated(header))}")
         if not all(is_utf8(name) for name in header):
             raise DatasetError(f"{path}: the header is not valid UTF-8; {_UTF8}")
         while True:

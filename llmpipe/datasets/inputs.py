@@ -7,13 +7,15 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Self
 
+from llmpipe.config.checks import readable
 from llmpipe.exceptions import DatasetError
+from llmpipe.temporary import temporary_directory
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +34,14 @@ class Inputs:
     """
 
     def __init__(self, directory: Path | None = None, begun: bool = False, resumed: bool = False) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="llmpipe-") if directory is None else None
-        self._directory = Path(self._temporary.name) if self._temporary else Path(directory or "")
+        self._temporary = ExitStack()
+        self._given = directory
         self._begun, self._resumed = begun, resumed
         self._made: list[Path] = []
+
+    @cached_property
+    def _directory(self) -> Path:  # made only for a stream
+        return self._given or self._temporary.enter_context(temporary_directory())
 
     def copy_of(self, path: str, number: int) -> Path | None:
         """Return the copy of what a path names; None where that is no stream.
@@ -47,12 +53,13 @@ class Inputs:
         Raises:
             DatasetError: it cannot be read, is not what the run began with, or the copy is gone.
         """
-        copy = self._directory / f".input-{number}"
-        if self._begun and self._resumed and copy.is_file():
-            return copy
-        if not _is_stream(path):
+        resumed = self._begun and self._resumed
+        if not resumed and not _is_stream(path):
             return None
-        if self._begun and self._resumed:
+        copy = self._directory / f".input-{number}"
+        if resumed:
+            if copy.is_file() or not _is_stream(path):
+                return copy if copy.is_file() else None
             raise DatasetError(f"{copy} is gone, the copy of what was read from dataset.path={path!r}")
         new = self._read(path, copy.with_name(f"{copy.name}.tmp"))
         if not self._begun:
@@ -101,13 +108,15 @@ class Inputs:
     def __exit__(self, *exc: object) -> None:
         for copy in self._made:
             copy.unlink(missing_ok=True)
-        if self._temporary:
-            self._temporary.cleanup()
+        self._temporary.close()
 
 
 def _is_stream(path: str) -> bool:
-    file = Path(path).expanduser()
-    return bool(_OPEN_FILE.fullmatch(path)) or (file.exists() and not file.is_file() and not file.is_dir())
+    if _OPEN_FILE.fullmatch(path):
+        return True
+    with readable("dataset.path", path, DatasetError):
+        file = Path(path).expanduser()
+        return file.exists() and not file.is_file() and not file.is_dir()
 
 
 @contextmanager

@@ -232,8 +232,7 @@ class _Text:
         """
         if self.peek() in (ord("{"), ord("[")):
             return self._until_closed(0, keep)
-        found = b""
-        while not found or self._at + len(found) == len(self._held):
+        while True:
             match = _SCALAR.match(self._held, self._at)
             found = match[0] if match else b""
             is_open = not found and self.peek() == ord('"')
@@ -243,7 +242,8 @@ class _Text:
                 if keep:
                     raise error
                 return b""
-            if (not found and not is_open) or not self._more():
+            ends = found and self._at + len(found) < len(self._held)
+            if ends or not (found or is_open) or not self._more():
                 break
         if not found:
             raise ValueError(f"line {self.line}: no value stands where one should")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llmpipe.config import DatasetConfig
 from llmpipe.datasets.jsonl import DEFAULTS, parse_json, too_large
 from llmpipe.exceptions import DatasetError, MissingDependencyError
-from llmpipe.quoting import listed, quoted
+from llmpipe.quoting import listed, quoted, repeated
 from llmpipe.records import Row
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def parquet_file(path: Path) -> Any:
     except Exception as error:
         raise DatasetError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())}") from error
     if len(set(names)) != len(names):
-        raise DatasetError(f"{path} names a column twice: {listed(names)}")
+        raise DatasetError(f"{path} names a column twice: {listed(repeated(names))}")
     return file
 
 

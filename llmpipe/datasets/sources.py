@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from llmpipe.config.checks import is_remote
+from llmpipe.config.checks import is_remote, readable
 from llmpipe.datasets.formats import READERS, suffix_of
 from llmpipe.exceptions import DatasetError
 
@@ -40,6 +41,11 @@ def sources_of(path: str, copy: Path | None = None) -> list[Source]:
     """
     if copy is not None:
         return [Source(copy, {}, streamed=True)]
+    with readable("dataset.path", path, DatasetError):
+        return _found(path)
+
+
+def _found(path: str) -> list[Source]:
     file = Path(path).expanduser()
     if file.is_file():
         return [Source(file, {})]
@@ -66,6 +72,7 @@ def sources_of(path: str, copy: Path | None = None) -> list[Source]:
 
 def _inside(path: str, directory: Path) -> list[Path]:
     """Return the files of a directory and those below it, but for the hidden ones."""
+    os.scandir(directory).close()  # which raises where `rglob` would find nothing
     found = [
         file
         for file in sorted(directory.rglob("*"))

@@ -457,7 +457,9 @@ class BaseLLMRunner(ABC):
             if chunk.finish_reason == "error":
                 raise LLMInferenceError(chunk.error)
             if chunk.restarts:  # what was streamed cannot be taken back
-                raise LLMInferenceError("the backend crashed or hung in the middle of the answer; ask again")
+                raise LLMInferenceError(
+                    "the backend crashed or hung in the middle of the answer, or was killed; ask again"
+                )
             yield chunk
 
     # --- state ----------------------------------------------------------------------------------------------------

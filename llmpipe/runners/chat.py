@@ -163,9 +163,9 @@ def read_template(text_or_file: str) -> str:
     try:
         return read_small_text(Path(text_or_file))
     except (OSError, ValueError) as error:
-        why = "" if isinstance(error, OSError) else f": {error}"
+        why = getattr(error, "strerror", None) or error
         raise LLMConfigError(
-            f"backend.chat_template={text_or_file!r} is neither Jinja nor a readable file{why}"
+            f"backend.chat_template={text_or_file!r} is neither Jinja nor a readable file: {why}"
         ) from error
 
 

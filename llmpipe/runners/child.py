@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import fields
 from datetime import datetime
 from multiprocessing.connection import Connection
@@ -38,6 +39,7 @@ from llmpipe.exceptions import (
     LLMInitializationError,
     LLMOutOfMemoryError,
 )
+from llmpipe.machine import oom_kills
 from llmpipe.records import Chunk, Request
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.chat import ChatTemplateError
@@ -51,6 +53,8 @@ CHUNKS_PER_MESSAGE = 512
 LINGER_S = 0.002
 """How long a chunk waits for others, to travel with them."""
 PR_SET_PDEATHSIG = 1
+FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+"""Signals that no fault of the code that runs is answered with."""
 
 Message = tuple[str, Any]
 _values = attrgetter(*(f.name for f in fields(Chunk)))
@@ -69,7 +73,19 @@ class Abandoned(BaseException):
 
 
 class ChildDied(Exception):
-    """The child is gone; the text says how, such as `crashed the backend (signal 11, SIGSEGV)`."""
+    """The child is gone by what runs in it; the text says how, such as `crashed the backend (signal 11, SIGSEGV)`."""
+
+
+class ChildHung(ChildDied):
+    """It said nothing for so long that it was ended."""
+
+
+class ChildStarved(ChildDied):
+    """The system ended it, having no memory left."""
+
+
+class ChildKilled(ChildDied):
+    """Somebody outside ended it: what runs in it has no part in that."""
 
 
 class Child:
@@ -99,6 +115,7 @@ class Child:
             )
         self._connection = Connection(mine.detach())
         self._owner = os.getpid()
+        self._oom_kills = oom_kills()
         self._sending = threading.Lock()
         self.send("load", (logging.getLogger().getEffectiveLevel(), target, arguments))
 
@@ -111,6 +128,11 @@ class Child:
     def is_ours(self) -> bool:
         """Whether this process started it, not one that this was forked from."""
         return self._owner == os.getpid()
+
+    @property
+    def pid(self) -> int:
+        """Id of the process."""
+        return self._process.pid
 
     @property
     def rss_bytes(self) -> int:
@@ -161,17 +183,23 @@ class Child:
 
     def _death(self) -> ChildDied:
         """Clear away what is left, and say how the process ended."""
-        try:
+        code: int | None = None
+        with suppress(subprocess.TimeoutExpired):  # it has closed its end and lives on
             code = self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:  # it has closed its end and lives on
-            code = -signal.SIGKILL
         if not self._said.closed:
             self._said.seek(max(0, os.fstat(self._said.fileno()).st_size - 4096))
             log.debug("the backend's process said last: %a", self._said.read().decode("utf-8", "replace"))
         self.kill()
+        if code is None:
+            return ChildDied("cut the backend off")
         if code >= 0:
             return ChildDied(f"ended the backend's process (exit code {code})")
-        return ChildDied(f"crashed the backend (signal {-code}, {signal.Signals(-code).name})")
+        name = next((known.name for known in signal.Signals if known == -code), "without a name")
+        if name == "SIGKILL" and oom_kills() > self._oom_kills:
+            return ChildStarved(f"ran the machine out of memory: the system ended the backend (signal {-code}, {name})")
+        if name in FROM_OUTSIDE:
+            return ChildKilled(f"was ended by a kill from outside (signal {-code}, {name})")
+        return ChildDied(f"crashed the backend (signal {-code}, {name})")
 
 
 def error_of(content: tuple[str, str]) -> Exception:

@@ -61,13 +61,11 @@ class State(NamedTuple):
 
     def stayed(self, now: State) -> bool | None:
         """Say whether the content is the same; None where only the content can tell."""
-        if self.place != now.place:
-            return False
         if self.written != now.written:  # in a directory files come and go, and are looked at by themselves
             return self.is_directory
-        if self.changed_ns == now.changed_ns:
-            return True
-        return None if self.rights != now.rights else False
+        if self.changed_ns != now.changed_ns:
+            return None if self.place == now.place and self.rights != now.rights else False
+        return True if self.place == now.place else None  # some file systems number their files anew now and then
 
 
 class Witness:
@@ -80,6 +78,8 @@ class Witness:
     def __init__(self, remedy: str = "") -> None:
         self._remedy = remedy
         self._seen: dict[Path, tuple[dict[Path, State], str]] = {}
+        self._change: str | None = None
+        """What was changed, once something was: from then on nothing makes it good."""
 
     def digest(self, path: Path) -> str:
         """Return a short digest of a file, with its other parts where it is one of several, or of a directory.
@@ -92,7 +92,7 @@ class Witness:
                 if 0 <= time.time_ns() - _newest(_states(path)) < TICK_S * 1e9:
                     time.sleep(TICK_S)
                 before, digest = _states(path), _digest(path)
-                if _states(path) == before:
+                if _compare(before, _states(path))[0] is None:
                     self._seen[path] = before, digest
                     return digest
         except OSError as error:
@@ -105,29 +105,31 @@ class Witness:
         Raises:
             LLMInferenceError: something is not; names the file.
         """
-        for path, (before, digest) in list(self._seen.items()):
-            change = self._change(path, before, digest)
-            if change is not None:
-                raise LLMInferenceError(
-                    f"{change} while answers were computed with it; they do not count{self._remedy}"
-                )
+        for path in list(self._seen):
+            self._change = self._change or self._look(path)
+        if self._change is not None:
+            raise LLMInferenceError(
+                f"{self._change} while answers were computed with it: those since then do not count{self._remedy}"
+            )
 
-    def _change(self, path: Path, before: dict[Path, State], digest: str) -> str | None:
+    def _look(self, path: Path) -> str | None:
+        """Say what has changed, if anything has."""
+        before, digest = self._seen[path]
         try:
             now = _states(path)
             if now == before:
                 return None
-            for file in sorted(before.keys() | now.keys()):
-                if file not in before or file not in now:
-                    return f"{file} was {'taken away' if file in before else 'added'}"
-            stayed = {file: state.stayed(now[file]) for file, state in before.items()}
-            for file, verdict in stayed.items():
-                if verdict is False:
-                    return f"{file} was changed"
-            if None not in stayed.values():
+            change, unclear = _compare(before, now)
+            if change is not None:
+                return change
+            if not unclear:
                 self._seen[path] = now, digest
-            elif self.digest(path) != digest:
+            elif (again := Witness()).digest(path) == digest:
+                self._seen |= again._seen
+            else:
                 return f"{path} was changed"
+        except LLMInitializationError:
+            return f"{path} was changed"
         except OSError as error:
             return f"{error.filename or path} was taken away ({error.strerror})"
         return None
@@ -171,8 +173,8 @@ def _exists(name: str) -> bool:
         return False
 
 
-def _files(path: Path) -> list[Path]:
-    """Return all that is read of a model, an adapter or a template."""
+def files_of(path: Path) -> list[Path]:
+    """Return all that is read of a model, an adapter or a template: of a directory, or of a file in parts."""
     if path.is_dir():
         found = [*path.iterdir(), *(path / TEMPLATES).glob("*.jinja")]
         return sorted(file for file in found if file.is_file() and file.suffix != ".md")
@@ -186,7 +188,16 @@ def _states(path: Path) -> dict[Path, State]:
     Raises:
         OSError: something is not there any more.
     """
-    return {file: State.of(file) for file in (path if path.is_dir() else path.parent, *_files(path))}
+    return {file: State.of(file) for file in (path if path.is_dir() else path.parent, *files_of(path))}
+
+
+def _compare(before: dict[Path, State], now: dict[Path, State]) -> tuple[str | None, bool]:
+    """Return what has changed, where the states tell, and whether only the content could tell more."""
+    for file in sorted(before.keys() ^ now.keys()):
+        return f"{file} was {'taken away' if file in before else 'added'}", False
+    stayed = {file: state.stayed(now[file]) for file, state in before.items()}
+    changed = (f"{file} was changed" for file, verdict in stayed.items() if verdict is False)
+    return next(changed, None), None in stayed.values()
 
 
 def _newest(states: dict[Path, State]) -> int:
@@ -195,7 +206,7 @@ def _newest(states: dict[Path, State]) -> int:
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    for file in _files(path):
+    for file in files_of(path):
         name = file.relative_to(path).as_posix() if path.is_dir() else ""
         with file.open("rb") as stream:
             size = stream.seek(0, 2)

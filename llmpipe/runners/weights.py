@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import fnmatch
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from llmpipe.config import BUNDLED
+from llmpipe.config.checks import readable
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
 from llmpipe.quoting import listed
 
@@ -24,9 +26,10 @@ def local_path(model: str) -> Path | None:
     """
     if model == BUNDLED:
         return BUNDLED_DIR
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
+    with _readable(model):
+        path = Path(model).expanduser()
+        if path.exists():
+            return path
     owner, _, name = model.partition(":")[0].partition("/")
     looks_like_a_path = model.startswith((".", "/", "~", "\\")) or not owner or not name or "/" in name
     if looks_like_a_path or name.endswith((".gguf", ".safetensors")):
@@ -35,6 +38,10 @@ def local_path(model: str) -> Path | None:
             f"it must be a file, a directory, a hub id such as owner/name, or bundled"
         )
     return None
+
+
+def _readable(model: str) -> AbstractContextManager[None]:
+    return readable("backend.model", model, LLMInitializationError)
 
 
 def find_gguf(model: str) -> Path:
@@ -48,9 +55,10 @@ def find_gguf(model: str) -> Path:
     if path is None:
         return _download_gguf(model)
     if path.is_dir():
-        files = sorted(file.name for file in path.glob("*.gguf"))
+        with _readable(model):
+            files = sorted(name for name in os.listdir(path) if name.endswith(".gguf"))
         return path / _only_gguf(files, str(path), f"backend.model={path}/")
-    with path.open("rb") as file:
+    with _readable(model), path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise LLMInitializationError(
                 f"backend.model={model!r} is not a GGUF file; for other formats use backend=transformers"
@@ -107,7 +115,9 @@ def find_checkpoint(model: str) -> str:
         raise LLMInitializationError(
             f"backend.model={model!r} is a file; backend=transformers takes a directory, a GGUF file or a hub id"
         )
-    if not (path / "config.json").is_file():
+    with _readable(model):
+        whole = (path / "config.json").is_file()
+    if not whole:
         raise LLMInitializationError(f"backend.model={model!r} has no config.json, so it is no transformers checkpoint")
     return str(path)
 

@@ -15,8 +15,6 @@ from transformers.utils import cached_file
 
 from llmpipe.exceptions import LLMInitializationError
 
-INDEXES = {"model.safetensors.index.json": ".safetensors", "pytorch_model.bin.index.json": ""}
-"""Lists of the files that weights are in, and how the names of those must end."""
 TOLD_ONLY = frozenset({"_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_file"})
 """Where a file came from, which is read by nobody; for `tokenizer_file`, transformers puts the one beside it."""
 PART = "shard-"
@@ -36,23 +34,24 @@ def refuse_strangers(name: str, path: str, source: Mapping[str, Any], allow_pick
         LLMInitializationError: names the file and what it names.
     """
     files = Files(name, path, source)
-    config = files.read("config.json")
-    chosen = config.get("transformers_weights")  # instead of the usual ones
-    for weights in [] if chosen is None else [chosen]:
-        files.check("config.json", weights, "" if allow_pickle else (".safetensors", ".safetensors.index.json"))
-    indexes = INDEXES | ({str(chosen): ".safetensors"} if str(chosen).endswith(".index.json") else {})
-    for index, ending in indexes.items():
+    indexes = ["model.safetensors.index.json", *(["pytorch_model.bin.index.json"] if allow_pickle else [])]
+    ending = "" if allow_pickle else ".safetensors"
+    chosen = files.read("config.json").get("transformers_weights")  # instead of the usual ones
+    if chosen is not None:
+        files.check("config.json", chosen, ending and (ending, f"{ending}.index.json"))
+        indexes += [chosen] if chosen.endswith(".index.json") else []
+    for index in indexes:
         listed = files.read(index).get("weight_map")
         for weights in {str(name): name for name in listed.values()}.values() if isinstance(listed, dict) else ():
-            files.check(index, weights, "" if allow_pickle else ending)
+            files.check(index, weights, ending)
     tokenizer = files.read("tokenizer_config.json")
     for key in ("fast_tokenizer_files", "init_inputs"):
         for other in tokenizer.get(key) or ():
             files.check("tokenizer_config.json", other)
     for file in ("config.json", "tokenizer_config.json", "adapter_config.json", "generation_config.json"):
         for text in _texts(files.read(file)):
-            if os.path.isfile(text):
-                files.check(file, text)
+            if os.path.isfile(text) and Path(text).resolve().parent != Path(path).resolve():
+                raise files.stranger(file, text)
 
 
 def refuse_adapter(name: str, path: str, source: Mapping[str, Any]) -> None:
@@ -108,14 +107,16 @@ class Files:
             LLMInitializationError: it is not the plain name of a file beside it, or does not end as it should.
         """
         if not isinstance(other, str) or other != os.path.basename(other) or other in ("", ".", "..") or "\\" in other:
-            raise LLMInitializationError(
-                f"{self._name}: {file} names {str(other)[:200]!r}, which does not lie beside it"
-            )
+            raise self.stranger(file, other)
         if not other.endswith(ending):
             raise LLMInitializationError(
                 f"{self._name}: {file} names {other[:200]!r}, which is no safetensors; "
                 f"pickled weights need backend.allow_pickle=true"
             )
+
+    def stranger(self, file: str, other: Any) -> LLMInitializationError:
+        """Return what to say of a file that names one elsewhere."""
+        return LLMInitializationError(f"{self._name}: {file} names {str(other)[:200]!r}, which does not lie beside it")
 
 
 def _texts(values: Any) -> Iterator[str]:

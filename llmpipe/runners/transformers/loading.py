@@ -23,6 +23,7 @@ from llmpipe.runners.batching import Footprint
 from llmpipe.runners.chat import read_template
 from llmpipe.runners.transformers.executor import GPU_SLOTS
 from llmpipe.runners.transformers.files import refuse_adapter, refuse_strangers
+from llmpipe.runners.transformers.trial import try_tokenizer
 
 log = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()  # llmpipe shows its own
@@ -122,6 +123,7 @@ class Checkpoint:
             if not config.trust_remote_code:
                 _refuse_kernels(config, self.config)
             _settle_rope(self.config.get_text_config(), config.context)
+            try_tokenizer(config.model, self.path, self.source)
             self.tokenizer = AutoTokenizer.from_pretrained(self.path, **self.source)
             if config.chat_template:
                 self.tokenizer.chat_template = read_template(config.chat_template)
