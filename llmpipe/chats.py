@@ -13,10 +13,12 @@ from typing import Any, TypeGuard
 import orjson
 
 from llmpipe.cells import MAX_LEVELS, is_missing, is_too_deep
-from llmpipe.config.checks import reading
+from llmpipe.config.checks import readable
 from llmpipe.exceptions import LLMConfigError
+from llmpipe.quoting import quoted
 from llmpipe.records import Message, UnusableText, is_utf8
 from llmpipe.sharegpt import as_messages
+from llmpipe.small_files import read_small_text
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -66,7 +68,7 @@ def _message(number: int, message: Any, any_role: bool) -> Message:
     parsed = {str(key): value for key, value in message.items() if not is_missing(value)}
     role, content = parsed.get("role"), parsed.get("content")
     if role not in ROLES and not (any_role and isinstance(role, str)):
-        raise ValueError(f"message {number} has the role {role!r}; there are {', '.join(ROLES)}")
+        raise ValueError(f"message {number} has the role {quoted(role)}; there are {', '.join(ROLES)}")
     if "tool_calls" in parsed:
         calls = parsed.pop("tool_calls")
         if calls:  # a column of lists has an empty one where there are none
@@ -90,9 +92,9 @@ def _text_of(number: int, part: Any) -> str:
         raise ValueError(f"message {number} has {kind_of(part)} as a part of its content, not an object")
     kind, text = part.get("type") or "text", part.get("text")
     if kind not in TEXT_PARTS:
-        raise ValueError(f"message {number} has a content part of type {kind!r}, and only text can be run")
+        raise ValueError(f"message {number} has a content part of type {quoted(kind)}, and only text can be run")
     if not isinstance(text, str):
-        raise ValueError(f"message {number} has a content part of type {kind!r} with {kind_of(text)} as its text")
+        raise ValueError(f"message {number} has a content part of type {quoted(kind)} with {kind_of(text)} as its text")
     return text
 
 
@@ -152,8 +154,8 @@ def read_tools(given: Any) -> list[dict[str, Any]] | None:
     try:
         if isinstance(given, (str, Path)) and not str(given).lstrip().startswith(("[", "{")):
             what = f"prompt.tools={str(given)!r}"
-            with reading("prompt.tools", str(given)):
-                text = Path(given).expanduser().read_text(encoding="utf-8-sig")
+            with readable("prompt.tools", str(given)):
+                text = read_small_text(Path(given).expanduser(), encoding="utf-8-sig")
         tools = parse_tools(text)
     except LLMConfigError:
         raise

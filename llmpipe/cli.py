@@ -6,19 +6,22 @@ finished, some rows are errors; 129, 130 and 143 interrupted by SIGHUP, SIGINT a
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from traceback import walk_tb
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -27,13 +30,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmpipe import __version__
 from llmpipe.config import conf_dir, register_schemas, to_run_config
-from llmpipe.config.checks import is_remote, reading
+from llmpipe.config.checks import is_remote, readable
+from llmpipe.config.loading import checked
 from llmpipe.config.messages import one_line
 from llmpipe.exceptions import LedgerError, LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
-from llmpipe.ledger import FILE, saved_arguments
+from llmpipe.ledger import begun
 from llmpipe.place import check_configs, check_link, check_place
 from llmpipe.records import harmless
+from llmpipe.redaction import RedactedFormatter, redacted
+from llmpipe.replay import composed_from, replayed, typed
 from llmpipe.streams import lost, usable_streams
 from llmpipe.temporary import temporary_directory
 from llmpipe.workers import become_worker, in_this_process, is_worker, passing_on
@@ -42,6 +48,7 @@ log = logging.getLogger("llmpipe")
 
 OK, REFUSED, SOME_ERRORS = 0, 1, 3
 CONFIG_NAME = "config"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 LOCAL = ("hydra.run.dir", "hydra.sweep.dir", "resume", "export", "export_to")
 """What names a place to read or write a run."""
 
@@ -61,10 +68,11 @@ def command(arguments: list[str]) -> int:
         Path.home()
     except RuntimeError:  # an unknown user; libraries would make a directory named ~
         os.environ["HOME"] = "/nonexistent"
+    sys.excepthook = show_fault
     logging.raiseExceptions = False  # a log that cannot be written is no reason to fill the terminal
     try:
         check_local(arguments)
-        arguments = without_traces(resumed(arguments))
+        arguments = without_traces(flags_first(resumed(arguments)))
         with place_for_libraries(arguments), passing_on():
             program = Program()
             sys.argv[1:] = arguments
@@ -72,7 +80,8 @@ def command(arguments: list[str]) -> int:
             # Otherwise Hydra prints errors by itself, with a stack trace, and exits.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
             try:
-                hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(program.job)()
+                with checked():
+                    hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(program.job)()
             except SystemExit as end:  # Hydra's own, after --help
                 if end.code:
                     raise
@@ -93,6 +102,8 @@ def command(arguments: list[str]) -> int:
             raise  # not Hydra's complaint about flags: a bug of ours
         if isinstance(error, OSError) and error.filename is not None and not isinstance(error, HydraException):
             error = named(error)
+        elif isinstance(error, OSError) and error.errno in FULL:  # Hydra's configuration, half written
+            error = LLMError(f"cannot write to the run directory: {error.strerror}; choose another hydra.run.dir")
         print(f"llmpipe: {one_line(error)}", file=sys.stderr)
         return REFUSED
     except BrokenExecutor:
@@ -112,12 +123,15 @@ def named(error: OSError) -> LLMError:
     """Say what Hydra could not do: it reads its YAML files, and writes to the run directory, before a job begins."""
     file = Path(os.fsdecode(error.filename))
     why = f"{file}: {error.strerror}"
-    writing = file.name == "multirun.yaml" or any(
-        f.f_code.co_name == "run_job" for f, _ in walk_tb(error.__traceback__)
-    )
-    if file.suffix in (".yaml", ".yml") and not writing:
+    in_a_job = any(frame.name == "run_job" for frame in traceback.extract_tb(error.__traceback__))
+    if file.suffix in (".yaml", ".yml") and file.name != "multirun.yaml" and not in_a_job:
         return LLMConfigError(f"cannot read a configuration: {why}")
     return LLMError(f"cannot write to the run directory: {why}; choose another hydra.run.dir")
+
+
+def show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print what nobody expected as Python does, without what came from the environment."""
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 class Interrupted(BaseException):
@@ -219,6 +233,8 @@ class Program:
     def job(self, composed: DictConfig) -> dict[str, Any] | None:
         """Run one composed configuration; Hydra calls this for each job, and a failed one does not end a sweep."""
         job = HydraConfig.get()
+        for handler in logging.getLogger().handlers:  # of whichever job_logging was chosen
+            handler.setFormatter(RedactedFormatter(handler.formatter))
         self._exit_code, found, metrics = REFUSED, None, None
         try:
             with usable_streams(), in_this_process():
@@ -232,7 +248,7 @@ class Program:
         except (LLMError, OSError) as error:
             log.error("llmpipe: %s", one_line(error))
         if job.mode is RunMode.MULTIRUN:
-            return Found(found or {}, job.job.num, Outcome(self._exit_code, list(job.overrides.task), metrics))
+            return Found(found or {}, job.job.num, Outcome(self._exit_code, typed(job), metrics))
         return found
 
     def _do(self, composed: DictConfig, job: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -243,8 +259,7 @@ class Program:
         from llmpipe.terminal import ProgressBar, show_export, show_plan, show_summary
 
         directory = Path(job.runtime.output_dir)
-        config = to_run_config(composed, job.overrides.task)
-        config.trusted_modules = trusted_modules()
+        config = to_run_config(composed, typed(job), job.job.config_name, job.runtime.config_sources)
         if config.trusted_modules and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # as `python -m llmpipe` has it, but behind what is installed
         if config.export is not None:
@@ -255,7 +270,7 @@ class Program:
             show_plan(found, directory)
             return found, None
         with ProgressBar() as bar:
-            metrics = run(config, directory, bar.update, arguments=composed_from(job))
+            metrics = run(config, directory, bar.update, arguments=composed_from(composed, job))
         show_summary(metrics, directory)
         return metrics, metrics
 
@@ -303,6 +318,12 @@ def check_local(arguments: list[str]) -> None:
             check_link(Path(value.strip("\"'")) / "multirun.yaml")
 
 
+def flags_first(arguments: list[str]) -> list[str]:
+    """Put flags before overrides, which Hydra takes in one row only, and to which more are added here."""
+    overrides = get_args_parser().parse_intermixed_args(arguments).overrides
+    return [*(argument for argument in arguments if argument not in overrides), *overrides]
+
+
 def resumed(arguments: list[str]) -> list[str]:
     """Put the arguments of a run beside `resume=DIRECTORY` or `export=DIRECTORY`; new ones stand above them.
 
@@ -315,14 +336,12 @@ def resumed(arguments: list[str]) -> list[str]:
         raise LLMConfigError(f"{verb}= names no run directory")
     if name == "null":
         return arguments
-    with reading(verb, name, LedgerError):
+    with readable(verb, name, LedgerError):
         directory = Path(name).expanduser()
         if directory.exists():
             check_place(directory)
-        saved = saved_arguments(directory)
-    given = [argument for i, argument in enumerate(arguments) if i not in places]
-    names = {_key(argument) for argument in given} | {"resume", "export", "hydra.run.dir"}
-    before = [text for text in saved if _key(text) not in names]
+        given = [argument for i, argument in enumerate(arguments) if i not in places]
+        before = replayed(directory, given)
     # The directory keeps the config files that Hydra wrote when the run began.
     return [*before, *given, f"{verb}={directory}", f"hydra.run.dir={directory}", "hydra.output_subdir=null"]
 
@@ -330,8 +349,8 @@ def resumed(arguments: list[str]) -> list[str]:
 def without_traces(arguments: list[str]) -> list[str]:
     """Keep Hydra from writing where nothing is run (`plan=true`, `export=`), and the `.hydra` of a run as it was."""
     given = dict(argument.partition("=")[::2] for argument in arguments)
-    begun = "hydra.run.dir" in given and (Path(given["hydra.run.dir"]).expanduser() / FILE).exists()
-    if begun and "hydra.output_subdir" not in given:
+    continues = "hydra.run.dir" in given and begun(Path(given["hydra.run.dir"]).expanduser())
+    if continues and "hydra.output_subdir" not in given:
         arguments = [*arguments, "hydra.output_subdir=null"]
         given["hydra.output_subdir"] = "null"
     plans = given.get("plan", "").lower() in ("true", "yes", "on", "1")
@@ -339,30 +358,3 @@ def without_traces(arguments: list[str]) -> list[str]:
         return arguments
     quiet = {"hydra.output_subdir": "null", "hydra/job_logging": "terminal"}
     return [*arguments, *(f"{name}={value}" for name, value in quiet.items() if name not in given)]
-
-
-def composed_from(job: Any) -> list[str]:
-    """Return the arguments that compose the running job again: overrides, and flags that say where files are."""
-    flags = [f"--config-name={job.job.config_name}"] if job.job.config_name != CONFIG_NAME else []
-    flags += [f"--config-dir={s.path}" for s in job.runtime.config_sources if s.provider == "command-line"]
-    return [*flags, *job.overrides.task]
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
-def trusted_modules() -> list[str]:
-    """Return what the command line, or else the primary config file itself, trusts.
-
-    A config group must not be able to trust its own `_target_`, so the composed value is not asked.
-    """
-    job = HydraConfig.get()
-    for override in reversed(job.overrides.task):
-        if _key(override) == "trusted_modules":
-            return list(OmegaConf.from_dotlist([override.lstrip("+")])["trusted_modules"] or [])
-    for source in job.runtime.config_sources:
-        primary = Path(source.path) / f"{job.job.config_name}.yaml"
-        if source.schema == "file" and primary.is_file():
-            return list(OmegaConf.to_container(OmegaConf.load(primary)).get("trusted_modules") or [])  # type: ignore[union-attr]
-    return []

@@ -19,10 +19,20 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
+
+from llmpipe.quoting import shortened
+from llmpipe.redaction import redacted
+
+MOST_CHARACTERS = 4000
+"""Of a message, whatever of the user's it quotes; then it is cut in the middle."""
 
 
 class LLMError(Exception):
-    """Base of every error that llmpipe raises on purpose."""
+    """Base of every error that llmpipe raises on purpose. No message has what came from the environment."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(shortened(str(redacted(arg)), MOST_CHARACTERS) for arg in args))
 
 
 class LLMConfigError(LLMError, ValueError):

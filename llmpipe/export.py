@@ -56,7 +56,7 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
     directory = Path(directory)
     check_place(directory)
     path = directory / f"partial.{config.output.format.value}" if file is None else Path(file).expanduser()
-    config = replace(config, output=replace(config.output, format=_format_of(path, directory)))
+    config = config.replace({"output": replace(config.output, format=_format_of(path, directory))})
     with LedgerSnapshot(directory) as ledger, Inputs(directory, begun=True, resumed=True) as inputs:
         run = _named(directory, ledger, path)
         refuse_foreign(path, run, config.export_force)  # before all is read
@@ -64,7 +64,7 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
         before = Before.of(directory)
         dataset, scan, types = look_through(config, inputs, before)
         asked = ledger.get("fingerprint")
-        asking = continued(fingerprint(config, scan), asked, scan)["dataset"]
+        asking = continued(fingerprint(config, scan, asked), asked, scan)["dataset"]
         if changes := "; ".join(differences(asked["dataset"], asking, "dataset")):
             changed = before.change(scan)
             raise DatasetError(

@@ -15,13 +15,14 @@ from typing import Any
 
 from llmpipe import __version__
 from llmpipe.chats import read_tools
-from llmpipe.config import BackendConfig, RunConfig, answer_fields, describe
-from llmpipe.config.checks import check, reading
+from llmpipe.config import BACKENDS, BackendConfig, RunConfig, answer_fields, describe
+from llmpipe.config.checks import check, readable
 from llmpipe.datasets import Scan, digest_of
-from llmpipe.exceptions import LedgerError, LLMInitializationError
+from llmpipe.exceptions import LedgerError, LLMConfigError, LLMInitializationError
 from llmpipe.ledger import differences
+from llmpipe.redaction import Place, as_written, below, redacted, sealed
 from llmpipe.runners.base import BaseLLMRunner
-from llmpipe.runners.weights import content_digest, model_digest
+from llmpipe.runners.digests import Witness, content_digest, model_digest
 
 log = logging.getLogger(__name__)
 
@@ -32,18 +33,28 @@ ROUNDING_OPTIONS = (
 """Options that change an answer's last digits, and so count in reproducible mode only."""
 
 
-def fingerprint(config: RunConfig, scan: Scan) -> dict[str, Any]:
+def fingerprint(
+    config: RunConfig, scan: Scan, known: dict[str, Any] | None = None, witness: Witness | None = None
+) -> dict[str, Any]:
     """Return what decides the answers of a run, as nested plain values.
 
+    Of what came from the environment there is a digest beside the reference; see `llmpipe.redaction.sealed`.
+
+    Args:
+        config: The run.
+        scan: What is in its dataset.
+        known: The fingerprint of an earlier run that this is to be compared with.
+        witness: Is to remember the files of the model.
+
     Raises:
-        LLMInitializationError: the model cannot be found.
+        LLMInitializationError: the model cannot be found, or read.
     """
-    return {
-        **_of_backend(config),
+    found = {
+        **_of_backend(config, witness),
         "sampling": answer_fields(config.sampling),
         "prompt": {**answer_fields(config.prompt), "tools": read_tools(config.prompt.tools)},
         "dataset": {
-            "digest": digest_of(scan.contents),
+            "digest": scan.digest,
             "rows": scan.rows,
             "columns": describe(config.dataset.columns),
             "shuffle": config.dataset.shuffle,
@@ -52,11 +63,26 @@ def fingerprint(config: RunConfig, scan: Scan) -> dict[str, Any]:
         },
         "seed": config.seed,
     }
+    sealing: dict[str, Any] = sealed(found, as_written(found, _places(config)), known)
+    return sealing
+
+
+def _places(config: RunConfig) -> dict[Place, str]:
+    """Return what was written where values came from the environment, by their places in the fingerprint."""
+    places = dict(config.references)
+    places.pop(("dataset", "limit"), None)  # compared as a number, and every file shows how many rows there are
+    for written in below(places, "device").values():
+        places["backend", "device"] = written
+    if ("sampling", "seed") in places:
+        places["seed",] = places["sampling", "seed"]
+    if ("backend", "model") in places and not isinstance(config.backend, BackendConfig):
+        places["model",] = places["backend", "model"]
+    return places
 
 
 def facts_of(runner: BaseLLMRunner) -> dict[str, dict[str, Any]]:
     """Return what a runner says of itself, as nested plain values; without its weights, what is known without them."""
-    facts = asdict(runner.facts())
+    facts: dict[str, dict[str, Any]] = redacted(asdict(runner.facts()))
     facts["may_decide"]["llmpipe"] = __version__
     return facts
 
@@ -108,7 +134,7 @@ def continued(asked: dict[str, Any], known: dict[str, Any] | None, scan: Scan) -
     return {**asked, "dataset": before} if grown else asked
 
 
-def _of_backend(config: RunConfig) -> dict[str, Any]:
+def _of_backend(config: RunConfig, witness: Witness | None) -> dict[str, Any]:
     values = backend_values(config)
     if not str(values.get("_target_")).startswith("llmpipe."):  # nobody here knows what its options mean
         values = {name: value for name, value in values.items() if name not in ("isolation", "row_timeout_s")}
@@ -119,16 +145,30 @@ def _of_backend(config: RunConfig) -> dict[str, Any]:
         values |= {name: value for name, value in describe(config.backend).items() if name in ROUNDING_OPTIONS}
         values["device"] = str(config.device)
     for name in ("chat_template", "lora"):  # what is in the files counts, not what they are called
-        with reading(f"backend.{name}", values.get(name), LLMInitializationError):
-            values[name] = [content_digest(str(text)) for text in _as_list(values.get(name))]
-    return {"model": model if model is None else model_digest(str(model)), "backend": values}
+        with readable(f"backend.{name}", values.get(name), LLMInitializationError):
+            values[name] = [content_digest(str(text), witness) for text in _as_list(values.get(name))]
+    with readable("backend.model", model, LLMInitializationError):
+        return {"model": model if model is None else model_digest(str(model), witness), "backend": values}
 
 
 def backend_values(config: RunConfig) -> dict[str, Any]:
-    """Return a run's backend options, also where its `_target_` is one that has no dataclass here."""
+    """Return a run's backend options, also where its `_target_` is one that has no dataclass here.
+
+    Raises:
+        LLMConfigError: there are none, or they are those of a backend that has one.
+    """
     if isinstance(config.backend, BackendConfig):
         return describe(config.backend)
     check(isinstance(config.backend, Mapping), "backend", config.backend, "a backend's config, or its options by name")
+    target = config.backend.get("_target_", "???")
+    check(isinstance(target, str), "backend._target_", target, "MODULE.CLASS")
+    if target.startswith("llmpipe."):
+        own = {schema._target_: kind.group for kind, schema in BACKENDS.items()}
+        check(target in own, "backend._target_", target, f"one of {', '.join(own)}, or the class of someone else")
+        raise LLMConfigError(
+            f"backend._target_={target!r} lacks the options that go with it: begin the file that names it with "
+            f"'defaults: [/schema/{own[target]}@_here_]', or use backend={own[target]}"
+        )
     return dict(config.backend)
 
 

@@ -5,7 +5,7 @@ A row whose own text cannot be run (it is empty, say) is an error row all the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import islice
 
 from llmpipe.config import RunConfig
@@ -32,14 +32,13 @@ def refuse_hopeless(config: RunConfig, dataset: Dataset, runs_chats: Callable[[B
         DatasetError: they do; gives the reason for the first one.
         LLMConfigError, LLMInitializationError: the model's files cannot be read, or do not suit the prompts.
     """
-    rows = list(islice(dataset.rows(), FIRST_ROWS))
     builder = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat=True)
     requests: list[Request | None] = []
 
     def build(row: Row) -> None:
         requests.append(builder.build(row))
 
-    _refuse(rows, build)
+    _refuse(dataset, build)
     # A template takes one question: only what is more of a chat is worth reading the model's vocabulary for.
     chats = [request.messages for request in requests if request is not None and request.messages is not None]
     if not _is_own(config) or all([message["role"] for message in chat] == ["user"] for chat in chats):
@@ -48,7 +47,7 @@ def refuse_hopeless(config: RunConfig, dataset: Dataset, runs_chats: Callable[[B
         runner.renderer.silent = True
         chat = runs_chats(runner)
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
-        _refuse(rows, lambda row: _render(runner, prompts.build(row)))
+        _refuse(dataset, lambda row: _render(runner, prompts.build(row)))
 
 
 def _render(runner: BaseLLMRunner, request: Request | None) -> None:
@@ -62,9 +61,9 @@ def _is_own(config: RunConfig) -> bool:
     return str(values.get("_target_")).startswith("llmpipe.") and not values.get("isolation")
 
 
-def _refuse(rows: Iterable[Row], attempt: Callable[[Row], None]) -> None:
+def _refuse(dataset: Dataset, attempt: Callable[[Row], None]) -> None:
     failed: list[str] = []
-    for row in rows:
+    for row in islice(dataset.rows(), FIRST_ROWS):  # read anew: to hold them would be to hold so many large rows
         try:
             attempt(row)
             return

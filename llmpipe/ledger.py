@@ -4,16 +4,19 @@ A completion counts as done once it is committed here; commits are made in small
 thread of the ledger's own: they wait for nothing that the model does, nor it for them. A process killed at any instant
 loses at most the group that was not committed, and starting again does those rows.
 
+A ledger appears whole, with all that says which run it is of: where it is not, no run has begun.
+
 SQLite notices damage to its own structure only, so every completion and fact carries a checksum of what it says.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
@@ -24,7 +27,9 @@ import filelock
 import orjson
 
 from llmpipe.exceptions import LedgerError
+from llmpipe.files import new_files, seal
 from llmpipe.records import Completion
+from llmpipe.redaction import change
 
 FILE = "ledger.sqlite"
 VERSION = 4
@@ -33,6 +38,10 @@ that comes, goes or moves makes another version; so does another way to derive a
 COMMIT_EVERY_S = 0.5
 COMMIT_EVERY_ROWS = 2000
 """So many wait for no half second; who adds them commits them, so that nobody adds faster than the disk can take."""
+COMMIT_AT_ONCE_BYTES = 2**16
+"""An answer of more waits for nobody, so that few of them are held."""
+_BESIDE_BYTES = 1000
+"""More than what SQLite keeps beside an answer, which counts towards the largest size that it takes."""
 _values = attrgetter(*(f.name for f in fields(Completion)[2:] if f.name != "scores"))
 """The values of a completion as they are kept, in the order of its fields; row and sample are beside them."""
 _NO_TEXT = b"[null,"
@@ -43,16 +52,16 @@ _TABLES = (
     "PRIMARY KEY (row, sample)) WITHOUT ROWID",
     f"PRAGMA user_version = {VERSION}",
 )
-_OF_THE_DISK = {
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_NOMEM,
-    sqlite3.SQLITE_PERM,
-    sqlite3.SQLITE_READONLY,
+_OF_DAMAGE = {
+    sqlite3.SQLITE_CONSTRAINT,
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_FORMAT,
+    sqlite3.SQLITE_MISMATCH,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_SCHEMA,
 }
-"""Faults that leave the file as it was."""
+"""What SQLite says of a file that is none of its own, or has other tables; all else leaves the file as it was."""
 
 
 class Ledger:
@@ -62,18 +71,30 @@ class Ledger:
         directory: The run directory; made if it is not there.
         fingerprint: What was asked, as nested plain values. A ledger made with another one is refused.
         remark: What else is to be said of the difference then.
+        facts: What else is noted of a run that begins.
+        lock: That of the directory, where the caller holds it; see `locked`.
 
     Raises:
         LedgerError: another process works on the directory, the file is damaged, or it belongs to another run.
+        LLMError: the directory cannot be written.
     """
 
-    def __init__(self, directory: Path, fingerprint: dict[str, Any], remark: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        fingerprint: dict[str, Any],
+        remark: str | None = None,
+        facts: Mapping[str, Any] | None = None,
+        lock: filelock.BaseFileLock | None = None,
+    ) -> None:
         self._remark = remark
         self.path = directory / FILE
         self.noted = 0
         """Completions added since the ledger was opened."""
         self.alongside: Callable[[], dict[str, Any]] = dict
         """Gives the facts that each commit notes with its completions, from whichever thread makes it."""
+        self.before_commit: Callable[[], None] = lambda: None
+        """Called by each commit, from whichever thread makes it; what it raises keeps its completions out."""
         self._pending: list[tuple[int, int, bytes, int]] = []
         self._turn = threading.RLock()
         """Held by the thread that uses the connection."""
@@ -81,37 +102,18 @@ class Ledger:
         self._committer: threading.Thread | None = None
         self._fault: Exception | None = None
         """Why the thread commits no more."""
+        self._lock = locked(directory, lock)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            # The lock is the operating system's, so that it ends with the process that holds it.
-            self._lock = filelock.FileLock(directory / ".lock", timeout=0)
-            self._lock.acquire()
-        except filelock.Timeout as error:
-            raise LedgerError(
-                f"{directory} is in use by another process: wait for it, or choose another hydra.run.dir"
-            ) from error
-        except OSError as error:
-            raise LedgerError(f"cannot write to the run directory {directory}: {error.strerror or error}") from error
-        try:
+            if not begun(directory):
+                _create(self.path, {"fingerprint": fingerprint, **(facts or {})})
             with _faults_named(self.path):
                 self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+                self._check(fingerprint)
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.execute("PRAGMA synchronous=FULL")
-                begun = self._db.execute("SELECT 1 FROM sqlite_schema").fetchone()
-            if begun:
-                self._check(fingerprint)
-            else:
-                self._create(fingerprint)
         except BaseException:
             self.close()
             raise
-
-    def _create(self, fingerprint: dict[str, Any]) -> None:
-        """Make the tables and note the fingerprint, all at once: a ledger has everything or nothing."""
-        with self._transaction():
-            for statement in _TABLES:
-                self._db.execute(statement)
-            self._note({"fingerprint": fingerprint})
 
     def _check(self, fingerprint: dict[str, Any] | None) -> None:
         """Refuse a ledger that is damaged or belongs to another run; without a fingerprint any run will do."""
@@ -134,16 +136,25 @@ class Ledger:
     def add(self, completions: Iterable[Completion]) -> None:
         """Note completions; they are committed within half a second, or by `commit`.
 
+        One that is larger than what SQLite holds becomes an error.
+
         Raises:
             LedgerError: as `check`.
         """
         self.check()
+        most, at_once = self._db.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _BESIDE_BYTES, False
         for completion in completions:
             self.noted += 1
             row, sample = completion.request_id, completion.sample
             data = _dump(_values(completion))
+            if len(data) > most:
+                completion.text = completion.first_token_s = None
+                completion.finish_reason = "error"
+                completion.error = f"an answer of {len(data) / 1e6:.6g} MB, and the ledger holds at most {most / 1e6:g}"
+                data = _dump(_values(completion))
+            at_once |= len(data) > COMMIT_AT_ONCE_BYTES
             self._pending.append((row, sample, data, _crc(data, b"%d %d" % (row, sample))))
-        if len(self._pending) >= COMMIT_EVERY_ROWS:
+        if at_once or len(self._pending) >= COMMIT_EVERY_ROWS:
             self.commit()
         elif self._committer is None:
             self._committer = threading.Thread(target=self._commit_in_time, name="llmpipe-ledger", daemon=True)
@@ -163,14 +174,16 @@ class Ledger:
 
         Raises:
             LedgerError: as `check`.
+            LLMError: what `before_commit` raises.
         """
         with self._turn:
             group = list(self._pending)  # others may be added meanwhile
             if not group:
                 return
+            self.before_commit()  # now: the group was computed by then
             with self._transaction():
                 self._db.executemany("INSERT OR REPLACE INTO completions VALUES (?, ?, ?, ?)", group)
-                self._note(self.alongside())
+                _note(self._db, self.alongside())
             del self._pending[: len(group)]
 
     def _commit_in_time(self) -> None:
@@ -259,17 +272,12 @@ class Ledger:
             LedgerError: the disk is full or cannot be written.
         """
         with self._transaction():
-            self._note(facts)
+            _note(self._db, facts)
 
     def note_suspects(self, suspects: dict[int, int]) -> None:
         """Note how often rows that may end the process have been tried, after all that is finished."""
         self.commit()
         self.set(suspects=list(suspects.items()))
-
-    def _note(self, facts: dict[str, Any]) -> None:
-        texts = ((key, json.dumps(value)) for key, value in facts.items())
-        rows = [(key, text, _crc(text.encode(), key.encode())) for key, text in texts]
-        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", rows)
 
     def close(self) -> None:
         """Commit nothing, close the file, let others at the directory."""
@@ -321,12 +329,9 @@ class LedgerSnapshot(Ledger):
         self._remark = remark
         self.path = directory / FILE
         self._turn = threading.RLock()
-        with _faults_named(self.path):
-            self._db = _read_only(self.path)
+        self._db = _begun(directory)
         try:
             self._query("BEGIN")
-            if not self._query("SELECT 1 FROM sqlite_schema"):
-                raise LedgerError(f"{directory} holds no run yet: it has only just begun")
             self._check(fingerprint)
         except BaseException:
             self.close()
@@ -340,16 +345,99 @@ class LedgerSnapshot(Ledger):
         self._db.close()
 
 
-def _read_only(path: Path) -> sqlite3.Connection:
-    """Open a ledger for reading; beside one at rest, SQLite would leave files of its own.
+def locked(directory: Path, lock: filelock.BaseFileLock | None = None) -> filelock.BaseFileLock:
+    """Let no other process at a run directory, which is made if it is not there, until the lock is released.
+
+    Args:
+        directory: The run directory.
+        lock: The lock of it, where it is held already; then it has to be released once more.
+
+    Raises:
+        LedgerError: another process has it, or the directory cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # The lock is the operating system's, so that it ends with the process that holds it.
+        lock = lock or filelock.FileLock(directory / ".lock", timeout=0)
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise LedgerError(
+            f"{directory} is in use by another process: wait for it, or choose another hydra.run.dir"
+        ) from error
+    except OSError as error:
+        raise LedgerError(f"cannot write to the run directory {directory}: {error.strerror or error}") from error
+    return lock
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[filelock.BaseFileLock]:
+    """Hold the lock of a run directory; what was made for it goes with it where no run has begun.
+
+    Raises:
+        LedgerError: as `locked`.
+    """
+    made = not directory.exists()
+    lock = locked(directory)
+    try:
+        yield lock
+    finally:
+        if not os.path.lexists(directory / FILE):
+            with suppress(OSError):  # unless the directory holds something else
+                os.unlink(lock.lock_file)
+                if made:
+                    directory.rmdir()
+        lock.release()
+
+
+def begun(directory: Path) -> bool:
+    """Say whether a run has begun in a directory. A ledger without tables is what a killed beginning may have left.
+
+    Raises:
+        LedgerError: the file that should be the ledger is none, or damaged.
+    """
+    path = directory / FILE
+    if not os.path.lexists(path):
+        return False
+    with _faults_named(path), closing(_read_only(path)) as db:
+        return db.execute("SELECT 1 FROM sqlite_schema").fetchone() is not None
+
+
+def _begun(directory: Path) -> sqlite3.Connection:
+    """Open the ledger of a run that has begun, for reading.
 
     Raises:
         LedgerError: there is none.
     """
+    if not begun(directory):
+        raise LedgerError(f"{directory} is no run directory: no run has begun in it; give the run's own command")
+    with _faults_named(directory / FILE):
+        return _read_only(directory / FILE)
+
+
+def _read_only(path: Path) -> sqlite3.Connection:
+    """Open a ledger for reading; beside one at rest, SQLite would leave files of its own."""
     if not path.is_file():
-        raise LedgerError(f"{path.parent} is no run directory: there is no {FILE} in it")
+        raise _damaged(path, "it is no file")
     mode = "mode=ro" if path.with_name(f"{FILE}-wal").exists() else "immutable=1"
     return sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, isolation_level=None)
+
+
+def _create(path: Path, facts: Mapping[str, Any]) -> None:
+    """Make a ledger that holds these facts; it has its name when it is complete and durable, and not before.
+
+    Raises:
+        LLMError: it cannot be written.
+    """
+    with new_files(path.parent, [FILE]) as files:
+        for journal in ("-journal", "-wal", "-shm"):  # of a ledger that is gone: SQLite would take it for this one's
+            path.with_name(f"{FILE}{journal}").unlink(missing_ok=True)
+        with _faults_named(path), closing(sqlite3.connect(files[FILE].name, isolation_level=None)) as db:
+            db.execute("PRAGMA journal_mode=OFF")  # what is not complete is thrown away, and `seal` syncs what is
+            db.execute("PRAGMA synchronous=OFF")
+            for statement in _TABLES:
+                db.execute(statement)
+            _note(db, facts)
+        seal(files)
 
 
 def saved_arguments(directory: Path) -> list[str]:
@@ -359,7 +447,10 @@ def saved_arguments(directory: Path) -> list[str]:
         LedgerError: the directory holds no run, or a damaged one.
     """
     (found,) = saved(directory, "arguments")
-    return [str(argument) for argument in found or []]
+    found = found or []
+    if not isinstance(found, list) or not all(isinstance(argument, str) for argument in found):
+        raise _damaged(directory / FILE, "the arguments are no command line")
+    return found
 
 
 def saved(directory: Path, *keys: str) -> list[Any]:
@@ -369,9 +460,7 @@ def saved(directory: Path, *keys: str) -> list[Any]:
         LedgerError: the directory holds no run, or a damaged one.
     """
     path = directory / FILE
-    with _faults_named(path), closing(_read_only(path)) as db:
-        if not db.execute("SELECT 1 FROM sqlite_schema").fetchone():
-            return [None] * len(keys)
+    with _faults_named(path), closing(_begun(directory)) as db:
         _check_version(path, db)
         query = "SELECT value, crc FROM meta WHERE key = ?"
         return [_fact(path, key, db.execute(query, (key,)).fetchall()) for key in keys]
@@ -382,6 +471,12 @@ def _check_version(path: Path, db: sqlite3.Connection) -> None:
         (version,) = db.execute("PRAGMA user_version").fetchone()
     if version != VERSION:
         raise LedgerError(f"{path} was written by another version of llmpipe; finish it with that one")
+
+
+def _note(db: sqlite3.Connection, facts: Mapping[str, Any]) -> None:
+    texts = ((key, json.dumps(value)) for key, value in facts.items())
+    rows = [(key, text, _crc(text.encode(), key.encode())) for key, text in texts]
+    db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", rows)
 
 
 def _fact(path: Path, key: str, found: list[tuple[str, int]]) -> Any:
@@ -420,9 +515,11 @@ def _faults_named(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_THE_DISK:
-            raise LedgerError(f"cannot read or write {path}: {error}; what was committed before is safe") from error
-        raise _damaged(path, str(error)) from error
+        code = getattr(error, "sqlite_errorcode", None)
+        # Without a code, Python itself says that text is none, or that it was misused.
+        if code is None and isinstance(error, sqlite3.OperationalError) or (code or 0) & 0xFF in _OF_DAMAGE:
+            raise _damaged(path, str(error)) from error
+        raise LedgerError(f"cannot read or write {path}: {error}; what was committed before is safe") from error
     except UnicodeDecodeError as error:  # SQLite quotes what it cannot read, and Python cannot read the quotation
         raise _damaged(path, "what should be a table is no text") from error
 
@@ -437,4 +534,4 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         for key in [*old, *(k for k in new if k not in old)]:
             yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
     elif old != new:
-        yield f"{path} was {old!r}, is {new!r}"
+        yield f"{path} {change(old, new)}"

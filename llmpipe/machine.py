@@ -76,6 +76,19 @@ def free_memory_bytes(root: Path = ROOT) -> int:
     return max(0, min([psutil.virtual_memory().available, *(limit - used for limit, used in _memory_limits(root))]))
 
 
+def oom_kills(root: Path = ROOT) -> int:
+    """Return how many processes the system has ended so far for want of memory: in this group, or on this machine.
+
+    Only how it grows means anything, and where nothing is to be read it never does.
+    """
+    files = [group / name for group in _groups("memory", root) for name in ("memory.events", "memory.oom_control")]
+    for file in (*files, root / "proc/vmstat"):
+        for line in _text(file).splitlines():
+            if line.startswith("oom_kill "):
+                return _number(line.split()[1]) or 0
+    return 0
+
+
 def _affinity() -> set[int]:
     """Return the numbers of the processors that this process may run on; none where the system does not tell."""
     if not hasattr(os, "sched_getaffinity"):

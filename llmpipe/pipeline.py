@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta, timezone
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import BaseFileLock
+
 from llmpipe.cells import right_answers
-from llmpipe.config import PromptFormat, RunConfig, describe
+from llmpipe.config import PromptFormat, RunConfig, check_trusted, describe
 from llmpipe.datasets import Dataset, Inputs, Scan, first_change
-from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError, LLMInferenceError
+from llmpipe.exceptions import LedgerError, LLMConfigError, LLMError, LLMInferenceError, LLMInitializationError
 from llmpipe.fingerprint import backend_values, compare_facts, continued, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
-from llmpipe.ledger import FILE, Ledger, saved
+from llmpipe.ledger import Ledger, begun, held, saved
 from llmpipe.metrics import MemorySampler, Totals, environment, scorers, utc_now
 from llmpipe.outputs import (
     ID,
@@ -26,6 +26,7 @@ from llmpipe.outputs import (
     Answered,
     ColumnTypes,
     Layout,
+    all_names,
     column_types,
     found_files,
     join,
@@ -37,19 +38,18 @@ from llmpipe.outputs import (
     write_metrics,
 )
 from llmpipe.place import check_place
-from llmpipe.prompts import PromptBuilder, settle_prompt, template_columns, unread_columns
+from llmpipe.prompts import OTHER_NAMES, PromptBuilder, settle_prompt, template_columns, unread_columns
 from llmpipe.records import Request, Row, failed
+from llmpipe.redaction import as_written, below, sealed
 from llmpipe.report import Report
 from llmpipe.runners.base import BaseLLMRunner
-from llmpipe.runners.factory import LLMRunnerFactory, check_trusted
+from llmpipe.runners.digests import ModelChanged, Witness
+from llmpipe.runners.factory import LLMRunnerFactory
 from llmpipe.runners.isolated import IsolatedRunner
 from llmpipe.sharegpt import CONVERSATIONS
 from llmpipe.stopping import Stops, WaitingIsOver
 
 log = logging.getLogger(__name__)
-
-BLOCK_ROWS = 512
-"""Rows that are looked up in the ledger together when a run is resumed."""
 
 Progress = Callable[[int, int, int], None]
 """Called with completions done, completions expected, and tokens generated so far."""
@@ -75,24 +75,39 @@ def run(
         RunInterrupted, RunStopped: a signal or errors ended the run; what was finished is in the ledger.
     """
     directory = Path(directory)
-    config = replace(config, prompt=settle_prompt(config.prompt))
+    config = config.replace({"prompt": settle_prompt(config.prompt)})
     if config.plan or config.export is not None:
         raise LLMConfigError("plan=true and export= generate nothing: call llmpipe.plan.plan or llmpipe.export.export")
     if config.resume is not None and Path(config.resume).resolve() != directory.resolve():
         raise LLMConfigError(f"resume={config.resume!r} is not allowed here: give that directory to run() itself")
     check_place(directory)
+    with held(directory) as lock:
+        return begin_or_continue(config, directory, lock, progress, arguments)
+
+
+def begin_or_continue(
+    config: RunConfig,
+    directory: Path,
+    lock: BaseFileLock,
+    progress: Progress | None,
+    arguments: Sequence[str],
+) -> dict[str, Any]:
+    """Run, as `run`, in a directory that no other process works in."""
     before = Before.of(directory)
     with Inputs(directory, before.begun, resumed=config.resume is not None) as inputs:
         dataset, scan, types = look_through(config, inputs, before)
         if not before.begun:  # a fresh run: it leaves nothing where it may not write at its end
             found_files(directory, output_files(config.output), {})
             refuse_hopeless(config, dataset, lambda runner: runs_chats(config, scan, runner))
-        asked = fingerprint(config, scan)
+        witness = Witness(f"; put it back as it was, and continue with: llmpipe resume={directory}")
+        asked = fingerprint(config, scan, before.fingerprint, witness)
+        facts = {"arguments": list(arguments), "dataset_files": scan.contents}
         with (
-            Ledger(directory, continued(asked, before.fingerprint, scan), before.change(scan)) as ledger,
+            Ledger(directory, continued(asked, before.fingerprint, scan), before.change(scan), facts, lock) as ledger,
             MemorySampler(config.metrics.memory_interval_s) as memory,
         ):
             inputs.keep()
+            ledger.before_commit = witness.check
             note_asked(ledger, asked, scan, arguments)
             if not ledger.finished():
                 found_files(directory, output_files(config.output), ledger.get("files") or {})
@@ -115,8 +130,7 @@ class Before(NamedTuple):
         Raises:
             LedgerError: it is damaged.
         """
-        begun = (directory / FILE).exists()
-        return cls(begun, *saved(directory, "fingerprint", "dataset_files")) if begun else cls()
+        return cls(True, *saved(directory, "fingerprint", "dataset_files")) if begun(directory) else cls()
 
     @property
     def rows(self) -> int | None:
@@ -159,7 +173,8 @@ def look_through(
     dataset, types = Dataset(config.dataset, inputs), column_types(config.output.format)
     check_trusted(backend_values(config).get("_target_", "???"), config.trusted_modules)
     template = None if config.prompt.template is None else template_columns(config.prompt.template)
-    scan = dataset.scan(template, None if types is None else types.add, None if before is None else before.rows)
+    also = {*all_names(config.output.prefix, config.metrics.scorers), *OTHER_NAMES}
+    scan = dataset.scan(template, None if types is None else types.add, None if before is None else before.rows, also)
     layout_of(config, scan, config.sampling.n).check(scan.columns)
     scorers(config.metrics.scorers)
     if config.prompt.format is PromptFormat.raw:  # else the model's files have to be asked
@@ -188,24 +203,27 @@ def generate(
         LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules) as runner,
         stops,
     ):
+        ledger.before_commit()  # what was loaded is what was digested
         known, facts = ledger.get("facts"), facts_of(runner)
         compare_facts(known or facts, facts, runner.config.reproducible, directory)
         chat = runs_chats(config, scan, runner)
         mention_unread(config, scan, chat)
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         ledger.set(facts=known or facts)
-        attempt = _Attempt(ledger, runner, memory, prompt_format="chat" if chat else "raw")
+        attempt = _Attempt(ledger, runner, memory, config, prompt_format="chat" if chat else "raw")
+        safe = f"what was finished is safe: llmpipe resume={directory}"
         before, expected, tokens = ledger.count(), scan.rows * config.sampling.n, 0
         if isinstance(runner, IsolatedRunner):
             runner.suspects = dict(ledger.get("suspects") or [])
             runner.note = ledger.note_suspects
+            runner.reloaded = ledger.before_commit
             memory.rss_bytes = runner.rss_bytes
 
         def tick() -> None:
             ledger.check()
             stops.check()
 
-        completions = runner.completions(_requests(islice(dataset.rows(), scan.rows), prompts, ledger, stops), tick)
+        completions = runner.completions(_requests(dataset.blocks(), prompts, ledger, stops), tick)
         try:
             with stops.watching(runner.interrupt):
                 for completion in completions:
@@ -215,21 +233,21 @@ def generate(
                     progress(before + ledger.noted, expected, tokens)
         except WaitingIsOver:  # the end says why
             pass
+        except ModelChanged:
+            raise
+        except (LLMInferenceError, LLMInitializationError) as error:  # in the middle of it: what was there is lost
+            raise LLMInferenceError(f"{error}; {safe}") from error
         except Exception as error:
             if isinstance(error, LLMError) or type(runner).__module__.startswith("llmpipe."):
                 raise
             log.exception("%s failed", type(runner).__name__)  # its author wants to see where
             why = " ".join(str(error).split()) or type(error).__name__
-            raise LLMInferenceError(
-                f"{type(runner).__name__} failed: {why}; what was finished is safe: llmpipe resume={directory}"
-            ) from error
+            raise LLMInferenceError(f"{type(runner).__name__} failed: {why}; {safe}") from error
         finally:
             completions.close()  # type: ignore[attr-defined]
             ledger.commit()
             attempt.ended()
     stops.raise_if_stopped(directory, dataset)
-    if dataset.digest() != scan.digest:
-        raise DatasetError("the dataset was changed while it was run: its answers are those of no one dataset")
     if ledger.rows() != scan.rows:
         raise LedgerError(
             f"{scan.rows} rows went in and {ledger.rows()} came out; this is a bug of llmpipe, please report it"
@@ -270,10 +288,10 @@ def check_needs_chats(config: RunConfig, scan: Scan, chat: bool) -> None:
             )
 
 
-def _requests(rows: Iterator[Row], prompts: PromptBuilder, ledger: Ledger, stops: Stops) -> Iterator[Request]:
+def _requests(blocks: Iterable[list[Row]], prompts: PromptBuilder, ledger: Ledger, stops: Stops) -> Iterator[Request]:
     """Yield the requests for what is not done; rows that cannot be run go to the ledger at once."""
     resuming = ledger.count() > 0
-    while block := list(islice(rows, BLOCK_ROWS)):
+    for block in blocks:
         done = ledger.done(block[0].index, block[-1].index) if resuming else {}
         for row in block:
             if stops.pulls_no_more():
@@ -304,7 +322,9 @@ def conclude(
     memory: MemorySampler,
 ) -> dict[str, Any]:
     """Write outputs and metrics from the ledger, unless they are there and whole."""
-    wanted = {"output": describe(config.output), "metrics": describe(config.metrics)}
+    written = config.written()
+    options = {"output": describe(config.output), "metrics": describe(config.metrics)}
+    wanted = sealed(options, {name: written[name] for name in options}, ledger.get("written_as"))
     names = output_files(config.output)
     known: dict[str, list[str]] = ledger.get("files") or {}
     there = found_files(directory, names, known)
@@ -328,7 +348,7 @@ def conclude(
             "prompt_format": ledger.get("prompt_format"),
             "started_at": ledger.get("started_at"),
             "finished_at": ledger.get("finished_at"),
-            "seed": config.seed,
+            "seed": written["seed"],
             "model_digest": ledger.get("fingerprint")["model"],
             "dataset_digest": scan.digest,
             "runner": ledger.get("runner"),
@@ -336,7 +356,7 @@ def conclude(
             "output": output_file(config.output),
         }
         write_metrics(files, metrics)
-        files[REPORT_FILE].write(report.page(metrics, describe(config)))
+        files[REPORT_FILE].write(report.page(metrics, written))
         # Known before they have their names, so that a run that is killed here knows them; until all have theirs,
         # those of before may stand there.
         new = {name: list(dict.fromkeys([digest, there.get(name, digest)])) for name, digest in seal(files).items()}
@@ -383,11 +403,19 @@ def layout_of(config: RunConfig, scan: Scan, samples: int) -> Layout:
     )
 
 
+def told(info: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Return what a runner says of itself, with references where its options came from the environment."""
+    said: dict[str, Any] = as_written(info, below(config.references, "backend"))
+    return said
+
+
 class _Attempt:
     """Notes in the ledger what this attempt takes, on top of the attempts before it."""
 
-    def __init__(self, ledger: Ledger, runner: BaseLLMRunner, memory: MemorySampler, prompt_format: str) -> None:
-        self._ledger, self._runner, self._memory = ledger, runner, memory
+    def __init__(
+        self, ledger: Ledger, runner: BaseLLMRunner, memory: MemorySampler, config: RunConfig, prompt_format: str
+    ) -> None:
+        self._ledger, self._runner, self._memory, self._config = ledger, runner, memory, config
         self._before = {name: ledger.get(name) or 0.0 for name in ("wall_s", "peak_rss_mb", "peak_device_mb")}
         started_at, offset_s = ledger.get("started_at") or utc_now(), ledger.get("utc_offset_s")
         started = datetime.fromisoformat(started_at)
@@ -409,5 +437,5 @@ class _Attempt:
         device = self._runner.memory_usage()["peak_device_mb"] or 0.0
         peak = max(self._before["peak_device_mb"], device) or None
         did = self._ledger.noted or self._ledger.get("runner") is None  # else another attempt's figures say more
-        runner = {"runner": self._runner.info()} if did else {}
+        runner = {"runner": told(self._runner.info(), self._config)} if did else {}
         self._ledger.set(peak_device_mb=peak, **runner, **self._figures())

@@ -24,10 +24,11 @@ from llmpipe.first_rows import refuse_hopeless
 from llmpipe.ledger import LedgerSnapshot
 from llmpipe.metrics import percentiles
 from llmpipe.outputs import found_files, json_text, output_files, own_file, refuse_foreign
-from llmpipe.pipeline import Before, look_through, mention_unread, runs_chats
+from llmpipe.pipeline import Before, look_through, mention_unread, runs_chats, told
 from llmpipe.place import check_place
 from llmpipe.prompts import PromptBuilder, settle_prompt
 from llmpipe.records import Request, Row, harmless
+from llmpipe.redaction import redacted
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.batching.lookahead import LookAhead
 from llmpipe.runners.factory import LLMRunnerFactory
@@ -59,13 +60,13 @@ def plan(config: RunConfig, directory: str | Path) -> dict[str, Any]:
         LLMError: there is a `plan.json` that llmpipe did not write.
     """
     directory = Path(directory)
-    config = replace(config, prompt=settle_prompt(config.prompt))
+    config = config.replace({"prompt": settle_prompt(config.prompt)})
     check_place(directory)
     before = Before.of(directory)
     if not before.begun:
         refuse_foreign(directory / PLAN_FILE, {})
     with Inputs(directory if before.begun else None, before.begun, resumed=config.resume is not None) as inputs:
-        found = _planned(config, directory, inputs, before)
+        found: dict[str, Any] = redacted(_planned(config, directory, inputs, before))
     if not before.begun:
         write_plan(directory, found)
     return found
@@ -85,6 +86,8 @@ def _planned(config: RunConfig, directory: Path, inputs: Inputs, before: Before)
             survey = Survey(runner, prompts, config.dataset.columns.id, every=-(-scan.rows // MOST_COUNTED) or 1)
             for row in dataset.rows():
                 survey.add(row)
+            takes = what_it_takes(runner, survey)
+            takes["model"] = told(takes["model"], config)
             found = {
                 "rows": scan.rows,
                 "rows_done": done,
@@ -93,7 +96,7 @@ def _planned(config: RunConfig, directory: Path, inputs: Inputs, before: Before)
                 "columns": scan.columns,
                 "dataset_digest": scan.digest,
                 "prompt_format": "chat" if chat else "raw",
-                **what_it_takes(runner, survey),
+                **takes,
             }
         except LLMError:
             raise
@@ -119,7 +122,7 @@ def so_far(config: RunConfig, scan: Scan, directory: Path, before: Before) -> tu
     if not before.begun:
         found_files(directory, output_files(config.output), {})
         return None, {}
-    asked = continued(fingerprint(config, scan), before.fingerprint, scan)
+    asked = continued(fingerprint(config, scan, before.fingerprint), before.fingerprint, scan)
     with LedgerSnapshot(directory, asked, before.change(scan)) as ledger:
         found_files(directory, output_files(config.output), ledger.get("files") or {})
         return ledger.rows(), {} if ledger.finished() else ledger.get("facts") or {}
@@ -156,7 +159,7 @@ class Survey:
             if row.index % self._every == 0:
                 self._encode(row, request)
             if len(self._shown) < SHOWN:
-                text = harmless(self._runner.prompt_text(request))
+                text = harmless(redacted(self._runner.prompt_text(request)))
                 self._shown.append({**self._name(row), "text": text[:SHOWN_CHARACTERS], "characters": len(text)})
         except (ValueError, RecursionError) as error:
             self._bad_rows += 1

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmpipe.cells import as_id
-from llmpipe.exceptions import LLMInferenceError
+from llmpipe.exceptions import MOST_CHARACTERS, LLMInferenceError
+from llmpipe.quoting import shortened
+from llmpipe.redaction import redacted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -81,6 +83,15 @@ class Row:
     """Position in the dataset's files, from 0, where it is another one."""
     typed: bool = True
     """Whether its values are what they were written as; in CSV all are text."""
+
+    @property
+    def size(self) -> int:
+        """About how many bytes the row has in its file, or, of a Parquet file, its like in memory."""
+        if self.raw is not None:
+            return len(self.raw)
+        if self.batch is not None:
+            return int(self.batch[0].nbytes // self.batch[0].num_rows)
+        return sum(len(value) for value in self.values.values() if isinstance(value, str))
 
     def value(self, column: str) -> Any:
         """Return what a column holds, or a field inside one, as `body.messages` names it; None where nothing does."""
@@ -235,7 +246,7 @@ class Stopwatch:
         if chunk.started_at is not None:
             completion.queue_s = max(0.0, chunk.started_at - pulled_at)
         if chunk.finish_reason == "error":
-            completion.error = chunk.error or "the runner gave no reason"
+            completion.error = _reason(chunk.error or "the runner gave no reason")
             completion.text = completion.first_token_s = None
         else:
             completion.text = "".join(texts)
@@ -250,7 +261,12 @@ class Stopwatch:
 
 def failed(request_id: int, reason: str, sample: int = 0) -> Completion:
     """Return the completion of a sample that could not be run."""
-    return Completion(request_id, sample, text=None, finish_reason="error", error=reason)
+    return Completion(request_id, sample, text=None, finish_reason="error", error=_reason(reason))
+
+
+def _reason(text: str) -> str:
+    """Return why there is no answer, as it may be kept."""
+    return shortened(redacted(text), MOST_CHARACTERS)
 
 
 def complete(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from traps import Said, lay
 
 from llmpipe import BaseLLMRunner, LLMRunnerFactory, RunConfig, compose
 
@@ -79,3 +80,29 @@ def echo_config() -> Callable[..., RunConfig]:
         return compose(["backend=echo", f"dataset.path={path}", *overrides])
 
     return make
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with traps in it; modules are found there, as `python -m llmpipe` finds them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    lay(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def said(capfd: pytest.CaptureFixture[str]) -> Said:
+    """Run a command in this process; return its exit code and what it has said on stderr."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        from llmpipe.cli import main
+
+        capfd.readouterr()
+        try:
+            code = main(list(arguments))
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, capfd.readouterr().err
+
+    return run

@@ -6,26 +6,28 @@ makes something durable, or are told there that the disk is full; then what is o
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import os
 import random
 import re
-import sqlite3
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
+from crashes import SIGKILL, Case, check_kept, committed, small_rows
 from faults import Children, durable_steps
 
 import llmpipe
 
 SEED = int(os.environ.get("LLMPIPE_CRASH_SEED", random.randrange(2**32)))
 """Of all that is random here; a test that fails names it."""
-TIMES = ["queue_s", "first_token_s", "latency_s"]
-SIGKILL = -9
 
 
 @pytest.fixture(scope="module")
@@ -39,86 +41,6 @@ def children() -> Iterator[Children]:
 def chance(request: pytest.FixtureRequest) -> Iterator[random.Random]:
     yield random.Random(f"{SEED} {request.node.name}")
     print(f"LLMPIPE_CRASH_SEED={SEED}")  # pytest shows it where the test has failed
-
-
-class Case:
-    """One configuration, and what a run of it that nobody disturbed gives."""
-
-    def __init__(self, children: Children, root: Path, rows: list[bytes], *overrides: str, **job: Any) -> None:
-        self.children, self.root, self.job = children, root, job
-        (root / "rows.jsonl").write_bytes(b"".join(row + b"\n" for row in rows))
-        self.overrides = [*overrides, f"dataset.path={root / 'rows.jsonl'}"]
-        began = time.perf_counter()
-        done = self.run(root / "whole")
-        self.seconds = time.perf_counter() - began
-        assert done["exit"] in (0, 3), done
-        self.code, self.steps = done["exit"], done["steps"]
-        self.expected = answers(root / "whole")
-        assert len(set(ids(root / "whole"))) == len(ids(root / "whole")) == len(rows)
-        self._count = 0
-
-    def run(self, directory: Path, **job: Any) -> dict[str, Any]:
-        return self.children.run(directory, *self.overrides, **self.job, **job)
-
-    def new_directory(self) -> Path:
-        self._count += 1
-        return self.root / f"run {self._count}"
-
-    def check_end(self, directory: Path, known: dict[Any, bytes]) -> None:
-        """Resume undisturbed; compare the end with an uninterrupted run, and the ledger with what it held before."""
-        resumes = (directory / "ledger.sqlite").exists() and b"arguments" in (directory / "ledger.sqlite").read_bytes()
-        done = self.run(directory, resume=True) if resumes else self.run(directory)
-        assert done["exit"] == self.code, done
-        assert answers(directory) == self.expected
-        check_kept(directory, known)
-        before = content(directory)
-        assert self.run(directory)["exit"] == self.code
-        assert content(directory) == before
-
-
-def answers(directory: Path) -> Any:
-    """Return the final answers without the columns of times: bytes of JSONL, the whole table of Parquet."""
-    if (directory / "outputs.parquet").exists():
-        return pq.read_table(directory / "outputs.parquet").drop_columns(TIMES)
-    text = (directory / "outputs.jsonl").read_bytes()
-    return re.sub(rb'"(%s)":[^,]*,' % "|".join(TIMES).encode(), b"", text)
-
-
-def ids(directory: Path) -> list[str]:
-    if (directory / "outputs.parquet").exists():
-        return list(pq.read_table(directory / "outputs.parquet")["id"].to_pylist())
-    return [json.loads(line)["id"] for line in (directory / "outputs.jsonl").read_bytes().splitlines()]
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.glob("*.*") if path.name in OUTPUTS}
-
-
-OUTPUTS = ("outputs.jsonl", "outputs.parquet", "errors.jsonl", "metrics.json", "report.html")
-
-
-def committed(directory: Path) -> dict[tuple[int, int], bytes]:
-    """Return what the ledger holds; it shows itself only to who takes part in its journal."""
-    try:
-        with sqlite3.connect(f"file:{directory / 'ledger.sqlite'}?mode=rw", uri=True) as db:
-            return {
-                (row, sample): data for row, sample, data in db.execute("SELECT row, sample, data FROM completions")
-            }
-    except sqlite3.OperationalError:  # not there yet, or not more than a beginning
-        return {}
-
-
-def check_kept(directory: Path, known: dict[Any, bytes]) -> dict[Any, bytes]:
-    """Make sure that what was committed is there as it was, times included: neither lost nor done again."""
-    now = committed(directory)
-    assert {key: now.get(key) for key in known} == known
-    return now
-
-
-def small_rows(count: int = 12) -> list[bytes]:
-    rows = [json.dumps({"id": f"row {i}", "prompt": f"say {i} é"}).encode() for i in range(count)]
-    rows[count // 2] = b"{bad"
-    return rows
 
 
 @pytest.fixture(params=["jsonl", "parquet"])
@@ -186,6 +108,68 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(
         case.check_end(directory, known)
 
 
+def write_as(rows: list[dict[str, Any]], file: Path) -> Path:
+    """Write rows in the format that a file's name tells."""
+    format = (file.with_suffix("") if file.suffix in (".gz", ".zst") else file).suffix
+    text = io.StringIO()
+    if format in (".csv", ".tsv"):
+        writer = csv.DictWriter(text, list(rows[0]), delimiter="," if format == ".csv" else "\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    elif format == ".json":
+        json.dump(rows, text)
+    else:
+        text.writelines(json.dumps(row) + "\n" for row in rows)
+    if format == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=5)
+    elif file.suffix != format:
+        pack = gzip.compress if file.suffix == ".gz" else zstandard.compress
+        file.write_bytes(pack(text.getvalue().encode()))
+    else:
+        file.write_text(text.getvalue())
+    return file
+
+
+INPUTS = "jsonl jsonl.gz jsonl.zst ndjson csv csv.gz tsv json json.gz parquet".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["jsonl", "parquet"])
+@pytest.mark.parametrize("input", INPUTS)
+def test_runs_of_every_pair_of_formats_killed_at_random_lose_double_and_change_no_row(
+    children: Children, tmp_path: Path, chance: random.Random, input: str, output: str
+) -> None:
+    """Ten kills of each pair: in all, 200."""
+    lines = (Path(llmpipe.__file__).parent.parent / "data" / "questions.jsonl").read_bytes().splitlines()[:24]
+    rows = [{"id": f"row {i}", "prompt": json.loads(line)["prompt"], "note": "é,\n"} for i, line in enumerate(lines)]
+    dataset = write_as(rows, tmp_path / f"rows.{input}")
+    model = ["backend=llama_cpp", "backend.reproducible=true", "backend.threads=1", "sampling=balanced"]
+    model += ["sampling.max_tokens=24", f"output={output}"]
+    kills = amid = 0
+    for n, isolation, wanted in ((1, "false", 3), (1, "true", 5), (3, "false", 8), (3, "true", 10)):
+        root = tmp_path / f"{n} {isolation}"
+        root.mkdir()
+        options = [f"sampling.n={n}", f"backend.isolation={isolation}"]
+        case = Case(children, root, dataset, *model, *options, rows_per_commit=3)
+        if isolation == "false":
+            expected = case.expected
+        assert case.expected == expected
+        longest = case.seconds
+        while kills < wanted:
+            directory, known = case.new_directory(), {}
+            for _ in range(2):
+                done = case.run(directory, kill_after_s=chance.uniform(0.1, longest))
+                known = check_kept(directory, known)
+                if done["exit"] != SIGKILL:
+                    assert done["exit"] == case.code, done
+                    longest *= 0.8  # the machine was slower when it was measured
+                    break
+                kills += 1
+                amid += 0 < len(known) < len(rows) * n
+            case.check_end(directory, known)
+    print(f"{kills} kills, {amid} of them when some rows were done and others were not")
+
+
 def test_a_damaged_journal_loses_answers_but_never_changes_one(small: Case, chance: random.Random) -> None:
     directory = small.new_directory()
     assert small.run(directory, kill=(small.steps // 2, True))["exit"] == SIGKILL
@@ -247,7 +231,8 @@ def test_files_are_synced_before_they_have_their_names_and_the_names_after(
     kinds: list[str] = []
     with durable_steps(tmp_path / "run", lambda number, kind, done: kinds.append(kind) if done else None):
         llmpipe.run(config, tmp_path / "run")
-    end = kinds[kinds.index("open") :]
+    assert kinds[:5] == ["open", "fsync", "replace", "fsync", "commit"]  # of the ledger
+    end = kinds[kinds.index("open", 1) :]
     assert [kind for kind in end if kind != "write"] == [
         *["open"] * 4,
         "commit",  # of the peak memory, which writing belongs to

@@ -19,8 +19,9 @@ from llmpipe.datasets import Dataset, Scan
 from llmpipe.exceptions import RunStopped
 from llmpipe.fingerprint import fingerprint
 from llmpipe.plan import plan
+from llmpipe.runners.digests import model_digest
 from llmpipe.runners.facts import Facts
-from llmpipe.runners.weights import BUNDLED_DIR, hub_commit, model_digest
+from llmpipe.runners.weights import BUNDLED_DIR, hub_commit
 
 
 @pytest.fixture
@@ -92,6 +93,7 @@ RUN_OPTIONS: dict[str, Kind] = {
     # How a file is read shows in what its rows hold, which counts.
     "dataset.field": (NEVER, "data"),
     "dataset.format": (NEVER, "json"),
+    "dataset.max_row_mb": (NEVER, 1),
     "dataset.csv.delimiter": (NEVER, "tab"),
     **{f"dataset.columns.{f.name}": (ALWAYS, "other") for f in fields(ColumnsConfig)},
     "prompt.format": (ALWAYS, "raw"),
@@ -139,7 +141,7 @@ def with_option(config: Any, key: str, value: Any) -> Any:
 
 
 def check_kinds(config: RunConfig, options: dict[str, Kind]) -> None:
-    scan = Scan(1, ["prompt"], "sha256:0", [])
+    scan = Scan(1, ["prompt"], [])
     for exact in (False, True):
         asked = with_option(config, "backend.reproducible", exact)
         before = fingerprint(asked, scan)

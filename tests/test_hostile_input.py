@@ -23,7 +23,6 @@ import llmpipe
 from llmpipe import LLMConfigError
 from llmpipe.datasets.csv import read_csv
 from llmpipe.exceptions import RunStopped
-from llmpipe.pipeline import BLOCK_ROWS
 from llmpipe.stopping import RATED_FROM
 
 Compose = Callable[..., llmpipe.RunConfig]
@@ -314,18 +313,3 @@ def test_the_last_rows_of_a_resumed_run_are_too_few_to_be_rated(
 def test_a_rate_out_of_bounds_is_refused_with_the_bounds(override: str) -> None:
     with pytest.raises(LLMConfigError, match=r"max_error_rate=.* must be a number in \(0, 1\], or null"):
         llmpipe.compose([override])
-
-
-def test_a_dataset_that_changes_while_it_is_run_is_not_written_as_one(
-    tmp_path: Path, write_jsonl: Callable[..., Path], echo_config: Compose
-) -> None:
-    path = write_jsonl(*({"prompt": str(i)} for i in range(BLOCK_ROWS + 1)))
-    before = path.read_bytes()
-
-    def change(*_: int) -> None:
-        path.write_bytes(before + b'{"prompt": "c"}\n')
-
-    with pytest.raises(llmpipe.DatasetError, match="was changed while it was run"):
-        llmpipe.run(echo_config(path), tmp_path / "run", progress=change)
-    path.write_bytes(before)
-    assert llmpipe.run(echo_config(path), tmp_path / "run")["rows_ok"] == BLOCK_ROWS + 1

@@ -10,10 +10,11 @@ import sys
 import threading
 from pathlib import Path
 
+import filelock
 import pytest
 
 import llmpipe
-from llmpipe import DatasetError, LLMConfigError
+from llmpipe import DatasetError, LedgerError, LLMConfigError
 from llmpipe.plan import plan
 
 TEXT = b'{"prompt": "a b"}\n{"prompt": "c"}\n'
@@ -72,6 +73,30 @@ def test_a_pipe_with_a_name_is_read_once_however_often_the_run_is_taken_up(tmp_p
     (tmp_path / "run" / ".input-0").unlink()
     with pytest.raises(DatasetError, match=r"\.input-0 is gone, the copy of what was read"):
         llmpipe.run(config, tmp_path / "run")
+
+
+def test_a_copy_that_a_killed_beginning_left_is_never_taken_for_what_another_run_reads(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(TEXT)
+    (tmp_path / "run").mkdir()
+    for left in (".input-0", ".input-0.tmp", ".input-1"):
+        (tmp_path / "run" / left).write_bytes(b'{"prompt": "other"}\n')
+    config = llmpipe.compose(["backend=echo", f"dataset.path={tmp_path / 'rows.jsonl'}"])
+    llmpipe.run(config, tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".input-*"))
+    config.resume = str(tmp_path / "run")
+    (tmp_path / "run" / "outputs.jsonl").unlink()
+    llmpipe.run(config, tmp_path / "run")
+    assert completions(tmp_path / "run") == ["a b", "c"]
+
+
+def test_who_comes_second_reads_no_stream_and_leaves_the_copy_of_the_first(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    config = llmpipe.compose(["backend=echo", f"dataset.path={tmp_path / 'pipe'}"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".input-0").write_bytes(TEXT)  # by one that has only just begun to look through its rows
+    with filelock.FileLock(tmp_path / "run" / ".lock"), pytest.raises(LedgerError, match="in use by another process"):
+        llmpipe.run(config, tmp_path / "run")
+    assert (tmp_path / "run" / ".input-0").read_bytes() == TEXT
 
 
 def test_a_stream_says_its_format_where_its_content_does_not(tmp_path: Path) -> None:

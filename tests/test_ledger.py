@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -119,12 +122,101 @@ def test_facts_are_kept_and_an_empty_ledger_counts_nothing(tmp_path: Path) -> No
 
 def test_the_overrides_of_a_run_are_read_while_it_is_open_or_after_it_was_killed(tmp_path: Path) -> None:
     odd = tmp_path / "a b?c#d%20"
-    with Ledger(odd, ASKED) as ledger:
-        assert saved_arguments(odd) == []
-        ledger.set(arguments=["backend=echo", "seed=1"])
+    with Ledger(odd, ASKED, facts={"arguments": ["backend=echo", "seed=1"]}):
         assert saved_arguments(odd) == ["backend=echo", "seed=1"]
     with pytest.raises(LedgerError, match="is no run directory"):
         saved_arguments(tmp_path)
+
+
+# --- how it begins ----------------------------------------------------------------------------------------------------
+
+
+def test_a_ledger_has_the_facts_of_its_run_from_the_instant_it_is_there(tmp_path: Path) -> None:
+    with Ledger(tmp_path, ASKED, facts={"arguments": ["seed=1"]}):
+        assert saved_arguments(tmp_path) == ["seed=1"]
+    with Ledger(tmp_path, ASKED, facts={"arguments": ["seed=2"]}):
+        assert saved_arguments(tmp_path) == ["seed=1"]
+
+
+def leave_empty(path: Path) -> None:
+    path.touch()
+
+
+def leave_no_tables(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA journal_mode=WAL")
+
+
+def leave_an_unfinished_journal(path: Path) -> None:
+    leave_no_tables(path)
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("CREATE TABLE meta (key)")
+        db.execute("COMMIT")
+        journal = path.with_name(f"{FILE}-wal").read_bytes()
+    leave_nothing(path)
+    leave_no_tables(path)
+    path.with_name(f"{FILE}-wal").write_bytes(journal[: len(journal) // 2])
+
+
+def leave_another_half(path: Path) -> None:
+    path.with_name(f".{FILE}.tmp").write_bytes(b"SQLite format 3")
+
+
+def leave_nothing(path: Path) -> None:
+    for file in path.parent.glob(f"*{FILE}*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    "leave", [leave_nothing, leave_empty, leave_no_tables, leave_an_unfinished_journal, leave_another_half]
+)
+def test_where_no_run_had_begun_one_is_begun_and_none_can_be_continued(
+    tmp_path: Path, leave: Callable[[Path], None]
+) -> None:
+    leave(tmp_path / FILE)
+    for read in (saved_arguments, LedgerSnapshot):
+        with pytest.raises(LedgerError, match="no run has begun in it; give the run's own command"):
+            read(tmp_path)
+    with Ledger(tmp_path, ASKED) as ledger:
+        assert (ledger.count(), ledger.get("fingerprint")) == (0, ASKED)
+    assert {file.name for file in tmp_path.iterdir()} == {FILE, ".lock"}
+
+
+def test_the_journal_of_a_ledger_that_was_moved_away_is_not_taken_for_that_of_the_next(tmp_path: Path) -> None:
+    with Ledger(tmp_path, ASKED) as ledger:
+        ledger.add([Completion(0, text="of another run")])
+        ledger.commit()
+        journal = (tmp_path / f"{FILE}-wal").read_bytes()
+    (tmp_path / FILE).unlink()
+    (tmp_path / f"{FILE}-wal").write_bytes(journal)
+    with Ledger(tmp_path, ASKED) as ledger:
+        assert ledger.count() == 0
+
+
+def text_of_others(path: Path) -> None:
+    path.write_text("mine")
+
+
+def database_of_others(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE mine (x)")
+
+
+def link_to_nowhere(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("make", [text_of_others, database_of_others, link_to_nowhere, Path.mkdir, os.mkfifo])
+def test_what_others_have_where_the_ledger_would_be_is_refused_and_left_as_it_is(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / FILE)
+    before = os.lstat(tmp_path / FILE)
+    with pytest.raises(LedgerError, match=r"ledger\.sqlite (is damaged or not a ledger|was written by another)"):
+        Ledger(tmp_path, ASKED)
+    after = os.lstat(tmp_path / FILE)
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

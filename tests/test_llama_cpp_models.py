@@ -14,11 +14,13 @@ from typing import Any
 import gguf_models
 import llama_cpp
 import numpy as np
+import psutil
 import pytest
 
 from llmpipe import BaseLLMRunner, LLMInitializationError, LLMRunnerFactory, Request
 from llmpipe.cli import main
 from llmpipe.config import LlamaCppConfig, Switch
+from llmpipe.runners import trials
 from llmpipe.runners.llama_cpp import log as llama_log
 from llmpipe.runners.llama_cpp.probe import probe
 from llmpipe.runners.weights import BUNDLED_DIR
@@ -335,3 +337,17 @@ def test_weights_stay_as_they_are_where_laying_them_out_anew_crashes(
     assert probe(path, LlamaCppConfig(_target_=target, repack=Switch.off)) is False
     with pytest.raises(LLMInitializationError, match="crashed the backend"):
         probe(path, LlamaCppConfig(_target_=target, repack=Switch.on))
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_file_that_is_loaded_for_ever_or_into_all_memory_is_refused(
+    weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copy(BUNDLED, path)
+    monkeypatch.setattr(trials, "LEAST_S", 3.0)
+    for target in ("repacking.Endless", "repacking.Huge"):
+        with pytest.raises(LLMInitializationError, match=r"model.gguf cannot be loaded, or is damaged: .*") as caught:
+            probe(path, LlamaCppConfig(_target_=target), weights)
+        assert ("not come to an end within" if target.endswith("Endless") else "MemoryError") in str(caught.value)
+        assert not psutil.Process().children()

@@ -293,8 +293,8 @@ def test_files_of_several_types_make_one_output(tmp_path: Path, write_jsonl: Cal
         ([["\ud800"]], "JSON"),
         ([{"\ud800": 1}], "JSON"),
         ([{"a": [2**53 + 1]}, {"a": [0.5]}], "JSON"),
-        ([{f"k{i}": 1} for i in range(300)], "JSON"),
-        ([{f"k{i}": 1 for i in range(300)}], "JSON"),
+        ([{f"k{i}": 1} for i in range(1300)], "JSON"),
+        ([{f"k{i}": 1 for i in range(1300)}], "JSON"),
         ([json.loads("[" * 50 + "]" * 50)], "JSON"),
     ],
 )

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,31 @@ def test_a_wild_config_is_refused_or_runs_and_never_ends_the_process(
         found[str(changes)] = loader.load("transformers", directory)
         shutil.rmtree(directory)
     assert set(found.values()) <= {"ok", "refused"}, found
+
+
+ENDLESS = (
+    "{{ lipsum(n=10 ** 9) }}"
+    "{% macro f(x=lipsum(n=10 ** 9), y='x' * 10 ** 12) %}{% endmacro %}"
+    "{% set x = 9 ** 9 ** 9 ** 9 %}"
+    "{% for i in range(10 ** 12) %}{{ i }}{% endfor %}"
+)
+"""A template that is never done, in parts that could be computed before there is a chat."""
+
+
+@pytest.mark.parametrize("backend", ["llama_cpp", "transformers"])
+def test_a_template_that_is_never_done_holds_up_neither_loading_nor_a_run(backend: str, tmp_path: Path) -> None:
+    if backend == "llama_cpp":
+        model = gguf_models.write_variant(tmp_path / "m.gguf", {"tokenizer.chat_template": ENDLESS})
+    else:
+        model = checkpoint(tmp_path / "model")
+        (model / "chat_template.jinja").write_text(ENDLESS)
+    started = time.monotonic()
+    with LLMRunnerFactory.create_runner({"backend": backend, "model_path": str(model), **SMALL}) as runner:
+        assert runner.chat_template == ENDLESS
+        with pytest.raises(ValueError, match="the chat template refuses these messages"):
+            runner.render([{"role": "user", "content": "x"}])
+        assert runner.generate_text("x", prompt_format="raw", max_tokens=2)
+    assert time.monotonic() - started < 30
 
 
 # --- secrets, paths, terminals ----------------------------------------------------------------------------------------

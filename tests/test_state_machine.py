@@ -26,7 +26,7 @@ from llmpipe import Chunk, EchoRunner, LedgerError, Request
 from llmpipe.ledger import FILE
 
 OUTPUTS = ("outputs.jsonl", "errors.jsonl", "metrics.json", "report.html")
-STEPS = 24
+STEPS = 28
 """A whole run takes as many durable steps, writes not counted, which may be lost without harm."""
 
 
@@ -110,7 +110,7 @@ class Runs(RuleBasedStateMachine):
                 self.start(self.directory)
         except (Killed, LedgerError):
             if corpse.exists():  # what was done while the exception went its way, no dead process does
-                shutil.rmtree(self.directory)
+                shutil.rmtree(self.directory, ignore_errors=True)
                 corpse.rename(self.directory)
         if self.goes_on and self.rows_noted() == sum(map(bool, self.rows)):
             self.asked = self.asks

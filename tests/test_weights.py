@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from llmpipe import LLMInitializationError
-from llmpipe.runners import weights
-from llmpipe.runners.weights import BUNDLED_DIR, find_checkpoint, find_gguf, local_path, model_digest
+from llmpipe.runners import digests
+from llmpipe.runners.digests import model_digest
+from llmpipe.runners.weights import BUNDLED_DIR, find_checkpoint, find_gguf, local_path
 
 
 @pytest.mark.parametrize("model", ["owner/name", "owner/name:Q4_K_M", "owner/name:file-Q4_K_M.gguf"])
@@ -110,7 +111,7 @@ def test_a_digest_tells_models_apart_and_not_where_they_are(tmp_path: Path) -> N
 
 
 def test_a_large_file_is_sampled_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(digests, "WHOLE_BYTES", 1000)
     file = tmp_path / "large.gguf"
     file.write_bytes(bytes(20 * 2**20))
     before = model_digest(str(file))

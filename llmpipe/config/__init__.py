@@ -15,6 +15,8 @@ run.py         a whole run: device, dataset, prompt, output, metrics
 model.py       the flat form, for library users
 values.py      a dataclass made from plain values, as plain values, and its fields in words
 escapes.py     backslash escapes in text that is typed on the command line
+trust.py       whose code a configuration may run, and what may be said by whom
+loading.py     Hydra's loader, with those checks
 reading.py     YAML files and overrides → `RunConfig`
 """
 
@@ -56,6 +58,7 @@ from llmpipe.config.run import (
     RunConfig,
 )
 from llmpipe.config.sampling import MAX_SAMPLES, SamplingConfig
+from llmpipe.config.trust import check_trusted
 from llmpipe.config.values import answer_fields, build, describe, field_docs
 
 __all__ = [
@@ -92,6 +95,7 @@ __all__ = [
     "auto_or_bool",
     "build",
     "check",
+    "check_trusted",
     "compose",
     "conf_dir",
     "data_dir",

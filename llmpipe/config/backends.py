@@ -26,6 +26,11 @@ def speed(default: Any) -> Any:
     return field(default=default, metadata={"speed": True})
 
 
+def takes_trust(default: Any) -> Any:
+    """Declare a field with which a model may bring code: a person has to set it, no group and no run directory."""
+    return field(default=default, metadata={"takes_trust": True})
+
+
 @dataclass
 class BackendConfig:
     """What every backend has; one of its own only adds to it."""
@@ -158,7 +163,7 @@ class TransformersConfig(BatchingConfig):
     """Number format of weights and activations."""
     batching: Batching = speed(Batching.auto)
     """auto, slots or padded: how rows share the model."""
-    attn_implementation: str | None = None
+    attn_implementation: str | None = takes_trust(None)
     """eager, sdpa, flash_attention_2, …: transformers' own attention, in padded batches."""
     compile: bool = speed(False)
     """torch.compile the forward pass; pays off on long runs on a GPU."""
@@ -174,10 +179,10 @@ class TransformersConfig(BatchingConfig):
     """Branch, tag or commit of a hub model."""
     local_files_only: bool = speed(False)
     """Never ask the hub; use what is in its cache."""
-    trust_remote_code: bool = False
-    """Run the Python code that a checkpoint brings. Off: such code can do anything."""
-    allow_pickle: bool = False
-    """Load weights that are not safetensors. Off: unpickling can run code."""
+    trust_remote_code: bool = takes_trust(False)
+    """Run the Python code that a checkpoint brings. Off: such code can do anything. Not for a config group to set."""
+    allow_pickle: bool = takes_trust(False)
+    """Load weights that are not safetensors. Off: unpickling can run code. Not for a config group to set."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range.

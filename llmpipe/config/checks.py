@@ -6,11 +6,28 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 
 from llmpipe.exceptions import LLMConfigError, LLMError
+from llmpipe.quoting import quoted, shortened
+from llmpipe.redaction import References, as_written
 
 LARGEST = 2**31 - 1
 """Most that a backend can count to: a larger number would wrap around in its library."""
+
+
+_references: ContextVar[References] = ContextVar("references", default=MappingProxyType({}))
+
+
+@contextmanager
+def naming(references: References) -> Iterator[None]:
+    """Let `check` show what was written where a value came from the environment, inside of a `with` block."""
+    token = _references.set(references)
+    try:
+        yield
+    finally:
+        _references.reset(token)
 
 
 def check(ok: bool, name: str, got: object, allowed: str) -> None:
@@ -20,7 +37,8 @@ def check(ok: bool, name: str, got: object, allowed: str) -> None:
         LLMConfigError: names the option, the value and the bounds.
     """
     if not ok:
-        raise LLMConfigError(f"{name}={got!r} is not allowed; it must be {allowed}")
+        got = as_written(got, _references.get(), tuple(re.findall(r"[^.\[\]]+", name)))
+        raise LLMConfigError(f"{name}={quoted(got)} is not allowed; it must be {allowed}")
 
 
 def is_remote(path: str) -> bool:
@@ -29,7 +47,7 @@ def is_remote(path: str) -> bool:
 
 
 @contextmanager
-def reading(name: str, got: object, error: type[LLMError] = LLMConfigError) -> Iterator[None]:
+def readable(name: str, got: object, error: type[LLMError] = LLMConfigError) -> Iterator[None]:
     """Name the option, and its value, in what keeps a file that it names from being read.
 
     Args:
@@ -39,13 +57,16 @@ def reading(name: str, got: object, error: type[LLMError] = LLMConfigError) -> I
     """
     try:
         yield
-    except OSError as fault:
-        where = f"{fault.filename}: " if fault.filename and str(fault.filename) not in str(got) else ""
-        raise error(f"{name}={got!r} cannot be read: {where}{fault.strerror or fault}") from fault
-    except (ValueError, RuntimeError) as fault:
-        if isinstance(fault, LLMError) or not re.search("null byte|null character|home directory", str(fault)):
+    except (OSError, LLMError) as raised:
+        fault = raised if isinstance(raised, OSError) else raised.__cause__  # whose own words name no option
+        if not isinstance(fault, OSError):
             raise
-        raise error(f"{name}={got!r} is no name of a file: {fault}") from fault
+        where = f"{fault.filename}: " if fault.filename and str(fault.filename) not in str(got) else ""
+        raise error(f"{name}={quoted(got)} cannot be read: {where}{fault.strerror or fault}") from fault
+    except (ValueError, RuntimeError) as fault:
+        if not re.search("null byte|null character|home directory", str(fault)):
+            raise
+        raise error(f"{name}={quoted(got)} is no name of a file: {fault}") from fault
 
 
 def number(name: str, value: object, low: float, high: float, allowed: str, *, open_low: bool = False) -> None:
@@ -95,6 +116,6 @@ def reject_unknown(given: Iterable[str], allowed: Iterable[str], what: str, extr
 def unknown_name(name: object, allowed: Iterable[str], what: str) -> str:
     """Say that `name` is unknown, which name is nearest, and which there are."""
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(str(name), allowed, 1)
+    near = difflib.get_close_matches(shortened(str(name)), allowed, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"unknown {what} {name!r}{hint} There are: {', '.join(allowed)}"
+    return f"unknown {what} {quoted(name)}{hint} There are: {', '.join(allowed)}"

@@ -40,7 +40,7 @@ def read_escapes(composed: Any, overrides: Sequence[str]) -> None:
         OmegaConf.update(composed, override.key_or_group, _meant(override._value, override.key_or_group))
 
 
-def _unescaped(text: str) -> str:
+def unescaped(text: str) -> str:
     """Return a text in which escapes are what they mean, and other backslashes are as they were."""
     return _ESCAPE.sub(lambda match: MEANINGS[match[1]] if match[1] else json.loads(f'"{match[0]}"'), text)
 
@@ -50,7 +50,7 @@ def _meant(value: Any, key: str) -> Any:
     from hydra.core.override_parser.types import QuotedString
 
     if isinstance(value, QuotedString):  # as it was typed: Hydra has taken some backslashes before quotes
-        return _unescaped(value.with_quotes()[1:-1])
+        return unescaped(value.with_quotes()[1:-1])
     if isinstance(value, Mapping):
         return {_meant(name, key): _meant(inner, key) for name, inner in value.items()}
     if isinstance(value, list):

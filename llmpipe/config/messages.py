@@ -13,7 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 from llmpipe.config.backends import BACKENDS
 from llmpipe.config.checks import unknown_name
 from llmpipe.config.run import RunConfig
+from llmpipe.exceptions import MOST_CHARACTERS
+from llmpipe.quoting import shortened
 from llmpipe.records import harmless
+from llmpipe.redaction import redacted
 
 FIELDS = "__dataclass_fields__"
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(\S+?)=(.*)'$", re.MULTILINE)
@@ -21,6 +24,10 @@ _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(\S+?)=(.*)'$", re.MULTI
 
 def one_line(error: Exception) -> str:
     """Return an error as one readable line; an unknown name is followed by those there are."""
+    return shortened(_in_words(error), MOST_CHARACTERS)
+
+
+def _in_words(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.partition("=")
         return (
@@ -41,7 +48,7 @@ def one_line(error: Exception) -> str:
         cause = cause.__cause__
     if isinstance(cause, OmegaConfBaseException):
         return _of_key(cause)
-    return harmless(" ".join(str(error).split()))
+    return harmless(" ".join(redacted(str(error)).split()))
 
 
 def _quoted(key: str, value: str) -> str:
@@ -64,7 +71,7 @@ def _of_key(error: OmegaConfBaseException) -> str:
         if not where and (deeper := _deeper(str(error.key))):
             return f"unknown key {error.key!r}; did you mean {' or '.join(deeper)}?"
         return unknown_name(error.key, map(str, known), f"key in {where}" if where else "key")
-    said = (error.msg or str(error)).splitlines()[0]
+    said = redacted(error.msg or str(error)).splitlines()[0]
     if "is not a ListConfig" in said:
         return f"{error.full_key} must be a list, such as {error.full_key}=[a,b]"
     return f"{error.full_key}: {said}"

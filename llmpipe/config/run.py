@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 from llmpipe.config.checks import auto_or_bool, check, count, number
 from llmpipe.config.choices import ControlTokens, DeviceType, OnError, OutputFormat, Overflow, PromptFormat
 from llmpipe.config.conversion import settle
 from llmpipe.config.sampling import SamplingConfig
+from llmpipe.config.values import describe
+from llmpipe.redaction import References, as_written
 
 
 @dataclass
@@ -122,13 +125,15 @@ class DatasetConfig:
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     """What the dataset calls its columns; a path such as body.messages goes inside of one."""
     shuffle: int | None = None
-    """A seed that puts the rows in random order, each keeping its id; files are read once per 65,536 rows that run."""
+    """A seed that puts the rows in random order, each keeping its id; files are read once per 65,536 rows or 256 MB."""
     offset: int = 0
     """Leave out the first rows, in the order of shuffle, this many."""
     limit: int | None = None
     """Run only the first rows after the offset, this many; a run can be resumed with a larger limit."""
     field: str | None = None
     """The list of rows inside a JSON file's one object: a key or a path, as data.examples; by default its only list."""
+    max_row_mb: float = 256
+    """Rows of more MB, as they stand in their file, are error rows, and are passed over in little memory."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -145,6 +150,12 @@ class DatasetConfig:
         if self.shuffle is not None:
             count("dataset.shuffle", self.shuffle, 0, "an integer >= 0, or null", None)
         count("dataset.offset", self.offset, 0, "an integer >= 0", None)
+        number("dataset.max_row_mb", self.max_row_mb, 0, 1e6, "a number in (0, 1e6]", open_low=True)
+
+    @property
+    def max_row_bytes(self) -> int:
+        """`max_row_mb` in bytes."""
+        return max(1, int(self.max_row_mb * 1e6))
 
     @property
     def paths(self) -> list[str]:
@@ -262,7 +273,10 @@ class RunConfig:
     export_force: bool = False
     """Replace an export of another run, too; what llmpipe did not write, or was changed since, is never replaced."""
     trusted_modules: list[str] = field(default_factory=list)
-    """Modules outside llmpipe whose classes a backend's _target_ may name."""
+    """Modules whose code a _target_ may name, Hydra's nodes included; no group can trust, nor a run directory."""
+
+    references = cast(References, MappingProxyType({}))
+    """What was written where options came from the environment; no option itself, so it has no annotation."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -280,6 +294,17 @@ class RunConfig:
             number("max_error_rate", self.max_error_rate, 0, 1, "a number in (0, 1], or null", open_low=True)
         if self.run_timeout_s is not None:
             number("run_timeout_s", self.run_timeout_s, 0, 1e9, "a number > 0, or null", open_low=True)
+
+    def replace(self, changes: Mapping[str, Any]) -> RunConfig:
+        """Return a copy with other values, of which it is still known what came from the environment."""
+        copy = replace(self, **changes)
+        copy.references = self.references
+        return copy
+
+    def written(self) -> dict[str, Any]:
+        """Return the options as plain values that may be shown: references where values came from the environment."""
+        listing: dict[str, Any] = as_written(describe(self), self.references)
+        return listing
 
     def _take_seed(self) -> None:
         """Make a `sampling.seed` of all rows the run's seed: as each row's own, all would draw the same numbers.

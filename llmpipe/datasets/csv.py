@@ -6,15 +6,16 @@ import csv
 import io
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Self
 
 from llmpipe.config import DatasetConfig
-from llmpipe.datasets.jsonl import DEFAULTS
+from llmpipe.datasets.jsonl import DEFAULTS, too_large
 from llmpipe.datasets.opening import open_bytes
 from llmpipe.exceptions import DatasetError
+from llmpipe.quoting import listed, quoted, repeated
 from llmpipe.records import Row, is_utf8
 
 MAX_ROW_LINES = 2**16
@@ -35,21 +36,21 @@ def read_csv(path: Path, config: DatasetConfig = DEFAULTS) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     source = str(path)
     with open_bytes(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        head = list(_until(str.strip, text))
-        separator = _SEPARATOR.fullmatch(head[-1]) if head else None
-        before = 0
+        text = _physical(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""), config)
+        before, head = _first_of(text)
+        separator = _SEPARATOR.fullmatch(head)
         if separator:  # as Excel has it: not a row, but what parts the cells
-            before, head = len(head), list(_until(str.strip, text))
+            blanks, head = _first_of(text)
+            before += 1 + blanks
         delimiter = separator[1] if separator else _delimiter(path, config, head)
-        lines = _Lines(chain(head, text), delimiter, before)
+        lines = _Lines(chain([head], text), delimiter, before, config.max_row_bytes)
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         header = [name.strip() for name in next((cells for cells in reader if cells), [])]
         width = len(header)
         while header and not header[-1]:
             header.pop()
         if len(set(header)) != len(header):
-            raise DatasetError(f"{path}: the header names a column twice: {', '.join(header)}")
+            raise DatasetError(f"{path}: the header names a column twice: {listed(repeated(header))}")
         if not all(is_utf8(name) for name in header):
             raise DatasetError(f"{path}: the header is not valid UTF-8; {_UTF8}")
         while True:
@@ -67,25 +68,40 @@ def read_csv(path: Path, config: DatasetConfig = DEFAULTS) -> Iterator[Row]:
                 if len(header) < len(cells) <= width and not any(cells[len(header) :]):
                     del cells[len(header) :]
                 error = _problem_of_cells(cells, header)
+            if lines.too_large:
+                yield too_large(source, line, lines.taken[0].encode("utf-8", "surrogateescape"), config)
+                continue
             if error is None:
                 values = {name: cell or None for name, cell in zip(header, cells, strict=True)}
                 yield Row(source, line, values, typed=False)
                 continue
             if lines.give_back():
-                error = f"not valid CSV: a quote that opens on line {line} is never closed"
+                within = f" within the {config.max_row_mb:g} MB of dataset.max_row_mb=" if lines.overflows else ""
+                error = f"not valid CSV: a quote that opens on line {line} is never closed{within}"
             raw = "".join(lines.taken).rstrip("\r\n").encode("utf-8", "surrogateescape")
             yield Row(source, line, {}, raw, error)
 
 
-def _until(holds: Callable[[str], object], lines: Iterator[str]) -> Iterator[str]:
-    """Yield lines up to the first of which something holds, that one included."""
-    for line in lines:
+def _physical(text: io.TextIOWrapper, config: DatasetConfig) -> Iterator[str]:
+    """Yield the lines of a text; of one that is too large the beginning, just so long that this shows."""
+    most, next_begins = config.max_row_bytes, ""
+    while line := next_begins + text.readline(most + 2):
+        next_begins = ""
+        if len(line) > most + 1:
+            piece = line
+            while piece and piece[-1] not in "\r\n":
+                piece = text.readline(2**16)
+            if piece.endswith("\r") and (after := text.read(1)) != "\n":  # CRLF may have been cut in two
+                next_begins = after
         yield line
-        if holds(line):
-            return
 
 
-def _delimiter(path: Path, config: DatasetConfig, head: list[str]) -> str:
+def _first_of(lines: Iterator[str]) -> tuple[int, str]:
+    """Return the first line that is not blank, and how many are before it."""
+    return next(((number, line) for number, line in enumerate(lines) if line.strip()), (0, ""))
+
+
+def _delimiter(path: Path, config: DatasetConfig, head: str) -> str:
     """Return what parts the cells: as configured, or as the header tells by the columns that are looked for."""
     given = config.csv.delimiter.replace("\\t", "\t")
     if given != "auto":
@@ -95,7 +111,7 @@ def _delimiter(path: Path, config: DatasetConfig, head: list[str]) -> str:
     wanted = set(vars(config.columns).values())
 
     def likely(delimiter: str) -> tuple[int, int]:
-        names = next(csv.reader(head[-1:], delimiter=delimiter), [])
+        names = next(csv.reader([head], delimiter=delimiter), [])
         return len(wanted & {name.strip() for name in names}), len(names)
 
     return max(_DELIMITERS.values(), key=likely)
@@ -108,11 +124,13 @@ _NEXT_QUOTE = re.compile(r'(?:^|([^"]))(?:"")*"(?!")')
 class _Lines:
     """The lines of a CSV file. A quote that is never closed takes the rows after it; they can be given back."""
 
-    def __init__(self, text: Iterator[str], delimiter: str, before: int) -> None:
+    def __init__(self, text: Iterator[str], delimiter: str, before: int, most: int) -> None:
         self._text = text
         self._before_cell = (None, delimiter, "\r", "\n")
         self._given_back: deque[str] = deque()
         self._before = before
+        self._most = most
+        self._size = 0
         self._cut = False
         self.taken: list[str] = []
         """The lines of the row at hand."""
@@ -120,9 +138,19 @@ class _Lines:
     def begin_row(self) -> int:
         """Forget the lines of the row before, and return the number of the next one."""
         self._before += len(self.taken)
-        self._cut = False
+        self._cut, self._size = False, 0
         self.taken.clear()
         return self._before + 1
+
+    @property
+    def overflows(self) -> bool:
+        """Whether the row at hand has more characters than bytes are allowed."""
+        return self._size > self._most
+
+    @property
+    def too_large(self) -> bool:
+        """Whether it is a single line that has."""
+        return self.overflows and len(self.taken) == 1 and len(self.taken[0]) > self._most
 
     def give_back(self) -> bool:
         """Give all but the first line back if that one left a quote open, and say whether it did."""
@@ -140,13 +168,16 @@ class _Lines:
 
     def __next__(self) -> str:
         line = self._given_back.popleft() if self._given_back else next(self._text, None)
-        self._cut = line is None or len(self.taken) == MAX_ROW_LINES
+        self._size += len(line or "")
+        self._cut = line is None or len(self.taken) == MAX_ROW_LINES or self.overflows
         if line is None:
             raise StopIteration
-        if self._cut:
+        if self._cut and self.taken:
             self._given_back.appendleft(line)
-            raise csv.Error(f"a row of more than {MAX_ROW_LINES} lines")
+            raise csv.Error(f"a row of more than {MAX_ROW_LINES} lines, or {self._most} bytes")
         self.taken.append(line)
+        if self._cut:
+            raise csv.Error(f"a line of more than {self._most} bytes")
         return line
 
 
@@ -154,4 +185,4 @@ def _problem_of_cells(cells: list[str], header: list[str]) -> str | None:
     if len(cells) != len(header):
         return f"{len(cells)} cells, and the header has {len(header)}"
     wrong = next((name for name, cell in zip(header, cells, strict=True) if not is_utf8(cell)), None)
-    return wrong and f"the column {wrong!r} is not valid UTF-8: {_UTF8}"
+    return wrong and f"the column {quoted(wrong)} is not valid UTF-8: {_UTF8}"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmpipe.config import ColumnsConfig, DatasetConfig
-from llmpipe.datasets.contents import Contents, FileContent
+from llmpipe.datasets.contents import Contents, FileContent, changed, digest_of
 from llmpipe.datasets.formats import Reader, reader_of
 from llmpipe.datasets.inputs import Inputs
 from llmpipe.datasets.parquet import fits, parquet_file, read_parquet, type_of
@@ -22,11 +21,16 @@ from llmpipe.datasets.partitions import with_columns
 from llmpipe.datasets.shuffle import Positions, permutation, rows_at
 from llmpipe.datasets.sources import Source, sources_of
 from llmpipe.exceptions import DatasetError, LLMError
+from llmpipe.quoting import listed, quoted, shortened
 from llmpipe.records import Row
 from llmpipe.sharegpt import CONVERSATIONS
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+MAX_COLUMNS = 2**17
+"""How many names of columns are held, those aside that are asked about."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +39,20 @@ class Scan:
 
     rows: int
     columns: list[str]
-    digest: str
-    """Of the files, byte by byte."""
+    """Those that were asked about, and others; of more than `MAX_COLUMNS`, not all."""
     contents: list[FileContent]
-    """What their rows hold."""
+    """What the rows of its files hold."""
     earlier: list[FileContent] | None = None
     """What as many rows held as were asked for, from the first one on, where there are so many."""
 
+    @property
+    def digest(self) -> str:
+        """A digest of what the rows hold, whatever their files are called, packed with or written as."""
+        return digest_of(self.contents)
+
 
 class Dataset:
-    """The rows of one or several files, in order, read anew at every pass.
+    """The rows of one or several files, in order, read anew at every pass; once scanned, they are those of the scan.
 
     Args:
         config: Which rows.
@@ -66,13 +74,28 @@ class Dataset:
         self.files = [source.path for source in self._sources]
         self._readers = [_reader(source, config) for source in self._sources]
         self._shuffled: Positions | None = None
+        self._rows_in: dict[int, int] = {}
+        """How many rows there were in each file that was read to its end."""
+        self._scanned: Contents | None = None
 
     def rows(self) -> Iterator[Row]:
         """Yield every row up to the limit; memory does not grow with the dataset.
 
         Raises:
-            DatasetError: a file ends in the middle, or cannot be read on.
+            DatasetError: a file ends in the middle, cannot be read on, or is not any more what was scanned.
         """
+        return self._read() if self._scanned is None else chain.from_iterable(self.blocks())
+
+    def blocks(self) -> Iterator[list[Row]]:
+        """Yield the rows of a dataset that was scanned, in blocks; each is first seen to be what was scanned.
+
+        Raises:
+            DatasetError: as `rows`.
+        """
+        assert self._scanned is not None
+        return self._scanned.compare(self._read())
+
+    def _read(self) -> Iterator[Row]:
         first, limit = self._config.offset, self._config.limit
         last = None if limit is None else first + limit
         if self._config.shuffle is not None:
@@ -88,26 +111,36 @@ class Dataset:
             yield row
 
     def _all(self) -> Iterator[Row]:
-        """Yield the rows of all files, in their order."""
-        return chain.from_iterable(map(_rows_of, self._sources, self._readers))
+        """Yield the rows of all files, in their order; of one that was read to its end before, as many as then."""
+        for number, (source, reader) in enumerate(zip(self._sources, self._readers, strict=True)):
+            rows = 0
+            for row in islice(_rows_of(source, reader), self._rows_in.get(number)):
+                rows += 1
+                yield row
+            if rows < (before := self._rows_in.setdefault(number, rows)):
+                raise changed(source.path, f"it has {rows} of its {before} rows")
 
     def scan(
         self,
         template: list[str] | None = None,
         look: Callable[[Row], None] | None = None,
         earlier: int | None = None,
+        also: Iterable[str] = (),
     ) -> Scan:
-        """Look through all rows once.
+        """Look through all rows once; whatever is read of them from then on is compared with what is seen here.
 
         Args:
             template: The columns of the prompt template, where there is one; else a prompt or messages are needed.
             look: Called with each row, for what else wants to see them all.
             earlier: Of how many rows, from the first one on, the contents are wanted too.
+            also: Further columns of which it matters whether they are there.
 
         Raises:
             DatasetError: a file is damaged, ids are not unique, or a column that every row needs is not there.
         """
         columns: dict[str, dict[str, None]] = {}
+        asked = {*vars(self.columns).values(), *vars(ColumnsConfig()).values(), CONVERSATIONS, *(template or []), *also}
+        room = MAX_COLUMNS
         paths = [name for name in self._named(template) if "." in name]
         for source, reader in zip(self._sources, self._readers, strict=True):
             if getattr(reader, "func", None) is read_parquet:
@@ -116,25 +149,24 @@ class Dataset:
                 columns[str(source.path)] = dict.fromkeys([*schema.names, *source.columns, *inner])
                 self._check_types(source.path, schema, template)
         id_hashes = array("q")
-        contents = Contents(by_file=self._config.shuffle is None)
-        then: list[FileContent] | None = [] if earlier == 0 else None
-        for row in self.rows():
-            contents.add(row)
-            if row.index + 1 == earlier:
-                then = contents.so_far()
+        contents = Contents(None if self._config.shuffle is None else self._name(), earlier)
+        for row in chain.from_iterable(contents.note(self._read())):
             id_hashes.append(hash(str(row.id(self.columns.id))))
             if row.error is None and not row.values.keys() <= (known := columns.setdefault(row.file, {})).keys():
-                known |= dict.fromkeys(row.values)
+                new = [name for name in row.values if name not in known and (room > 0 or name in asked)]
+                known |= dict.fromkeys(new)
+                room -= len(new)
             for path in paths:
                 if path not in columns.get(row.file, {}) and row.value(path) is not None:
                     columns[row.file][path] = None
             if look is not None:
                 look(row)
+        self._scanned = contents
         for name, found in columns.items():
             self._check_columns(name, list(found), template)
         self._check_ids(np.asarray(id_hashes))
         every = dict.fromkeys(name for found in columns.values() for name in found)
-        return Scan(len(id_hashes), list(every), self.digest(), contents.so_far(), then)
+        return Scan(len(id_hashes), list(every), contents.files(), contents.marked)
 
     def _check_types(self, file: Path, schema: pa.Schema, template: list[str] | None) -> None:
         allowed = {
@@ -151,8 +183,8 @@ class Dataset:
             kind = type_of(schema, name)
             if kind is not None and not fits(kind, what):
                 raise DatasetError(
-                    f"the column {name!r} of {file} is {kind}, and must be {what}; name another with "
-                    f"dataset.columns.{key}=. There are: {', '.join(f'{f.name} ({f.type})' for f in schema)}"
+                    f"the column {quoted(name)} of {file} is {shortened(str(kind))}, and must be {what}; name another "
+                    f"with dataset.columns.{key}=. There are: {listed(f'{f.name} ({f.type})' for f in schema)}"
                 )
 
     def _named(self, template: list[str] | None) -> list[str]:
@@ -164,12 +196,12 @@ class Dataset:
     def _check_columns(self, file: str, columns: list[str], template: list[str] | None) -> None:
         for name in self._named(template):
             if name not in columns:
-                raise DatasetError(f"{file} has no column {name!r}; it has: {', '.join(columns)}")
+                raise DatasetError(f"{file} has no column {quoted(name)}; it has: {listed(columns)}")
         prompts = {self.columns.prompt, self.columns.messages, CONVERSATIONS}
         if template is None and not prompts & set(columns):
             raise DatasetError(
                 f"{file} has neither a column {self.columns.prompt!r} nor {self.columns.messages!r}; it has: "
-                f"{', '.join(columns)}. Name one with dataset.columns.prompt= or dataset.columns.messages="
+                f"{listed(columns)}. Name one with dataset.columns.prompt= or dataset.columns.messages="
                 f"{self._hint(file)}"
             )
 
@@ -195,26 +227,16 @@ class Dataset:
                 if name in seen:
                     first = seen[name]
                     raise DatasetError(
-                        f"the id {name!r} stands twice: {first.file} line {first.line} and {row.file} line {row.line}; "
-                        f"make ids unique, name another column with dataset.columns.id=, or name rows by position "
-                        f"with dataset.columns.id=null, as where each file counts from the beginning"
+                        f"the id {quoted(name)} stands twice: {first.file} line {first.line} and {row.file} line "
+                        f"{row.line}; make ids unique, name another column with dataset.columns.id=, or name rows by "
+                        f"position with dataset.columns.id=null, as where each file counts from the beginning"
                     )
                 seen[name] = row
 
-    def digest(self) -> str:
-        """Return a digest of all files.
-
-        Raises:
-            DatasetError: a file cannot be read.
-        """
-        digest = hashlib.sha256()
-        for file in self.files:
-            try:
-                with file.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-            except OSError as error:
-                raise DatasetError(f"{file} cannot be read: {error.strerror or error}") from error
-        return f"sha256:{digest.hexdigest()[:32]}"
+    def _name(self) -> str:
+        """Return what to call the files together."""
+        others = f" or another of the {len(self.files)} files" if len(self.files) > 1 else ""
+        return f"{self.files[0]}{others}"
 
 
 def _reader(source: Source, config: DatasetConfig) -> Reader:

@@ -8,12 +8,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Self
 
-from llmpipe.config.checks import reading
+from llmpipe.config.checks import readable
 from llmpipe.exceptions import DatasetError
 from llmpipe.temporary import temporary_directory
 
@@ -100,21 +100,21 @@ class Inputs:
         self._made.clear()
 
     def __enter__(self) -> Self:
+        if not self._begun:
+            for left in self._directory.glob(".input-[0-9]*"):  # by a run that was killed before it had begun
+                left.unlink()
         return self
 
     def __exit__(self, *exc: object) -> None:
         for copy in self._made:
             copy.unlink(missing_ok=True)
-        if self._made:
-            with suppress(OSError):  # unless it holds something else
-                self._directory.rmdir()
         self._temporary.close()
 
 
 def _is_stream(path: str) -> bool:
     if _OPEN_FILE.fullmatch(path):
         return True
-    with reading("dataset.path", path, DatasetError):
+    with readable("dataset.path", path, DatasetError):
         file = Path(path).expanduser()
         return file.exists() and not file.is_file() and not file.is_dir()
 

@@ -1,7 +1,8 @@
 """JSON of any layout: arrays of rows, pretty-printed rows one after another, or a list inside an object.
 
-Of a file of any size, one row at a time is held. Where a row begins and ends is told by its brackets; what it holds is
-read by what reads JSONL, with the same exactness, and a row that is wrong inside is an error row.
+Of a file of any size, one row at a time is held, and none that is too large. Where a row begins and ends is told by its
+brackets; what it holds is read by what reads JSONL, with the same exactness, and a row that is wrong inside is an error
+row.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
 from llmpipe.config import DatasetConfig
-from llmpipe.datasets.jsonl import DEFAULTS, row_of
+from llmpipe.datasets.jsonl import DEFAULTS, KEPT_BYTES, row_of, too_large
 from llmpipe.datasets.opening import open_bytes
 from llmpipe.exceptions import DatasetError
+from llmpipe.quoting import Names, listed, quoted, shortened
 from llmpipe.records import Row
 
 HEAD_BYTES = 2**20
@@ -25,6 +28,7 @@ MAX_DEPTH = 8
 _BLOCK = 2**16
 _STRING = rb'"[^"\\\r\n]*+(?:\\.[^"\\\r\n]*+)*+"'
 _TOKEN = re.compile(_STRING + rb'|[\[\]{}"]')
+_IN_STRING = re.compile(rb'[^"\\\r\n]*+(?:\\.[^"\\\r\n]*+)*+')
 _SCALAR = re.compile(_STRING + rb'|[^][{}",: \t\r\n]*')
 _BLANKS = re.compile(rb"[ \t\r\n]*")
 _BREAK = re.compile(rb"[\r\n][ \t\r\n]*")
@@ -40,30 +44,34 @@ def read_json(path: Path, config: DatasetConfig = DEFAULTS) -> Iterator[Row]:
     """
     name = str(path)
     with open_bytes(path) as file:
-        text = _Text(file)
+        text = _Text(file, config.max_row_bytes)
         if config.field is not None:
             _enter(text, config.field, name)
-            yield from _items(text, name)
+            yield from _items(text, name, config)
             return
         while (first := text.peek()) != _END:
             if first == ord("["):
-                yield from _items(text, name)
+                yield from _items(text, name, config)
             else:
-                yield _row(text, name)
+                yield _row(text, name, config)
 
 
-def _items(text: _Text, name: str) -> Iterator[Row]:
+def _items(text: _Text, name: str, config: DatasetConfig) -> Iterator[Row]:
     text.expect(b"[")
     while text.peek() != ord("]"):
-        yield _row(text, name)
+        yield _row(text, name, config)
         if text.peek() != ord("]"):
             text.expect(b",")
     text.expect(b"]")
 
 
-def _row(text: _Text, name: str) -> Row:
+def _row(text: _Text, name: str, config: DatasetConfig) -> Row:
     text.peek()
-    line, raw = text.line, text.value()
+    line = text.line
+    try:
+        raw = text.value()
+    except _TooLarge as error:
+        return too_large(name, line, error.beginning, config)
     # Between the parts of a value a break is only layout; inside of a string it cannot stand.
     return row_of(name, line, raw if b"\n" not in raw and b"\r" not in raw else _BREAK.sub(b" ", raw))
 
@@ -105,26 +113,29 @@ def field_of(path: Path, config: DatasetConfig) -> str | None:
     if config.field is not None:
         return config.field
     with open_bytes(path) as file:
-        text = _Text(file)
+        text = _Text(file, config.max_row_bytes)
         if text.peek() != ord("{"):
             return None
-        keys: list[str] = []
-        lists = list(_lists(text, keys))
-        if text.peek() != _END or {config.columns.prompt, config.columns.messages} & set(keys):
+        of_rows = {config.columns.prompt, config.columns.messages}
+        unseen = set(of_rows)
+        found = _lists(text, unseen)
+        lists = list(islice(found, 2))
+        there = listed(chain(lists, found))
+        if text.peek() != _END or unseen != of_rows:
             return None
     if len(lists) > 1:
         raise DatasetError(
-            f"{path} holds one object with several lists of rows: choose one with dataset.field={lists[0]}; "
-            f"there are: {', '.join(lists)}"
+            f"{path} holds one object with several lists of rows: choose one with dataset.field={shortened(lists[0])}; "
+            f"there are: {there}"
         )
     return lists[0] if lists else None
 
 
-def _lists(text: _Text, keys: list[str], path: str = "", depth: int = 0) -> Iterator[str]:
-    """Pass over an object, and yield the path of each list of objects in it."""
+def _lists(text: _Text, unseen: set[str], path: str = "", depth: int = 0) -> Iterator[str]:
+    """Pass over an object, and yield the path of each list of objects in it; the keys that it has leave `unseen`."""
     for key in _keys(text):
         if depth == 0:
-            keys.append(key)
+            unseen.discard(key)
         here = f"{path}.{key}" if path else key
         if text.peek() == ord("["):
             text.expect(b"[")
@@ -132,7 +143,7 @@ def _lists(text: _Text, keys: list[str], path: str = "", depth: int = 0) -> Iter
                 yield here
             text.skip_items()
         elif text.peek() == ord("{") and depth < MAX_DEPTH:
-            yield from _lists(text, keys, here, depth + 1)
+            yield from _lists(text, unseen, here, depth + 1)
         else:
             text.value(keep=False)
 
@@ -152,25 +163,39 @@ def _keys(text: _Text) -> Iterator[str]:
 def _enter(text: _Text, field: str, name: str, path: str = "") -> None:
     """Go to the list that a dotted path names."""
     if text.peek() == ord("{"):
-        found = []
+        found = Names()
         for key in _keys(text):
-            found.append(key)
+            found.add(path + key)
             if key == field and text.peek() == ord("["):
                 return
             if field.startswith(f"{key}.") and text.peek() == ord("{"):
                 return _enter(text, field[len(key) + 1 :], name, f"{path}{key}.")
             text.value(keep=False)
-        there = f"there are: {', '.join(path + key for key in found)}"
+        there = f"there are: {found}"
     else:
         there = "its values are in no object"
-    raise DatasetError(f"{name} has no list {path + field!r}, as dataset.field= names; {there}")
+    raise DatasetError(f"{name} has no list {quoted(path + field)}, as dataset.field= names; {there}")
+
+
+class _TooLarge(ValueError):
+    """A value is larger than may be held; it has been passed over."""
+
+    def __init__(self, line: int, most: int, beginning: bytes) -> None:
+        self.beginning = beginning
+        super().__init__(f"line {line}: more than the {most / 1e6:g} MB that may stand there (dataset.max_row_mb=)")
 
 
 class _Text:
-    """JSON text of any length, of which no more is held than the value at hand."""
+    """JSON text of any length, of which no more is held than the value at hand.
 
-    def __init__(self, file: IO[bytes]) -> None:
+    Args:
+        file: Where it is read from.
+        most: How many bytes of a value are held.
+    """
+
+    def __init__(self, file: IO[bytes], most: int) -> None:
         self._file = file
+        self._most = most
         self._held = b""
         self._at = 0
         self.line = 1
@@ -203,17 +228,27 @@ class _Text:
         """Pass over the next value, and return it if it is to be kept.
 
         Raises:
-            ValueError: there is none, or it has no end.
+            ValueError: there is none, or it has no end; or, as `_TooLarge`, it is too large to be kept.
         """
         if self.peek() in (ord("{"), ord("[")):
             return self._until_closed(0, keep)
-        while (match := _SCALAR.match(self._held, self._at)) is not None:
-            if (match.end() < len(self._held) and match[0]) or not self._more():
+        while True:
+            match = _SCALAR.match(self._held, self._at)
+            found = match[0] if match else b""
+            is_open = not found and self.peek() == ord('"')
+            if len(found) > self._most or (is_open and len(self._held) - self._at > self._most):
+                error = _TooLarge(self.line, self._most, self._beginning())
+                self._pass_scalar()
+                if keep:
+                    raise error
+                return b""
+            ends = found and self._at + len(found) < len(self._held)
+            if ends or not (found or is_open) or not self._more():
                 break
-        if match is None or not match[0]:
+        if not found:
             raise ValueError(f"line {self.line}: no value stands where one should")
-        self._pass(match.end())
-        return bytes(match[0])
+        self._pass(self._at + len(found))
+        return found
 
     def skip_items(self) -> None:
         """Pass over the rest of a list that was entered."""
@@ -222,7 +257,9 @@ class _Text:
     def _until_closed(self, depth: int, keep: bool) -> bytes:
         """Pass over all that comes before as many brackets are closed as are open."""
         begun, at = self.line, self._at
+        too_large: _TooLarge | None = None
         while True:
+            in_string = False
             for match in _TOKEN.finditer(self._held, at):
                 sign = match[0]
                 at = match.end()
@@ -231,22 +268,59 @@ class _Text:
                 elif sign in b"}]":
                     depth -= 1
                     if depth == 0:
+                        if keep and at - self._at > self._most:
+                            keep, too_large = False, _TooLarge(begun, self._most, self._beginning())
                         value = self._held[self._at : at] if keep else b""
                         self._pass(at)
+                        if too_large is not None:
+                            raise too_large
                         return value
                 elif sign == b'"':  # of a string that ends beyond what is held, if it ends
-                    at = match.start()
+                    at, in_string = match.start(), True
                     break
             else:
                 at = len(self._held)
             if _BREAK.search(self._held, at):
                 line = self.line + self._held.count(b"\n", self._at, at)
                 raise ValueError(f"line {line}: a quote is never closed")
+            if keep and len(self._held) - self._at > self._most:
+                keep, too_large = False, _TooLarge(begun, self._most, self._beginning())
             if not keep:
                 self._pass(at)
+                if in_string:
+                    self._pass_string()
+                    at = self._at
+                    continue
             at -= self._at
             if not self._more():
                 raise ValueError(f"line {begun}: the value that begins there has no end")
+
+    def _beginning(self) -> bytes:
+        return self._held[self._at : self._at + KEPT_BYTES]
+
+    def _pass_string(self) -> None:
+        """Pass over a string, of which no more than a block is held."""
+        line, inside = self.line, self._at + 1
+        while True:
+            match = _IN_STRING.match(self._held, inside)
+            assert match is not None
+            self._pass(match.end())
+            if self._held[self._at : self._at + 1] == b'"':
+                return self._pass(self._at + 1)
+            if len(self._held) - self._at > 1:  # more than half of an escape
+                raise ValueError(f"line {line}: a quote is never closed")
+            if not self._more():
+                raise ValueError(f"line {line}: the value that begins there has no end")
+            inside = self._at
+
+    def _pass_scalar(self) -> None:
+        """Pass over a string, a number or a word, of which no more than a block is held."""
+        if self.peek() == ord('"'):
+            return self._pass_string()
+        while (match := _SCALAR.match(self._held, self._at)) is not None:
+            self._pass(match.end())
+            if self._at < len(self._held) or not self._more():
+                return
 
     def _pass(self, end: int) -> None:
         self.line += self._held.count(b"\n", self._at, end)

@@ -11,11 +11,11 @@ import orjson
 
 from llmpipe.cells import MAX_LEVELS, is_too_deep
 from llmpipe.config import DatasetConfig
-from llmpipe.datasets.opening import open_bytes
+from llmpipe.datasets.opening import blocks_of_lines, open_bytes
 from llmpipe.records import Row, is_utf8
 
-BLOCK_BYTES = 2**17
-"""Lines are looked at together in blocks of about so much."""
+KEPT_BYTES = 1000
+"""What is kept of a row that is too large."""
 LONG_NUMBER = 19
 """Digits from which a number may exceed 64 bits, beyond which orjson rounds integers to floats."""
 
@@ -27,11 +27,14 @@ _DIGITS_TO_ZEROS = bytes(ord("0") if chr(i).isdecimal() and i < 128 else ord(" "
 
 def read_jsonl(path: Path, config: DatasetConfig = DEFAULTS) -> Iterator[Row]:
     """Yield one row per line that is not blank; lines end with LF or CRLF and nothing else."""
-    name, before = str(path), 0
+    name, before, most = str(path), 0, config.max_row_bytes
     with open_bytes(path) as file:
-        while lines := file.readlines(BLOCK_BYTES):
-            easy = not _has_long_number(b"".join(lines))
+        for lines in blocks_of_lines(file, most):  # looked at together: most are easy
+            easy = not _has_long_number(b" ".join(lines))
             for number, line in enumerate(lines, before + 1):
+                if len(line) > most:
+                    yield too_large(name, number, line, config)
+                    continue
                 text = line.strip(_BLANKS)
                 try:
                     values = orjson.loads(text) if easy else None
@@ -42,6 +45,12 @@ def read_jsonl(path: Path, config: DatasetConfig = DEFAULTS) -> Iterator[Row]:
                 elif text:
                     yield row_of(name, number, text, indent=len(line) - len(line.lstrip(_BLANKS)))
             before += len(lines)
+
+
+def too_large(name: str, number: int, beginning: bytes, config: DatasetConfig) -> Row:
+    """Return the error row in place of one that is larger than a row may be."""
+    error = f"larger than the {config.max_row_mb:g} MB that a row may have (dataset.max_row_mb=)"
+    return Row(name, number, {}, beginning[:KEPT_BYTES], error)
 
 
 def row_of(name: str, number: int, text: bytes, indent: int = 0) -> Row:

@@ -34,6 +34,27 @@ def open_bytes(path: Path) -> IO[bytes]:
     return file
 
 
+def blocks_of_lines(file: IO[bytes], most: int) -> Iterator[list[bytes]]:
+    """Yield the lines of a file, without their LF, as many at a time as about 128 KiB hold.
+
+    Args:
+        file: The file.
+        most: Of a line of more bytes, only about so many are held and yielded.
+    """
+    pieces, size = list[bytes](), 0
+    while block := file.read(2 * _BLOCK):
+        lines = block.split(b"\n")
+        if size <= most:
+            pieces.append(lines[0])
+            size += len(lines[0])
+        if len(lines) > 1:
+            lines[0] = b"".join(pieces)
+            pieces, size = [lines[-1]], len(lines.pop())
+            yield lines
+    if size:
+        yield [b"".join(pieces)]
+
+
 def _unpacked(path: Path) -> IO[bytes]:
     suffix = path.suffix.lower()
     with path.open("rb") as file:
@@ -73,7 +94,7 @@ def _zstd(path: Path) -> IO[bytes]:
 def _frames(file: IO[bytes], new_frame: Any) -> Iterator[bytes]:
     """Unpack Zstandard of any number of frames; zstandard's own reader takes one that is cut off for whole."""
     frame: Any = None
-    while packed := file.read(4096):
+    while packed := file.read(512):  # of which nobody can make more than 16 MB
         while packed:
             frame = frame or new_frame()
             yield frame.decompress(packed)

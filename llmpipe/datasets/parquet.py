@@ -6,18 +6,21 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpipe.config import DatasetConfig
-from llmpipe.datasets.jsonl import DEFAULTS, parse_json
+from llmpipe.datasets.jsonl import DEFAULTS, parse_json, too_large
 from llmpipe.exceptions import DatasetError, MissingDependencyError
+from llmpipe.quoting import listed, quoted, repeated
 from llmpipe.records import Row
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BATCH_ROWS = 1024
+BATCH_ROWS, BATCH_BYTES = 1024, 2**26
+"""So many rows are read together, or rows of about so many bytes."""
 
 
 def read_parquet(path: Path, config: DatasetConfig = DEFAULTS) -> Iterator[Row]:
@@ -25,16 +28,31 @@ def read_parquet(path: Path, config: DatasetConfig = DEFAULTS) -> Iterator[Row]:
     file, source = parquet_file(path), str(path)
     names = file.schema_arrow.names
     number = 0
-    for batch in file.iter_batches(BATCH_ROWS):
+    for batch in file.iter_batches(_batch_rows(file)):
+        may_be_too_large = batch.nbytes > config.max_row_bytes
         for i, cells in enumerate(zip(*map(_plain, batch.columns), strict=True)):
             number += 1
+            if may_be_too_large and batch.slice(i, 1).nbytes > config.max_row_bytes:
+                yield too_large(source, number, b"", config)
+                continue
             values = dict(zip(names, cells, strict=True))
             bad = [name for name, cell in values.items() if isinstance(cell, _Unreadable)]
             if bad:
                 raw = json.dumps(values, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
-                yield Row(source, number, {}, raw, f"the column {bad[0]!r} cannot be read: {values[bad[0]].reason}")
+                yield Row(
+                    source, number, {}, raw, f"the column {quoted(bad[0])} cannot be read: {values[bad[0]].reason}"
+                )
             else:
                 yield Row(source, number, values, batch=(batch, i))
+
+
+def _batch_rows(file: Any) -> int:
+    """Return how many rows are read together: fewer of large ones."""
+    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    sizes = [group.total_byte_size // group.num_rows for group in groups if group.num_rows]
+    # A text that many rows have in common stands in the file once, and in each row once it is read.
+    sizes += [first.nbytes for first in islice(file.iter_batches(1), 1)]
+    return min(BATCH_ROWS, max(1, BATCH_BYTES // int(max([1, *sizes]))))
 
 
 @dataclass(frozen=True)
@@ -126,7 +144,7 @@ def parquet_file(path: Path) -> Any:
     except Exception as error:
         raise DatasetError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())}") from error
     if len(set(names)) != len(names):
-        raise DatasetError(f"{path} names a column twice: {', '.join(names)}")
+        raise DatasetError(f"{path} names a column twice: {listed(repeated(names))}")
     return file
 
 

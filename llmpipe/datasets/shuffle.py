@@ -13,7 +13,8 @@ import numpy as np
 
 from llmpipe.records import Row
 
-WINDOW_ROWS = 2**16
+WINDOW_ROWS, WINDOW_BYTES = 2**16, 2**28
+"""So many rows are held at a time, or rows of about so many bytes."""
 Positions = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -33,20 +34,60 @@ def rows_at(positions: Positions, rows: Callable[[], Iterator[Row]]) -> Iterator
         positions: Each once.
         rows: Reads all rows from the first one on.
     """
-    for start in range(0, len(positions), WINDOW_ROWS):
-        window: list[Any] = positions[start : start + WINDOW_ROWS].tolist()
+    start = 0
+    while start < len(positions):
+        window: list[int] = positions[start : start + WINDOW_ROWS].tolist()
         places = {position: place for place, position in enumerate(window)}
-        held: list[Row] = []
+        held = _Held(len(window))
         for position, row in enumerate(rows()):
-            if position in places:
+            if position in places and places[position] < held.end:
                 row.position = position
-                held.append(row)
-                if len(held) == len(window):
+                held.add(places[position], row)
+                if len(held.rows) == held.end:
                     break
-        _detach(held)
-        for row in held:
-            window[places[row.position]] = row
-        yield from window
+        yield from held.in_order()
+        start += held.end
+
+
+class _Held:
+    """The rows of a window by their places in it, up to the place from which on they would be too large together."""
+
+    def __init__(self, end: int) -> None:
+        self.end = end
+        self.rows: dict[int, Row] = {}
+        self._size = 0
+        self._batch: Any = None
+        self._attached: list[Row] = []
+        """Rows that keep a whole Arrow batch alive."""
+        self._attached_bytes = 0
+
+    def add(self, place: int, row: Row) -> None:
+        """Hold a row; of too many, those of the last places are given up."""
+        self.rows[place] = row
+        self._size += row.size
+        if row.batch is not None:
+            self._attached.append(row)
+            if row.batch[0] is not self._batch:
+                self._batch = row.batch[0]
+                self._attached_bytes += self._batch.nbytes
+            if self._attached_bytes > WINDOW_BYTES:
+                self._let_go_of_batches(self._attached)
+        if self._size > WINDOW_BYTES and len(self.rows) > 1:
+            for last in sorted(self.rows, reverse=True):
+                if self._size <= WINDOW_BYTES // 2 or len(self.rows) == 1:
+                    break
+                self._size -= self.rows.pop(last).size
+                self.end = last
+            self._let_go_of_batches(list(self.rows.values()))
+
+    def _let_go_of_batches(self, rows: list[Row]) -> None:
+        _detach(rows)
+        self._attached, self._attached_bytes, self._batch = [], 0, None
+
+    def in_order(self) -> Iterator[Row]:
+        """Yield all rows."""
+        _detach(list(self.rows.values()))
+        yield from (self.rows[place] for place in range(self.end))
 
 
 def _detach(rows: list[Row]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from llmpipe.config.checks import is_remote, reading
+from llmpipe.config.checks import is_remote, readable
 from llmpipe.datasets.formats import READERS, suffix_of
 from llmpipe.exceptions import DatasetError
 
@@ -41,7 +41,7 @@ def sources_of(path: str, copy: Path | None = None) -> list[Source]:
     """
     if copy is not None:
         return [Source(copy, {}, streamed=True)]
-    with reading("dataset.path", path, DatasetError):
+    with readable("dataset.path", path, DatasetError):
         return _found(path)
 
 

@@ -4,9 +4,9 @@ A row's own columns come out as they went in. To add a format: write a class lik
 name it in `WRITERS`.
 """
 
+from llmpipe.files import found_files, new_files, seal
 from llmpipe.outputs.arrow_types import ColumnTypes
-from llmpipe.outputs.files import found_files, new_files, seal
-from llmpipe.outputs.layout import COLUMNS, ID, POSITION, Answered, Layout, join
+from llmpipe.outputs.layout import COLUMNS, ID, POSITION, Answered, Layout, all_names, join
 from llmpipe.outputs.own import is_same, own_file, refuse_foreign
 from llmpipe.outputs.reading import RunFiles, read_run
 from llmpipe.outputs.writing import (
@@ -34,6 +34,7 @@ __all__ = [
     "ColumnTypes",
     "Layout",
     "RunFiles",
+    "all_names",
     "column_types",
     "found_files",
     "is_same",

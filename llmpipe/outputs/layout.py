@@ -72,12 +72,19 @@ class Layout:
         Raises:
             DatasetError: names the columns and the remedy.
         """
-        taken = [name for name in self.types() if name in dataset_columns]
+        there = set(dataset_columns)
+        taken = [name for name in self.types() if name in there]
         if taken:
             raise DatasetError(
                 f"the dataset already has the column {', '.join(map(repr, taken))} that llmpipe would add: "
                 f"set output.prefix=, for instance output.prefix=llm_"
             )
+
+
+def all_names(prefix: str, scorers: Iterable[str]) -> set[str]:
+    """Return every column that any layout could add, or that decides what it adds."""
+    widest = Layout(prefix, ID, adds_id=True, sample=True, truncated=True, scorers=tuple(scorers), source=True)
+    return {ID, prefix + POSITION, *widest.types()}
 
 
 class Answered(NamedTuple):

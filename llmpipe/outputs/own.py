@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmpipe.exceptions import LLMError
-from llmpipe.outputs.files import file_digest, new_files, seal
+from llmpipe.files import file_digest, new_files, seal
 
 
 def note_of(path: Path) -> Path:

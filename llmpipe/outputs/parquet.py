@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import IO, TYPE_CHECKING, Any
 
-from llmpipe.outputs.arrow_types import AS_JSON, ColumnTypes
+from llmpipe.outputs.arrow_types import AS_JSON, OF_THE_REST, ColumnTypes
 from llmpipe.outputs.jsonl import dump_json
 from llmpipe.outputs.layout import ID, Answered, Layout
 from llmpipe.records import Row
@@ -14,7 +14,10 @@ from llmpipe.records import Row
 if TYPE_CHECKING:
     import pyarrow as pa
 
-GROUP_ROWS = 8192
+GROUP_ROWS, GROUP_BYTES = 8192, 2**26
+"""A row group is written when so many rows are held, or rows of so many bytes."""
+_CELL_BYTES = 8
+"""What a cell takes at least, be it null."""
 
 
 class ParquetWriter:
@@ -40,15 +43,20 @@ class ParquetWriter:
             others = [field for field in self._own if field.name != ID]
             others.insert(max(0, place), pa.field(ID, kind))
             self._own = pa.schema(others)
+        self._names = frozenset(self._own.names)
         self._added = pa.schema([pa.field(name, kind) for name, kind in layout.types().items()])
         self._schema = pa.schema([*self._own, *self._added])
+        self._least_bytes = _CELL_BYTES * sum(_leaves(field.type) for field in self._schema)
         self._writer = pq.ParquetWriter(file, self._schema, compression="zstd")
         self._held: list[Answered] = []
+        self._held_bytes = 0
 
     def write(self, answered: Answered) -> None:
         """Append one output row."""
         self._held.append(answered)
-        if len(self._held) >= GROUP_ROWS:
+        completion = answered.completion
+        self._held_bytes += self._least_bytes + answered.row.size + len(completion.text or completion.error or "")
+        if len(self._held) >= GROUP_ROWS or self._held_bytes >= GROUP_BYTES:
             self._flush()
 
     def finish(self) -> None:
@@ -66,6 +74,7 @@ class ParquetWriter:
         own = self._own_columns([row for row, _ in self._held])
         self._writer.write_table(self._pa.Table.from_arrays([*own, *arrays], schema=self._schema))
         self._held.clear()
+        self._held_bytes = 0
 
     def _own_columns(self, rows: list[Row]) -> list[Any]:
         groups = groupby(rows, key=lambda row: id(row.batch[0]) if row.batch else None)
@@ -82,6 +91,9 @@ class ParquetWriter:
     def _own_column(self, field: pa.Field[Any], rows: list[Row], arrow: pa.RecordBatch | None) -> Any:
         if field.name == ID and self._fills_ids:
             return self._array([str(row.id(self._layout.id_column)) for row in rows], field.type)
+        if (field.metadata or {}).items() >= OF_THE_REST.items():
+            others = [{name: row.values[name] for name in row.values if name not in self._names} for row in rows]
+            return self._pa.array([dump_json(other).decode() if other else None for other in others], field.type)
         as_json = field.metadata == AS_JSON
         if arrow is not None and field.name in arrow.schema.names and not as_json:
             column = arrow.column(field.name)
@@ -99,6 +111,11 @@ class ParquetWriter:
         except UnicodeEncodeError:
             spelt = [value and value.encode("utf-8", "backslashreplace").decode() for value in values]
             return self._pa.array(spelt, kind)
+
+
+def _leaves(kind: pa.DataType) -> int:
+    """Return how many columns of plain values an Arrow type makes in a file."""
+    return sum(_leaves(kind.field(i).type) for i in range(kind.num_fields)) or 1
 
 
 def _id_type(own: pa.DataType) -> pa.DataType | None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from llmpipe.cells import is_missing
 from llmpipe.config import ColumnsConfig
 from llmpipe.records import Completion, Row, harmless
+from llmpipe.redaction import redacted
 from llmpipe.sharegpt import as_messages, chat_of
 
 CHARACTERS = 2000
@@ -99,7 +100,7 @@ def cut(value: Any) -> Text:
 
 def _place(row: Row, completion: Completion) -> str:
     sample = f", sample {completion.sample}" if completion.sample else ""
-    return f"{row.file} line {row.line}{sample}"
+    return f"{redacted(row.file)} line {row.line}{sample}"
 
 
 def _turns(messages: Any) -> list[dict[str, Any]]:

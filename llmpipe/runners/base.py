@@ -7,14 +7,11 @@ yields chunks as they are made, or, where one prompt at a time is all it can do,
 from __future__ import annotations
 
 import gc
-import inspect
 import logging
-import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
@@ -42,6 +39,7 @@ from llmpipe.runners.decoding import StopStrings
 from llmpipe.runners.facts import Facts
 from llmpipe.runners.openai_format import chat_chunks, chat_completion
 from llmpipe.runners.rendering import ChatRenderer
+from llmpipe.runners.turns import Stream, Turns
 
 if TYPE_CHECKING:
     from llmpipe.runners.preview import Preview
@@ -59,7 +57,8 @@ class BaseLLMRunner(ABC):
 
     Loading happens in the constructor; `close`, or leaving a `with` block, gives the memory back. One stream runs at
     a time: a second thread waits its turn, and a second stream in the same thread is refused, because it could only
-    wait for itself. Closing the runner ends a stream that the same thread left open.
+    wait for itself. A stream may go from thread to thread. It is closed when it is dropped, when its thread has ended
+    and another call comes, and when the runner is closed and nobody has asked it for more for a second.
 
     Args:
         config: A backend config, a flat `ModelConfig`, or a dictionary of the backend's options.
@@ -94,10 +93,8 @@ class BaseLLMRunner(ABC):
         self.sampling = sampling or SamplingConfig()
         self.load_s = 0.0
         self.is_loaded = False
-        self._lock = threading.Lock()
-        self._holder: int | None = None
+        self._turns = Turns()
         self._tick: Tick = no_tick
-        self._open_stream: weakref.ref[Generator[Any]] | None = None
         self.now = datetime.now().astimezone()
         """The time that chat templates are told; of a run, its start, so that it has the same prompts when resumed."""
         self.renderer = ChatRenderer()
@@ -460,7 +457,9 @@ class BaseLLMRunner(ABC):
             if chunk.finish_reason == "error":
                 raise LLMInferenceError(chunk.error)
             if chunk.restarts:  # what was streamed cannot be taken back
-                raise LLMInferenceError("the backend crashed or hung in the middle of the answer; ask again")
+                raise LLMInferenceError(
+                    "the backend crashed or hung in the middle of the answer, or was lost; ask again"
+                )
             yield chunk
 
     # --- state ----------------------------------------------------------------------------------------------------
@@ -474,8 +473,7 @@ class BaseLLMRunner(ABC):
         """
         before = self.config, self.device
         after_device = self.device if device is None else DeviceConfig.parse(device)
-        self._end_own_stream()
-        with self._turn():
+        with self._turns.turn(ends=True):
             self._unload()
             self.device = after_device
             if model is not None:
@@ -488,8 +486,7 @@ class BaseLLMRunner(ABC):
 
     def close(self) -> None:
         """Give the model's memory back. A closed runner can be reloaded; closing twice is fine."""
-        self._end_own_stream()
-        with self._turn():
+        with self._turns.turn(ends=True):
             self._unload()
 
     def memory_usage(self) -> dict[str, float | None]:
@@ -534,49 +531,28 @@ class BaseLLMRunner(ABC):
         self.load_s = time.perf_counter() - started
         self.is_loaded = weights
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Hold the runner; wait for other threads, refuse to wait for oneself."""
-        if self._holder == threading.get_ident():
-            raise LLMInferenceError("this runner is busy with a stream of this thread: exhaust or close that one first")
-        with self._lock:
-            self._holder = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._holder = None
-
     def _check_loaded(self) -> None:
         if not self.is_loaded:
             raise LLMInferenceError("this runner is closed: call reload() first")
 
-    def _exclusively(self, items: Iterator[T], tick: Tick = no_tick) -> Generator[T]:
+    def _exclusively(self, items: Iterator[T], tick: Tick = no_tick) -> Stream[T]:
         """Yield `items` while holding the runner, `tick` being its tick; closing what is returned closes `items`."""
-        own: list[weakref.ref[Generator[T]]] = []  # weak, so that a stream that is dropped half-read is closed
 
-        def held() -> Generator[T]:
-            with self._turn():
+        def held(stream: weakref.ref[Stream[T]]) -> Generator[T]:
+            with self._turns.turn(stream) as holder:
                 self._check_loaded()
-                self._open_stream, self._tick = own[0], tick
+                self._tick = tick
                 try:
-                    yield from items
+                    for item in items:
+                        yield item
+                        holder.go_on()
                 finally:
-                    self._open_stream, self._tick = None, no_tick
+                    self._tick = no_tick
                     close = getattr(items, "close", None)
                     if close is not None:
                         close()
 
-        stream = held()
-        own.append(weakref.ref(stream))
-        return stream
-
-    def _end_own_stream(self) -> None:
-        """Close the stream that this thread has open, if any: `with` blocks are left in the middle of one."""
-        stream = self._open_stream() if self._open_stream is not None else None
-        if stream is None or self._holder != threading.get_ident():
-            return
-        if inspect.getgeneratorstate(stream) != inspect.GEN_RUNNING:  # else we are inside it, and `_turn` refuses
-            stream.close()
+        return Stream(held)
 
 
 def backend_config(

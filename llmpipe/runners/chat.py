@@ -19,7 +19,9 @@ from jinja2.parser import Parser
 
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Message
+from llmpipe.redaction import redacted
 from llmpipe.runners.templates.code import MOST_SOURCE, BoundedEnvironment
+from llmpipe.small_files import read_small_text
 
 MOST_REASON = 1000
 """Characters of what a template says when it refuses a chat."""
@@ -116,7 +118,7 @@ class ChatTemplate:
                 },
             )
         except Exception as error:  # a template is a program of the model's: it may fail in any way
-            reason = str(error)[:MOST_REASON]
+            reason = redacted(str(error))[:MOST_REASON]
             raise ChatTemplateError(f"the chat template refuses these messages: {reason}") from error
         finally:
             _time.reset(told)
@@ -159,7 +161,7 @@ def read_template(text_or_file: str) -> str:
     if "{" in text_or_file or "\n" in text_or_file:
         return text_or_file
     try:
-        return Path(text_or_file).read_text(encoding="utf-8")
+        return read_small_text(Path(text_or_file))
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise LLMConfigError(

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import fields
 from datetime import datetime
 from multiprocessing.connection import Connection
@@ -38,7 +39,9 @@ from llmpipe.exceptions import (
     LLMInitializationError,
     LLMOutOfMemoryError,
 )
+from llmpipe.machine import oom_kills
 from llmpipe.records import Chunk, Request
+from llmpipe.redaction import conceal, concealed
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.chat import ChatTemplateError
 from llmpipe.runners.factory import import_class
@@ -51,6 +54,8 @@ CHUNKS_PER_MESSAGE = 512
 LINGER_S = 0.002
 """How long a chunk waits for others, to travel with them."""
 PR_SET_PDEATHSIG = 1
+FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+"""Signals that no fault of the code that runs is answered with."""
 
 Message = tuple[str, Any]
 _values = attrgetter(*(f.name for f in fields(Chunk)))
@@ -69,7 +74,19 @@ class Abandoned(BaseException):
 
 
 class ChildDied(Exception):
-    """The child is gone; the text says how, such as `crashed the backend (signal 11, SIGSEGV)`."""
+    """The child is gone by what runs in it; the text says how, such as `crashed the backend (signal 11, SIGSEGV)`."""
+
+
+class ChildHung(ChildDied):
+    """It said nothing for so long that it was ended."""
+
+
+class ChildStarved(ChildDied):
+    """The system ended it, having no memory left."""
+
+
+class ChildKilled(ChildDied):
+    """Somebody outside ended it: what runs in it has no part in that."""
 
 
 class Child:
@@ -98,13 +115,25 @@ class Child:
                 start_new_session=True,  # the terminal's Ctrl-C goes to the parent alone
             )
         self._connection = Connection(mine.detach())
+        self._owner = os.getpid()
+        self._oom_kills = oom_kills()
         self._sending = threading.Lock()
-        self.send("load", (logging.getLogger().getEffectiveLevel(), target, arguments))
+        self.send("load", (logging.getLogger().getEffectiveLevel(), concealed(), target, arguments))
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process.poll() is None
+        """Whether the process runs, and is there for this one."""
+        return self.is_ours and self._process.poll() is None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process started it, not one that this was forked from."""
+        return self._owner == os.getpid()
+
+    @property
+    def pid(self) -> int:
+        """Id of the process."""
+        return self._process.pid
 
     @property
     def rss_bytes(self) -> int:
@@ -146,25 +175,32 @@ class Child:
         return None
 
     def kill(self) -> None:
-        """End the process at once. Does no harm when called again."""
-        self._process.kill()
-        self._process.wait()
+        """End the process at once, if it is ours. Does no harm when called again."""
+        if self.is_ours:
+            self._process.kill()
+            self._process.wait()
         self._connection.close()
         self._said.close()
 
     def _death(self) -> ChildDied:
         """Clear away what is left, and say how the process ended."""
-        try:
+        code: int | None = None
+        with suppress(subprocess.TimeoutExpired):  # it has closed its end and lives on
             code = self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:  # it has closed its end and lives on
-            code = -signal.SIGKILL
         if not self._said.closed:
             self._said.seek(max(0, os.fstat(self._said.fileno()).st_size - 4096))
             log.debug("the backend's process said last: %a", self._said.read().decode("utf-8", "replace"))
         self.kill()
+        if code is None:
+            return ChildDied("cut the backend off")
         if code >= 0:
             return ChildDied(f"ended the backend's process (exit code {code})")
-        return ChildDied(f"crashed the backend (signal {-code}, {signal.Signals(-code).name})")
+        name = next((known.name for known in signal.Signals if known == -code), "without a name")
+        if name == "SIGKILL" and oom_kills() > self._oom_kills:
+            return ChildStarved(f"ran the machine out of memory: the system ended the backend (signal {-code}, {name})")
+        if name in FROM_OUTSIDE:
+            return ChildKilled(f"was ended by a kill from outside (signal {-code}, {name})")
+        return ChildDied(f"crashed the backend (signal {-code}, {name})")
 
 
 def error_of(content: tuple[str, str]) -> Exception:
@@ -232,8 +268,10 @@ class Service:
             else:
                 self._inbox.put((kind, content))
 
-    def _load(self, content: tuple[int, str, tuple[Any, ...]]) -> Message:
-        level, target, arguments = content
+    def _load(self, content: tuple[int, dict[str, str], str, tuple[Any, ...]]) -> Message:
+        level, values, target, arguments = content
+        for value, reference in values.items():  # here, too: a text that was cut would not be known any more
+            conceal(value, reference)
         root = logging.getLogger()
         root.setLevel(level)
         root.addHandler(LogHandler(self._outbox))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from inspect import isabstract
 from typing import Any
 
 from llmpipe.config import (
@@ -13,6 +14,7 @@ from llmpipe.config import (
     DeviceConfig,
     ModelConfig,
     build,
+    check_trusted,
     describe,
     unknown_name,
 )
@@ -97,22 +99,6 @@ def _isolated(target: str, config_type: type[Any], *arguments: Any) -> BaseLLMRu
     return IsolatedRunner(target, config_type, *arguments)
 
 
-def check_trusted(target: str, trusted_modules: Sequence[str]) -> None:
-    """Refuse a target whose module is neither llmpipe's nor trusted.
-
-    Raises:
-        LLMConfigError: says how to trust it.
-    """
-    module = target.rpartition(".")[0]
-    if not module:
-        raise LLMConfigError(f"backend._target_={target!r} is not allowed; it must be MODULE.CLASS")
-    if not any(module == name or module.startswith(name + ".") for name in ["llmpipe", *trusted_modules]):
-        raise LLMConfigError(
-            f"backend._target_={target!r} is outside llmpipe and not trusted: "
-            f"if you trust its code, add trusted_modules=[{module}] to the command or to your primary config"
-        )
-
-
 def _builtin(name: str) -> BackendType | None:
     try:
         return BackendType(name)
@@ -135,6 +121,6 @@ def import_class(target: str) -> type[BaseLLMRunner]:
         raise LLMConfigError(f"backend._target_={target!r}: there is no module {error.name}") from error
     except AttributeError as error:
         raise LLMConfigError(f"backend._target_={target!r}: {module} has no {name}") from error
-    if not (isinstance(found, type) and issubclass(found, BaseLLMRunner)):
-        raise LLMConfigError(f"backend._target_={target!r} is no subclass of BaseLLMRunner")
+    if not (isinstance(found, type) and issubclass(found, BaseLLMRunner)) or isabstract(found):
+        raise LLMConfigError(f"backend._target_={target!r} is no subclass of BaseLLMRunner that can be used")
     return found

@@ -1,9 +1,13 @@
 """A runner whose model lives in another process, where a row that crashes or hangs it costs that row alone.
 
 When the child dies, or says nothing for `row_timeout_s`, it is started again, and the rows that it held are suspects:
-they are run apart in groups, the groups that fail again in smaller ones, until the row that does it is alone. That one
-becomes an error row; the others finish. How often a suspect was run alone is noted before each time, so that a row that
-takes the parent along is not tried for ever.
+they are run apart in groups, the groups that fail again in smaller ones, until the row that does it is alone. One that
+does it `ALONE_ATTEMPTS` times alone, or hangs there, becomes an error row; the others finish. How often a suspect was
+run alone is noted before each time, so that a row that takes the parent along is not tried for ever.
+
+A kill from outside is no fault of a row's. Those that were in the child are run apart all the same, for they may have
+asked for too much of the machine together; one that was alone is put off to the end. Each time that the child is lost
+so, it is started again after a longer pause, until there is an answer, or the run ends, and can be resumed.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from math import isqrt
@@ -23,7 +28,7 @@ from llmpipe.config import BackendConfig, DeviceConfig, DeviceType, ModelConfig,
 from llmpipe.exceptions import LLMConfigError, LLMInferenceError, LLMInitializationError
 from llmpipe.records import Chunk, Message, Request
 from llmpipe.runners.base import BaseLLMRunner, error_chunks
-from llmpipe.runners.child import Child, ChildDied, error_of
+from llmpipe.runners.child import Child, ChildDied, ChildHung, ChildKilled, ChildStarved, error_of
 from llmpipe.runners.facts import Facts
 
 log = logging.getLogger(__name__)
@@ -34,8 +39,11 @@ LEAVE_S = 0.7
 """How long the child may take to give up a stream; then it is killed: with the tick before it, within a second."""
 ALONE_ATTEMPTS = 3
 """How often a suspect is run alone, resumptions counted."""
-BARREN_DEATHS = 3
-"""How often the child may die without a row to blame before the runner is at fault."""
+LOSSES = 5
+"""How often the child may be lost with no row to blame, and none answered meanwhile, before that ends the stream."""
+PAUSE_S = 0.5
+"""How long the child's next start waits after the first such loss; twice as long after each further one."""
+NO_ROW = "something other than a row"
 
 
 class IsolatedRunner(BaseLLMRunner):
@@ -66,10 +74,15 @@ class IsolatedRunner(BaseLLMRunner):
         self._target = target
         self._status: dict[str, Any] = {}
         self._restarts = 0
+        self.crashes = 0
+        """How often the child died of what ran in it."""
+        self._lost, self._pause_s = 0, 0.0
         self.suspects: dict[int, int] = {}
         """Requests that were in a child when it died, in an earlier run, and how often each was then run alone."""
         self.note: Callable[[dict[int, int]], None] = lambda suspects: None
         """Makes the suspects durable."""
+        self.reloaded: Callable[[], None] = lambda: None
+        """Called when the model was loaded again, before it computes anything; what it raises ends the stream."""
         super().__init__(config, device, sampling, weights)
 
     def _initialize_model(self) -> None:
@@ -88,13 +101,48 @@ class IsolatedRunner(BaseLLMRunner):
         if os.name != "posix":
             raise LLMConfigError("backend.isolation=true needs Linux or macOS")
         no_weights = [] if weights else [False]  # a runner of someone else's may know of no such argument
-        self._child = Child(self._target, self.config, self.device, self.sampling, *no_weights)
-        try:
-            while (message := self._child.receive(TICK_S)) is None:  # loading takes what it takes
-                self.tick()
-        except ChildDied as death:
-            raise LLMInitializationError(f"loading {self.config.model!r} {death}") from death
-        self._status = self._content(message)
+        while True:
+            self._pause()
+            try:
+                self._child = Child(self._target, self.config, self.device, self.sampling, *no_weights)
+                while (message := self._child.receive(TICK_S)) is None:  # loading takes what it takes
+                    self.tick()
+                self._status = self._content(message)
+                return
+            except ChildDied as death:
+                if not (self.is_loaded or isinstance(death, ChildKilled)):  # what was there before can be there again
+                    raise LLMInitializationError(f"loading {self.config.model!r} {death}") from death
+                log.warning("loading %r %s: trying again", self.config.model, death)
+                self._lose(f"loading {self.config.model!r}", death)
+            except BaseException:  # half loaded it is of no use
+                self._release_model()
+                raise
+
+    def _lose(self, what: str, death: ChildDied) -> None:
+        """Count a loss of the child that no row is to blame for.
+
+        Raises:
+            LLMInferenceError, LLMInitializationError: there are too many of them, with a model that was there or not.
+        """
+        self._lost += 1
+        if self._lost == LOSSES:
+            kind = LLMInferenceError if self.is_loaded else LLMInitializationError
+            raise kind(f"{what} {death}, and the backend was lost {LOSSES} times in a row") from death
+        self._pause_longer()
+
+    def _pause_longer(self) -> None:
+        """Let the next start wait, longer than the one before."""
+        self._pause_s = min(2 * self._pause_s or PAUSE_S, PAUSE_S * 2**LOSSES)
+
+    def _pause(self) -> None:
+        until = time.monotonic() + self._pause_s
+        while (left := until - time.monotonic()) > 0:
+            self.tick()
+            time.sleep(min(left, TICK_S))
+
+    def _all_is_well(self) -> None:
+        """Forget earlier losses."""
+        self._lost, self._pause_s = 0, 0.0
 
     def _release_model(self) -> None:
         if self._child is not None:
@@ -112,6 +160,7 @@ class IsolatedRunner(BaseLLMRunner):
             self._restarts += 1
             log.warning("the backend is started again")
             self._initialize_model()
+            self.reloaded()
         assert self._child is not None
         return self._child
 
@@ -128,52 +177,67 @@ class IsolatedRunner(BaseLLMRunner):
     def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
         """Answer `requests`; see `BaseLLMRunner.stream`. A row that is run again says so, see `Chunk.restarts`."""
         self._check_loaded()
+        self._all_is_well()
         suspects = dict(self.suspects)
-        apart: deque[list[Request]] = deque()
-        source = _unsuspected(requests, suspects, apart)
-        exhausted, barren = False, 0
-        while apart or not exhausted:
-            group = apart.popleft() if apart else None
-            if group is not None and len(group) == 1 and not self._may_try(group[0], suspects):
+        apart: deque[list[Request]] = deque()  # groups to be run now
+        last: deque[list[Request]] = deque()  # single rows to be run when all others are done
+        source = _unsuspected(requests, suspects, last)
+        exhausted = False
+        while apart or last or not exhausted:
+            group = apart.popleft() if apart else last.popleft() if exhausted else None
+            alone = group[0].id if group is not None and len(group) == 1 else None
+            if group is not None and alone is not None and suspects[alone] >= ALONE_ATTEMPTS:
                 yield from error_chunks(group[0], f"ended its run {ALONE_ATTEMPTS} times, without an answer")
                 continue
-            held = Held()
+            rows, held = source if group is None else iter(group), Held()
+            child = self._living_child()
+            self._count(alone, 1, suspects)
             try:
-                yield from self._attempt(source if group is None else iter(group), held)
+                yield from self._attempt(child, rows, held)
                 exhausted = exhausted or group is None
             except ChildDied as death:
-                rows = held.unanswered()
-                log.warning("a row %s, with %d in flight", death, len(rows))
                 yield from held.restarts()
-                barren = 0 if rows else barren + 1
-                if barren == BARREN_DEATHS:
-                    raise LLMInferenceError(f"something other than a row {death}, {barren} times") from death
-                if len(rows) == 1 and rows[0].id in suspects:
-                    yield from error_chunks(rows[0], str(death))
+                failed, left = held.unanswered(), [] if group is None else list(rows)
+                log.warning("%s %s, with %d in flight", "a row" if failed else NO_ROW, death, len(failed))
+                self.crashes += not isinstance(death, ChildKilled)
+                innocent = not failed or isinstance(death, ChildKilled)
+                if innocent:
+                    self._lose("a row" if failed else NO_ROW, death)
+                    self._count(alone, -1, suspects)
+                elif alone is not None and (isinstance(death, ChildHung) or suspects[alone] >= ALONE_ATTEMPTS):
+                    self._all_is_well()
+                    yield from error_chunks(failed[0], str(death))
                     continue
-                suspects.update({row.id: suspects.get(row.id, 0) for row in rows})
+                elif isinstance(death, ChildStarved):
+                    self._pause_longer()
+                suspects.update({row.id: suspects.get(row.id, 0) for row in failed})
                 self.note(suspects)
-                size = max(isqrt(len(rows)), 1)  # few restarts, and neighbours still share the model
-                apart.extendleft(reversed([rows[i : i + size] for i in range(0, len(rows), size)]))
+                if innocent and failed and alone is not None:
+                    last.append(failed)
+                else:
+                    size = max(isqrt(len(failed)), 1)  # few restarts, and neighbours still share the model
+                    groups = [failed[i : i + size] for i in range(0, len(failed), size)]
+                    apart.extendleft(reversed([*groups, left] if left else groups))
+            except BaseException as end:
+                if not isinstance(end, Exception):  # somebody ends the run: that has nothing to do with the row
+                    self._count(alone, -1, suspects)
+                raise
             finally:
                 for answered in held.answered:
                     suspects.pop(answered, None)
 
-    def _may_try(self, request: Request, suspects: dict[int, int]) -> bool:
-        """Count an attempt to run a suspect alone, durably; say no after too many."""
-        if suspects[request.id] >= ALONE_ATTEMPTS:
-            return False
-        suspects[request.id] += 1
-        self.note(suspects)
-        return True
+    def _count(self, alone: int | None, by: int, suspects: dict[int, int]) -> None:
+        """Count an attempt to run a suspect alone, or take that back, durably."""
+        if alone is not None:
+            suspects[alone] += by
+            self.note(suspects)
 
-    def _attempt(self, requests: Iterator[Request], held: Held) -> Iterator[Chunk]:
+    def _attempt(self, child: Child, requests: Iterator[Request], held: Held) -> Iterator[Chunk]:
         """Stream through the child, and keep account of what it holds.
 
         Raises:
             ChildDied: the child crashed, or hung and was killed.
         """
-        child = self._living_child()
         ended = False
         try:
             child.send("stream", self.now)
@@ -183,6 +247,8 @@ class IsolatedRunner(BaseLLMRunner):
                     for values in content:
                         chunk = Chunk(*values)
                         held.take(chunk)
+                        if chunk.finish_reason is not None:
+                            self._all_is_well()
                         yield chunk
                 elif kind == "pull":
                     block = list(islice(requests, content))
@@ -210,13 +276,14 @@ class IsolatedRunner(BaseLLMRunner):
             self.tick()
             if limit is not None and time.monotonic() - since > limit:
                 child.kill()
-                raise ChildDied(f"hung the backend for {limit:g} s")
+                raise ChildHung(f"hung the backend for {limit:g} s")
         return message
 
     def cancel(self, request_id: int) -> None:
         """Give up a request of the running stream, where the runner inside can do that."""
         if self._child is not None:
-            self._child.send("cancel", request_id)
+            with suppress(ChildDied):  # the stream will find out
+                self._child.send("cancel", request_id)
 
     # --- what the child says of itself ----------------------------------------------------------------------------
 
@@ -236,13 +303,21 @@ class IsolatedRunner(BaseLLMRunner):
         """Return the prompt text of a chat; see `BaseLLMRunner.render`."""
         self._check_loaded()
         chat = parse_messages(messages, any_role=True), parse_tools(tools)
-        with self._turn():
-            child = self._living_child()
-            try:
-                child.send("render", (self.now, *chat, parse_template_kwargs(template_kwargs), continue_final))
-                return str(self._content(self._receive(child)))
-            except ChildDied as death:
-                raise LLMInferenceError(f"the chat template {death}") from death
+        with self._turns.turn():
+            self._all_is_well()
+            while True:
+                child = self._living_child()
+                try:
+                    child.send("render", (self.now, *chat, parse_template_kwargs(template_kwargs), continue_final))
+                    return str(self._content(self._receive(child)))
+                except ChildKilled as death:
+                    self._lose("rendering a chat", death)
+                except ChildDied as death:
+                    raise LLMInferenceError(f"the chat template {death}") from death
+                except BaseException as end:
+                    if not isinstance(end, Exception):  # nobody waits for its answer, which the next one would get
+                        self._release_model()
+                    raise
 
     def info(self) -> dict[str, Any]:
         """Say what was loaded in the child, and what the child took."""
@@ -312,7 +387,9 @@ def _unsuspected(
 
 
 def _leave(child: Child) -> None:
-    """Make the child give up its stream; kill it if it does not."""
+    """Make the child give up its stream; kill it if it does not. The stream of another process goes on."""
+    if not child.is_ours:
+        return
     deadline = time.monotonic() + LEAVE_S
     try:
         child.send("abandon")

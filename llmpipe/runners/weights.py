@@ -1,4 +1,4 @@
-"""A model's name → the files that hold it, and a digest that tells two models apart.
+"""A model's name → the files that hold it; what tells two models apart by those is digests.py.
 
 The name is `bundled`, a local file or directory, or a hub id. Only safetensors and GGUF count as weights.
 """
@@ -6,22 +6,16 @@ The name is `bundled`, a local file or directory, or a hub id. Only safetensors 
 from __future__ import annotations
 
 import fnmatch
-import glob
-import hashlib
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO
 
 from llmpipe.config import BUNDLED
-from llmpipe.config.checks import reading
+from llmpipe.config.checks import readable
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
+from llmpipe.quoting import listed
 
 BUNDLED_DIR = Path(__file__).parent.parent / "models" / "tiny-chat"
-WHOLE_BYTES = 256 * 2**20
-"""Files up to this size are digested whole; of larger ones, the length and `SAMPLES` blocks spread evenly."""
-SAMPLES = 256
-BLOCK_BYTES = 64 * 2**10
 
 
 def local_path(model: str) -> Path | None:
@@ -32,7 +26,7 @@ def local_path(model: str) -> Path | None:
     """
     if model == BUNDLED:
         return BUNDLED_DIR
-    with _reading(model):
+    with _readable(model):
         path = Path(model).expanduser()
         if path.exists():
             return path
@@ -46,8 +40,8 @@ def local_path(model: str) -> Path | None:
     return None
 
 
-def _reading(model: str) -> AbstractContextManager[None]:
-    return reading("backend.model", model, LLMInitializationError)
+def _readable(model: str) -> AbstractContextManager[None]:
+    return readable("backend.model", model, LLMInitializationError)
 
 
 def find_gguf(model: str) -> Path:
@@ -61,10 +55,10 @@ def find_gguf(model: str) -> Path:
     if path is None:
         return _download_gguf(model)
     if path.is_dir():
-        with _reading(model):
+        with _readable(model):
             files = sorted(name for name in os.listdir(path) if name.endswith(".gguf"))
         return path / _only_gguf(files, str(path), f"backend.model={path}/")
-    with _reading(model), path.open("rb") as file:
+    with _readable(model), path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise LLMInitializationError(
                 f"backend.model={model!r} is not a GGUF file; for other formats use backend=transformers"
@@ -78,7 +72,7 @@ def _only_gguf(files: list[str], where: str, remedy: str) -> str:
         raise LLMInitializationError(f"no GGUF file in {where}; for safetensors use backend=transformers")
     if len(first_parts) > 1:
         raise LLMInitializationError(
-            f"{len(first_parts)} GGUF files in {where}; name one: " + ", ".join(remedy + name for name in first_parts)
+            f"{len(first_parts)} GGUF files in {where}; name one: " + listed(remedy + name for name in first_parts)
         )
     return first_parts[0]
 
@@ -121,41 +115,11 @@ def find_checkpoint(model: str) -> str:
         raise LLMInitializationError(
             f"backend.model={model!r} is a file; backend=transformers takes a directory, a GGUF file or a hub id"
         )
-    with _reading(model):
+    with _readable(model):
         whole = (path / "config.json").is_file()
     if not whole:
         raise LLMInitializationError(f"backend.model={model!r} has no config.json, so it is no transformers checkpoint")
     return str(path)
-
-
-def model_digest(model: str) -> str:
-    """Return a short digest of the weights and of what stands beside them; of a hub id, the id itself.
-
-    Small files are read whole; of large ones, 16 MB spread evenly: enough to tell models apart, not to find a flipped
-    bit.
-
-    Raises:
-        LLMInitializationError: the model does not exist.
-    """
-    path = local_path(model)
-    if path is None:
-        return f"hub:{model}"
-    with _reading(model):
-        return _digest_of(path)
-
-
-def _digest_of(path: Path) -> str:
-    if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix != ".md")
-    else:  # of a file in parts, all of them
-        head, sign, _ = path.name.partition("-00001-of-")
-        files = sorted(path.parent.glob(f"{glob.escape(head)}-*-of-*.gguf")) if sign else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name if path.is_dir() else ''}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            _feed(digest, stream, file.stat().st_size)
-    return f"sha256:{digest.hexdigest()[:32]}"
 
 
 def hub_commit(model: str, file: str, revision: str | None = None) -> str | None:
@@ -172,31 +136,3 @@ def hub_commit(model: str, file: str, revision: str | None = None) -> str | None
 
     found = try_to_load_from_cache(model.partition(":")[0], file, revision=revision)
     return Path(found).parts[-1 - len(Path(file).parts)] if isinstance(found, str) else None
-
-
-def content_digest(text: str) -> str:
-    """Return `text` with what it names, a path alone or PATH=VALUE, replaced by a digest of its content."""
-    name, sign, rest = text.rpartition("=") if "=" in text and not _exists(text) else (text, "", "")
-    if not _exists(name):
-        return text
-    if Path(name).expanduser().is_dir():
-        return f"{_digest_of(Path(name).expanduser())}{sign}{rest}"
-    with Path(name).expanduser().open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}{sign}{rest}"
-
-
-def _exists(name: str) -> bool:
-    try:
-        return bool(name) and Path(name).expanduser().exists()
-    except (OSError, ValueError):  # too long, or with a NUL: it is no name at all
-        return False
-
-
-def _feed(digest: hashlib._Hash, stream: BinaryIO, size: int) -> None:
-    if size <= WHOLE_BYTES:
-        while block := stream.read(2**20):
-            digest.update(block)
-        return
-    for i in range(SAMPLES):
-        stream.seek((size - BLOCK_BYTES) * i // (SAMPLES - 1))
-        digest.update(stream.read(BLOCK_BYTES))

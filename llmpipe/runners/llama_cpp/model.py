@@ -10,7 +10,8 @@ from typing import Any
 
 import llama_cpp
 
-from llmpipe.config import DeviceConfig, LlamaCppConfig, checks, split_adapter
+from llmpipe.config import DeviceConfig, LlamaCppConfig, split_adapter
+from llmpipe.config.checks import readable
 from llmpipe.exceptions import LLMInitializationError
 from llmpipe.runners.chat import ChatTemplate, read_template
 from llmpipe.runners.control_tokens import ControlTexts
@@ -287,7 +288,7 @@ def adapter_file(text: str) -> tuple[Path, float]:
         LLMInitializationError: there is no such file.
     """
     name, scale = split_adapter(text)
-    with checks.reading("backend.lora", name, LLMInitializationError):
+    with readable("backend.lora", name, LLMInitializationError):
         path = Path(name).expanduser()
         if not path.is_file():
             raise LLMInitializationError(f"backend.lora: {name!r} does not exist (from {Path.cwd()})")

@@ -2,6 +2,8 @@
 
 runner.py     `TransformersRunner`: the face
 loading.py    a checkpoint → a model on its device
+files.py      what a checkpoint's files name that does not lie beside them
+trial.py      a tokenizer that was never loaded here is loaded in a process of its own first
 executor.py   the model as the engine of `runners.batching` sees it: packed forward passes over slots
 attention.py  attention over packed rows, each with a cache of its own
 padded.py     padded batches, for models whose attention cannot be replaced

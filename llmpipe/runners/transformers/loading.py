@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -22,6 +22,8 @@ from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
 from llmpipe.runners.batching import Footprint
 from llmpipe.runners.chat import read_template
 from llmpipe.runners.transformers.executor import GPU_SLOTS
+from llmpipe.runners.transformers.files import refuse_adapter, refuse_strangers
+from llmpipe.runners.transformers.trial import try_tokenizer
 
 log = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()  # llmpipe shows its own
@@ -64,10 +66,9 @@ def load(config: TransformersConfig, path: str, device: torch.device) -> Loaded:
     Raises:
         LLMInitializationError: it is no causal language model, or needs a package that is not installed.
     """
-    checkpoint = Checkpoint(config, path)
-    model_config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    dtype, choices = choose_dtype(config, model_config, device)
-    with _packages_named(config.model):
+    with Checkpoint(config, path) as checkpoint, _packages_named(config.model):
+        model_config, tokenizer = checkpoint.config, checkpoint.tokenizer
+        dtype, choices = choose_dtype(config, model_config, device)
         model, details = AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
             config=model_config,
@@ -93,6 +94,8 @@ def load(config: TransformersConfig, path: str, device: torch.device) -> Loaded:
 class Checkpoint:
     """What a checkpoint says of itself: its config and its tokenizer, without the weights.
 
+    A GGUF file is looked at apart from what lies beside it, of which transformers would read this and that.
+
     Args:
         config: How to load it.
         path: A directory, a GGUF file, or a hub id.
@@ -105,27 +108,32 @@ class Checkpoint:
         self._asked = config
         self.path = path
         self.source: dict[str, Any] = {"local_files_only": config.local_files_only}
-        if path.endswith(".gguf"):
-            self.path = str(Path(path).parent)
-            self.source["gguf_file"] = Path(path).name
-        else:
-            self.source |= {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
-        with _packages_named(config.model):
+        with ExitStack() as stack, _packages_named(config.model):
+            if path.endswith(".gguf"):
+                self.path = stack.enter_context(TemporaryDirectory())
+                self.source["gguf_file"] = name = Path(path).name
+                (Path(self.path) / name).symlink_to(Path(path).resolve())
+            else:
+                self.source |= {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
             self.config = AutoConfig.from_pretrained(self.path, **self.source)
             _refuse_what_does_not_generate(config.model, self.config)
+            if "gguf_file" not in self.source:
+                refuse_adapter(config.model, path, self.source)
+                refuse_strangers(config.model, path, self.source, config.allow_pickle)
+            if not config.trust_remote_code:
+                _refuse_kernels(config, self.config)
             _settle_rope(self.config.get_text_config(), config.context)
-            self.tokenizer = self._tokenizer()
-        if config.chat_template:
-            self.tokenizer.chat_template = read_template(config.chat_template)
+            try_tokenizer(config.model, self.path, self.source)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.path, **self.source)
+            if config.chat_template:
+                self.tokenizer.chat_template = read_template(config.chat_template)
+            self._stack = stack.pop_all()
 
-    def _tokenizer(self) -> Any:
-        if "gguf_file" not in self.source:
-            return AutoTokenizer.from_pretrained(self.path, **self.source)
-        # Apart from the files beside it: transformers would take a tokenizer.json, and no chat template at all.
-        with TemporaryDirectory() as apart:
-            name = self.source["gguf_file"]
-            (Path(apart) / name).symlink_to((Path(self.path) / name).resolve())
-            return AutoTokenizer.from_pretrained(apart, **self.source)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
 
     @property
     def context(self) -> int:
@@ -198,6 +206,23 @@ def _refuse_what_does_not_generate(name: str, model_config: Any) -> None:
         raise LLMInitializationError(f"{name} ({kind}) keeps rows' states in its modules, so rows would mix")
 
 
+def _refuse_kernels(config: TransformersConfig, model_config: Any) -> None:
+    """Refuse a checkpoint that chooses an attention from the hub, which is code, unless the user chooses another.
+
+    Raises:
+        LLMInitializationError: names it.
+    """
+    for part in (model_config, model_config.get_text_config()):
+        if "/" not in str(part._attn_implementation):
+            continue
+        if config.attn_implementation is None:
+            raise LLMInitializationError(
+                f"{config.model} chooses an attention from the hub ({part._attn_implementation}), which is code: use "
+                f"backend.attn_implementation=sdpa, or backend.trust_remote_code=true if you trust it"
+            )
+        part._attn_implementation = config.attn_implementation
+
+
 def _refuse_what_would_be_random(name: str, model: Any, missing: Sequence[str]) -> None:
     """Refuse a checkpoint without the head that generates, and one whose tokens see those after them.
 
@@ -265,6 +290,7 @@ def _with_adapter(model: Any, text: str, allow_pickle: bool) -> Any:
         raise LLMInitializationError(
             f"backend.lora: {name!r} has no adapter_model.safetensors; pickled weights need backend.allow_pickle=true"
         )
+    refuse_strangers(f"backend.lora: {name}", name, {"local_files_only": True}, allow_pickle)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")  # those would be left without effect

@@ -48,6 +48,22 @@ def _padded_plan(config: TransformersConfig, waiting: Sequence[Sample]) -> Plan:
     return Plan(min(_padded_slots(config), len(waiting)), 0, longest, config.batch_tokens)
 
 
+def _chats_of(tokenizer: Any) -> dict[str, ChatTemplate]:
+    """Return a tokenizer's templates by name: `default`, and perhaps `tool_use`.
+
+    They are not rendered by transformers, whose sandbox has no limits of time and size.
+
+    Raises:
+        LLMConfigError: one of them cannot be used.
+    """
+    found = tokenizer.chat_template
+    sources = found if isinstance(found, dict) else {} if found is None else {"default": found}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return {
+        name: ChatTemplate(str(source), special) for name, source in sources.items() if name in ("default", "tool_use")
+    }
+
+
 class TransformersRunner(BaseLLMRunner):
     """Runs a causal language model: in slots where its attention allows it, else in padded batches."""
 
@@ -56,15 +72,16 @@ class TransformersRunner(BaseLLMRunner):
     config: TransformersConfig
     _model: Any = None
     _tokenizer: Any = None
+    _chats: Mapping[str, ChatTemplate] = {}
     _engine: Engine | PaddedEngine | None = None
 
     def _initialize_model(self) -> None:
         config = self.config
-        self._chats: dict[str, ChatTemplate] = {}
         threads = sizing.threads(config)
         torch.set_num_threads(threads if config.threads else min(threads, torch.get_num_threads()))
         loaded = loading.load(config, find_checkpoint(config.model), loading.torch_device(self.device))
         self._model, self._tokenizer, self._choices = loaded.model, loaded.tokenizer, loaded.choices
+        self._chats = _chats_of(self._tokenizer)
         self._tokens = Tokens(self._tokenizer, loaded.end_tokens)
         self._devices = memory.devices_of(self._model)
         self._vocabulary: int = self._model.config.get_text_config().vocab_size
@@ -83,14 +100,14 @@ class TransformersRunner(BaseLLMRunner):
             log.info("%s", choice)
 
     def _preview_model(self) -> Preview:
-        self._chats = {}
         device = loading.torch_device(self.device)
-        checkpoint = loading.Checkpoint(self.config, find_checkpoint(self.config.model))
-        self._tokenizer = checkpoint.tokenizer
-        self._tokens = Tokens(self._tokenizer)
-        self._vocabulary = checkpoint.config.get_text_config().vocab_size
-        self._limit = self.config.context or checkpoint.context
-        model, footprint = checkpoint.outline(device)
+        with loading.Checkpoint(self.config, find_checkpoint(self.config.model)) as checkpoint:
+            self._tokenizer = checkpoint.tokenizer
+            self._chats = _chats_of(self._tokenizer)
+            self._tokens = Tokens(self._tokenizer)
+            self._vocabulary = checkpoint.config.get_text_config().vocab_size
+            self._limit = self.config.context or checkpoint.context
+            model, footprint = checkpoint.outline(device)
         self._choices = []
         config = self._sized(self.config)
         try:
@@ -142,6 +159,7 @@ class TransformersRunner(BaseLLMRunner):
         if isinstance(self._engine, Engine):
             self._engine.close()
         self._engine = self._model = self._tokenizer = None
+        self._chats = {}
         gc.collect()
         memory.empty_caches()
 
@@ -168,25 +186,14 @@ class TransformersRunner(BaseLLMRunner):
     @property
     def chat_template(self) -> str | None:
         """The tokenizer's template, or the configured one."""
-        return self._chat_templates.get("default")
-
-    @property
-    def _chat_templates(self) -> dict[str, str]:
-        """The tokenizer's templates by name: `default`, and perhaps `tool_use`."""
-        found = self._tokenizer.chat_template if self._tokenizer is not None else None
-        return found if isinstance(found, dict) else {} if found is None else {"default": str(found)}
+        return self._chats["default"].source if "default" in self._chats else None
 
     def template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
         """Return what renders a chat; see `BaseLLMRunner.template_for`."""
-        templates = self._chat_templates
-        source = templates.get("tool_use") if tools and "tool_use" in templates else templates.get("default")
-        if source is None:
+        template = (self._chats.get("tool_use") if tools else None) or self._chats.get("default")
+        if template is None:
             raise ChatTemplateError("the model has no chat template: use prompt=raw or backend.chat_template=FILE")
-        # Not by transformers, whose sandbox has no limits of time and size.
-        if source not in self._chats:
-            special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
-            self._chats[source] = ChatTemplate(source, special)
-        return self._chats[source]
+        return template
 
     def facts(self) -> Facts:
         """Say what decides the answers beside the options; see `BaseLLMRunner.facts`."""

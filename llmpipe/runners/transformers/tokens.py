@@ -30,12 +30,19 @@ class Tokens:
 
         Raises:
             UnicodeEncodeError: `text` has a lone surrogate, which would end in a panic of the tokenizer.
+            ValueError: the tokenizer fails on it.
         """
         text.encode("utf-8")
-        if literal and inside and self._literal_inside is not None:
-            return list(self._literal_inside.encode(text, add_special_tokens=False).ids)
-        found = self._tokenizer(text, add_special_tokens=False, split_special_tokens=literal, verbose=False)
-        return list(found["input_ids"])
+        try:
+            if literal and inside and self._literal_inside is not None:
+                return list(self._literal_inside.encode(text, add_special_tokens=False).ids)
+            found = self._tokenizer(text, add_special_tokens=False, split_special_tokens=literal, verbose=False)
+            return list(found["input_ids"])
+        except BaseException as error:
+            # What native code raises is no more than an Exception, or, from a panic, even less.
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"the tokenizer fails on this text: {' '.join(str(error).split())}") from error
 
     @cached_property
     def control(self) -> ControlTexts:

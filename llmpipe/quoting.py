@@ -1,0 +1,52 @@
+"""Names and values of the user's in messages: however many or long they are, a message stays one that can be read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+MOST_NAMES = 20
+MOST_CHARACTERS = 200
+
+
+class Names:
+    """Names in the order in which they come, of which only the first ones are held."""
+
+    def __init__(self, names: Iterable[object] = ()) -> None:
+        self._first: list[str] = []
+        self._more = 0
+        for name in names:
+            self.add(name)
+
+    def add(self, name: object) -> None:
+        """Take the next name."""
+        if len(self._first) < MOST_NAMES:
+            self._first.append(shortened(str(name)))
+        else:
+            self._more += 1
+
+    def __str__(self) -> str:
+        return ", ".join(self._first) + (f" and {self._more:,} more" if self._more else "")
+
+
+def listed(names: Iterable[object]) -> str:
+    """Return names with commas between them; of many, the first ones and how many more there are."""
+    return str(Names(names))
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Return the names that come more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def quoted(value: object) -> str:
+    """Return a value as Python writes it; of a long one, both ends."""
+    return shortened(repr(value))
+
+
+def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
+    """Return text; of a long one, both ends, and how much was left out."""
+    if len(text) <= most:
+        return text
+    begin, end = most * 3 // 4, most // 4
+    return f"{text[:begin]}[… {len(text) - begin - end:,} characters …]{text[-end:]}"

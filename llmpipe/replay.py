@@ -1,0 +1,139 @@
+"""The arguments that a run is composed from, as its directory keeps them for `resume=` and `export=`.
+
+A directory may be from somebody else, whose ledger says anything. So what is replayed is a list of what describes a
+run. Everything else has to be given again: Hydra's own configuration, where config files are, what is trusted, and what
+would read the environment. That a run can be resumed all the same, what a person's own config files said is noted, and
+not where they were.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from llmpipe.config import BACKENDS, conf_dir
+from llmpipe.config.escapes import unescaped
+from llmpipe.config.trust import DESCRIPTIVE, TAKES_TRUST, VERBS, brings_code, key_of, leaves
+from llmpipe.exceptions import LedgerError
+from llmpipe.ledger import saved_arguments
+from llmpipe.records import harmless
+
+GROUP, OPTION = "written_out", "run"
+"""The config group, and its one option, that Hydra knows while a run goes on that was noted as values."""
+MOST_LEVELS = 50
+"""As deep as values are read from a run directory; Hydra and OmegaConf go inside of each by recursion."""
+_WRITES = ("backend.offload_folder",)
+_REFERENCE = re.compile(r"\$\{([\w.]+|llmpipe\.data:[\w.-]+)\}")
+"""A reference to another key, or to an example dataset; any other asks something outside of the configuration."""
+
+
+def composed_from(composed: DictConfig, job: Any) -> list[str]:
+    """Return what composes the running job again: its overrides, or, where config files are a person's own, all values.
+
+    Args:
+        composed: The job's configuration, without Hydra's node.
+        job: That node.
+    """
+    overrides = [text for text in typed(job) if key_of(text) not in VERBS]
+    files = {source.path for source in job.runtime.config_sources if source.schema != "structured"}
+    own = files <= {"hydra.conf", str(conf_dir())} and job.job.config_name == "config"
+    if own and GROUP not in map(key_of, overrides):
+        return overrides
+    values: Any = OmegaConf.to_container(composed, resolve=False, throw_on_missing=False, enum_to_str=True)
+    schema = OmegaConf.get_type(composed, "backend")
+    groups = [f"backend={backend.group}" for backend, known in BACKENDS.items() if schema is known]
+    return [*groups, json.dumps({name: value for name, value in values.items() if name in DESCRIPTIVE})]
+
+
+def typed(job: Any) -> list[str]:
+    """Return the overrides of a job as they were typed; what is read one by one, OmegaConf resolves.
+
+    Args:
+        job: The job's node of Hydra's.
+    """
+    return cast(list[str], OmegaConf.to_container(job.overrides.task, resolve=False))
+
+
+def replayed(directory: Path, given: Sequence[str]) -> list[str]:
+    """Return the arguments of the run in a directory that the given ones do not replace.
+
+    Raises:
+        LedgerError: the directory holds no run, or one with arguments that a directory cannot give.
+    """
+    names = {key_of(argument) for argument in given}
+    before: list[str] = []
+    refused: list[str] = []
+    for text in saved_arguments(directory):
+        if text.startswith("{"):
+            values = _without(_read(text), names)
+            refused += [f"{'.'.join(path)}={value}" for path, value in leaves(values) if not _may_be(path, value)]
+            ConfigStore.instance().store(OPTION, values, group=GROUP, package="_global_")
+            before += [] if "backend" in {*names, *map(key_of, before)} else ["~backend"]
+            before.append(f"+{GROUP}={OPTION}")
+        elif key_of(text) not in names:
+            before.append(text)
+            refused += [] if _describes_a_run(text) else [text]
+    if refused:
+        shown = textwrap.shorten(harmless(shlex.join(refused)), 2000)
+        raise LedgerError(
+            f"the run in {directory} was begun with {shown}, which is not taken from a run directory, as that may be "
+            f"from somebody else: if you trust it, give it again beside the directory"
+        )
+    return before
+
+
+def _read(text: str) -> dict[str, Any]:
+    """Return the values that a run was noted as."""
+    try:
+        values = json.loads(text)
+        list(leaves(values))
+    except (ValueError, RecursionError):
+        values = None
+    return values if isinstance(values, dict) else {text: None}
+
+
+def _without(values: dict[str, Any], names: Iterable[str], path: str = "") -> dict[str, Any]:
+    """Return values less those of some keys."""
+    kept = {name: value for name, value in values.items() if f"{path}{name}" not in names}
+    return {n: _without(v, names, f"{path}{n}.") if isinstance(v, dict) else v for n, v in kept.items()}
+
+
+def _describes_a_run(argument: str) -> bool:
+    """Say whether an argument sets a key, or chooses a group, of what describes a run, and asks for nothing else."""
+    if argument.startswith("-"):
+        return False
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except RecursionError:
+        return False
+    names, value = override.key_or_group.split("."), override.value()
+    if override.is_delete() or override.is_sweep_override() or override.package or _asks(unescaped(argument)):
+        return False
+    options = {file.stem for file in (conf_dir() / names[0]).glob("*.yaml")} if names[0] in DESCRIPTIVE else set()
+    if len(names) == 1 and options and not isinstance(value, dict):  # else it sets the group's keys
+        return all(
+            isinstance(option, str) and option in options for option in (value if isinstance(value, list) else [value])
+        )
+    return all(_may_be(*leaf) for leaf in leaves(value, tuple(names)))
+
+
+def _may_be(path: tuple[str, ...], value: Any) -> bool:
+    """Say whether a run directory may set a key to a value."""
+    key = ".".join(path)
+    asks = any(_asks(text) for text in (*path, value) if isinstance(text, str))
+    runs_code = key in TAKES_TRUST and brings_code(value)
+    return path[0] in DESCRIPTIVE and len(path) <= MOST_LEVELS and not (asks or runs_code or key in _WRITES)
+
+
+def _asks(text: str) -> bool:
+    """Say whether a text has references that ask something outside of the configuration, such as the environment."""
+    return "${" in _REFERENCE.sub("", text)
