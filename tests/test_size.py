@@ -41,12 +41,15 @@ import re
 print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024)
 """
 """Not `getrusage`: that counts what the parent held when it made the process."""
-_RUN = """
+_RUN = (
+    """
 import sys
 from llmpipe import compose
 from llmpipe.pipeline import run
 run(compose(sys.argv[2:]), sys.argv[1])
-""" + _PEAK
+"""
+    + _PEAK
+)
 
 
 def peak_mb(directory: Path, *overrides: str, limit_mb: int = 4000) -> int:
@@ -178,13 +181,16 @@ def _said(value: Any) -> Any:
 
 LARGE_MB = 150
 """Of a row that is packed small; to hold it once would take more memory than the tests allow."""
-_READ = """
+_READ = (
+    """
 import json, sys
 from llmpipe.config import DatasetConfig
 from llmpipe.datasets import Dataset
 rows = Dataset(DatasetConfig(path=sys.argv[1], **json.loads(sys.argv[2]))).rows()
 print(json.dumps([[row.line, row.values.get("prompt"), row.error, len(row.raw or b"")] for row in rows]))
-""" + _PEAK
+"""
+    + _PEAK
+)
 
 
 def rows_and_peak_mb(path: Path, **options: Any) -> tuple[list[list[Any]], int]:
@@ -303,7 +309,7 @@ def test_a_row_of_parquet_that_is_too_large_is_an_error_row(tmp_path: Path) -> N
 @pytest.mark.parametrize("alike", [True, False])
 def test_of_a_parquet_file_of_large_rows_few_are_held(tmp_path: Path, alike: bool) -> None:
     texts = [("a" if alike else f"{i:8}") * (2**20 if alike else 2**17) for i in range(200)]
-    pq.write_table(pa.table({"prompt": texts}), tmp_path / "d.parquet", compression="zstd")
+    pq.write_table(pa.table({"prompt": texts}), tmp_path / "d.parquet", compression="zstd", write_batch_size=4)
     command = _READ.replace("print(json.dumps(", "print(len(")
     done = subprocess.run(
         [sys.executable, "-c", command, str(tmp_path / "d.parquet"), "{}"], capture_output=True, text=True, check=True
@@ -314,7 +320,9 @@ def test_of_a_parquet_file_of_large_rows_few_are_held(tmp_path: Path, alike: boo
 
 def test_shuffled_rows_are_held_up_to_a_size(tmp_path: Path) -> None:
     dataset = write_rows(tmp_path / "d.jsonl", ({"prompt": f"{i:8}" * 2**15} for i in range(400)))
-    command = "from llmpipe.datasets import shuffle\nshuffle.WINDOW_BYTES = 2**24" + _READ.replace("print(json.dumps(", "print(len(")
+    command = "from llmpipe.datasets import shuffle\nshuffle.WINDOW_BYTES = 2**24" + _READ.replace(
+        "print(json.dumps(", "print(len("
+    )
     done = subprocess.run(
         [sys.executable, "-c", command, str(dataset), '{"shuffle": 1}'], capture_output=True, text=True, check=True
     )
