@@ -57,6 +57,11 @@ def conceal(value: Any, reference: str) -> None:
     _pattern = re.compile("|".join(map(re.escape, sorted(_concealed, key=len, reverse=True))) or "(?!)")
 
 
+def concealed() -> dict[str, str]:
+    """Return what is to be concealed and what stands for it, for `conceal` in another process."""
+    return dict(_concealed)
+
+
 def redacted(value: T) -> T:
     """Return a text, or nested plain values, with references where values from the environment were."""
     found: Any = value

@@ -285,6 +285,27 @@ def test_a_backend_of_someone_elses_leaks_nothing_that_it_was_given(
     check_hidden(tmp_path / "out", done.stdout, done.stderr)
 
 
+@pytest.mark.parametrize("isolation", ["true", "false"])
+def test_a_refusal_of_the_chat_template_is_not_cut_within_a_value(
+    isolation: str, tmp_path: Path, write_jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", HEAD + "." * 2000)
+    (tmp_path / "t.jinja").write_text("{{ raise_exception('no: ' + messages[0]['content']) }}")
+    path = write_jsonl({"prompt": "hi"})
+    config = compose(
+        [
+            *(f"dataset.path={path}", "prompt.system='${oc.env:SECRET}'", f"backend.chat_template={tmp_path}/t.jinja"),
+            *(f"backend.isolation={isolation}", "prompt=chat"),
+        ]
+    )
+    try:
+        llmpipe.run(config, tmp_path / "out")
+    except LLMError as error:  # what fails every row is refused before
+        check_hidden(str(error))
+        assert "${oc.env:SECRET}" in str(error)
+    check_hidden(tmp_path / "out")
+
+
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 

@@ -41,6 +41,7 @@ from llmpipe.exceptions import (
 )
 from llmpipe.machine import oom_kills
 from llmpipe.records import Chunk, Request
+from llmpipe.redaction import conceal, concealed
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.chat import ChatTemplateError
 from llmpipe.runners.factory import import_class
@@ -117,7 +118,7 @@ class Child:
         self._owner = os.getpid()
         self._oom_kills = oom_kills()
         self._sending = threading.Lock()
-        self.send("load", (logging.getLogger().getEffectiveLevel(), target, arguments))
+        self.send("load", (logging.getLogger().getEffectiveLevel(), concealed(), target, arguments))
 
     @property
     def is_alive(self) -> bool:
@@ -267,8 +268,10 @@ class Service:
             else:
                 self._inbox.put((kind, content))
 
-    def _load(self, content: tuple[int, str, tuple[Any, ...]]) -> Message:
-        level, target, arguments = content
+    def _load(self, content: tuple[int, dict[str, str], str, tuple[Any, ...]]) -> Message:
+        level, values, target, arguments = content
+        for value, reference in values.items():  # here, too: a text that was cut would not be known any more
+            conceal(value, reference)
         root = logging.getLogger()
         root.setLevel(level)
         root.addHandler(LogHandler(self._outbox))
