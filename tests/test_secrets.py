@@ -397,7 +397,7 @@ def test_what_is_inside_of_a_value_that_is_json_is_found() -> None:
 
 
 def test_a_plan_does_not_cut_a_prompt_within_a_value(rows: Path, tmp_path: Path) -> None:
-    before = "x" * (SHOWN_CHARACTERS - len(HEAD) - 8)
+    before = "x" * (SHOWN_CHARACTERS - len(SECRET))  # and what the template has before it
     found = plan(compose([f"dataset.path={rows}", f"prompt.system='{before}${{oc.env:SECRET}}'"]), tmp_path)
     assert found["prompts"][0]["characters"] > 0
     check_hidden(found)
