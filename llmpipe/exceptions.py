@@ -6,7 +6,7 @@
     │   └── MissingDependencyError  an optional package is not installed; also an ImportError
     ├── LLMInferenceError           the runner failed while generating, or was used wrongly
     │   └── LLMOutOfMemoryError     the device has too little memory for what is computed at once
-    ├── DatasetError                a dataset that would fail every row
+    ├── DatasetError                a dataset that would fail every row, or was changed while it was read
     ├── LedgerError                 a run directory that is locked, damaged, or belongs to another run
     ├── RunInterrupted              a signal ended the run, which can be resumed
     └── RunStopped                  errors ended the run, as asked; it can be resumed
@@ -65,7 +65,7 @@ class LLMOutOfMemoryError(LLMInferenceError):
 
 
 class DatasetError(LLMError, ValueError):
-    """A dataset is missing, unreadable, or lacks what every row needs."""
+    """A dataset is missing, unreadable, lacks what every row needs, or was changed while it was read."""
 
 
 class LedgerError(LLMError):

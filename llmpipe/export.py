@@ -158,8 +158,21 @@ def _refuse_inputs(path: Path, config: RunConfig) -> None:
     }
     for option, given in read.items():
         for name in (Path(name).expanduser() for name in given if isinstance(name, (str, Path))):
-            pattern = os.path.realpath(name if has_magic(str(name)) else name / "*")
-            if is_same(path, name) or (option == "dataset.path" and fnmatch(os.path.realpath(path), pattern)):
+            pattern = name if has_magic(str(name)) else name / "**" / "*"
+            if is_same(path, name) or (option == "dataset.path" and _is_found(_parts(path), _parts(pattern))):
                 raise LLMConfigError(
                     f"export_to={str(path)!r} is not allowed: {option}={str(name)!r} reads it; choose another name"
                 )
+
+
+def _parts(path: Path) -> tuple[str, ...]:
+    return Path(os.path.realpath(path)).parts
+
+
+def _is_found(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Say whether a glob pattern finds a path, or would if it were there; both are given by their parts."""
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return any(_is_found(path[above:], pattern[1:]) for above in range(len(path) + 1))
+    return bool(path) and fnmatch(path[0], pattern[0]) and _is_found(path[1:], pattern[1:])

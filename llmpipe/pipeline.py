@@ -72,6 +72,7 @@ def run(
     Raises:
         LLMConfigError, DatasetError, LLMInitializationError, LedgerError: the run cannot start; nothing was generated.
         LLMInferenceError: the runner failed; what was finished is in the ledger.
+        DatasetError: also where the dataset was changed while it was read; what was finished is in the ledger.
         RunInterrupted, RunStopped: a signal or errors ended the run; what was finished is in the ledger.
     """
     directory = Path(directory)

@@ -75,8 +75,10 @@ def replayed(directory: Path, given: Sequence[str]) -> list[str]:
     for text in saved_arguments(directory):
         if text.startswith("{"):
             values = _without(_read(text), names)
-            refused += [f"{'.'.join(path)}={value}" for path, value in leaves(values) if not _may_be(path, value)]
-            ConfigStore.instance().store(OPTION, values, group=GROUP, package="_global_")
+            wrong = [f"{'.'.join(path)}={value}" for path, value in leaves(values) if not _may_be(path, value)]
+            if not wrong:
+                ConfigStore.instance().store(OPTION, values, group=GROUP, package="_global_")
+            refused += wrong
             before += [] if "backend" in {*names, *map(key_of, before)} else ["~backend"]
             before.append(f"+{GROUP}={OPTION}")
         elif key_of(text) not in names:
@@ -128,6 +130,8 @@ def _describes_a_run(argument: str) -> bool:
 
 def _may_be(path: tuple[str, ...], value: Any) -> bool:
     """Say whether a run directory may set a key to a value."""
+    if not path:  # there are no keys at all
+        return True
     key = ".".join(path)
     asks = any(_asks(text) for text in (*path, value) if isinstance(text, str))
     runs_code = key in TAKES_TRUST and brings_code(value)

@@ -144,7 +144,7 @@ def test_runs_of_every_pair_of_formats_killed_at_random_lose_double_and_change_n
     rows = [{"id": f"row {i}", "prompt": json.loads(line)["prompt"], "note": "é,\n"} for i, line in enumerate(lines)]
     dataset = write_as(rows, tmp_path / f"rows.{input}")
     model = ["backend=llama_cpp", "backend.reproducible=true", "backend.threads=1", "sampling=balanced"]
-    model += ["sampling.max_tokens=24", f"output={output}"]
+    model += ["sampling.max_tokens=32", "sampling.ignore_eos=true", f"output={output}"]
     kills = amid = 0
     for n, isolation, wanted in ((1, "false", 3), (1, "true", 5), (3, "false", 8), (3, "true", 10)):
         root = tmp_path / f"{n} {isolation}"
@@ -158,7 +158,7 @@ def test_runs_of_every_pair_of_formats_killed_at_random_lose_double_and_change_n
         while kills < wanted:
             directory, known = case.new_directory(), {}
             for _ in range(2):
-                done = case.run(directory, kill_after_s=chance.uniform(0.1, longest))
+                done = case.run(directory, kill_after_s=chance.uniform(longest / 4, longest))
                 known = check_kept(directory, known)
                 if done["exit"] != SIGKILL:
                     assert done["exit"] == case.code, done

@@ -14,7 +14,7 @@ import filelock
 import pytest
 
 import llmpipe
-from llmpipe import DatasetError, LedgerError, LLMConfigError
+from llmpipe import DatasetError, LLMConfigError
 from llmpipe.plan import plan
 
 TEXT = b'{"prompt": "a b"}\n{"prompt": "c"}\n'
@@ -89,14 +89,13 @@ def test_a_copy_that_a_killed_beginning_left_is_never_taken_for_what_another_run
     assert completions(tmp_path / "run") == ["a b", "c"]
 
 
-def test_who_comes_second_reads_no_stream_and_leaves_the_copy_of_the_first(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    config = llmpipe.compose(["backend=echo", f"dataset.path={tmp_path / 'pipe'}"])
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".input-0").write_bytes(TEXT)  # by one that has only just begun to look through its rows
-    with filelock.FileLock(tmp_path / "run" / ".lock"), pytest.raises(LedgerError, match="in use by another process"):
-        llmpipe.run(config, tmp_path / "run")
-    assert (tmp_path / "run" / ".input-0").read_bytes() == TEXT
+def test_who_comes_second_leaves_the_copy_that_the_first_has_made(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".input-0").write_bytes(TEXT)  # by one that has only just begun to look through its rows
+    with filelock.FileLock(tmp_path / "out" / ".lock"):
+        second = run_llmpipe(*ECHO, cwd=tmp_path, given=b'{"prompt": "other"}')
+    assert second.returncode == 1 and b"in use by another process" in second.stderr
+    assert (tmp_path / "out" / ".input-0").read_bytes() == TEXT
 
 
 def test_a_stream_says_its_format_where_its_content_does_not(tmp_path: Path) -> None:

@@ -127,6 +127,13 @@ def test_a_received_run_directory_decides_nothing(
     assert {file.name: file.read_bytes() for file in (place / "run").iterdir()} == before
 
 
+def test_a_run_that_was_noted_as_no_values_has_none(place: Path, received: Path, said: Said) -> None:
+    shutil.copytree(received, place / "run")
+    (honest,) = saved(received, "arguments")
+    write_arguments(place / "run", [*honest, "{}"])
+    assert said("resume=run")[0] == 0
+
+
 def test_what_a_person_gives_again_is_theirs(place: Path, received: Path, said: Said) -> None:
     shutil.copytree(received, place / "run")
     (honest,) = saved(received, "arguments")

@@ -6,10 +6,11 @@ import base64
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from llmpipe.datasets import Dataset
 from llmpipe.export import export
 from llmpipe.fingerprint import fingerprint
 from llmpipe.ledger import saved_arguments
-from llmpipe.plan import plan
+from llmpipe.plan import SHOWN_CHARACTERS, plan
 from llmpipe.redaction import RedactedFormatter, change, conceal, redacted, sealed
 from llmpipe.runners.weights import BUNDLED_DIR
 
@@ -388,6 +389,26 @@ def test_a_value_is_found_in_texts_however_it_is_quoted(form: Callable[[str], An
     for text in (SECRET, f"both kinds \" and ' of quotes, {SECRET}"):
         check_hidden(redacted(f"was {form(text)}, is not"))
         assert "${oc.env:SECRET}" in redacted(f"{form(text)}")
+
+
+def test_what_is_inside_of_a_value_that_is_json_is_found() -> None:
+    conceal(TOOLS, "${oc.env:TOOLS}")
+    assert redacted(json.loads(TOOLS)[0]["function"]["description"]).startswith("${oc.env:")
+
+
+def test_a_plan_does_not_cut_a_prompt_within_a_value(rows: Path, tmp_path: Path) -> None:
+    before = "x" * (SHOWN_CHARACTERS - len(SECRET))  # and what the template has before it
+    found = plan(compose([f"dataset.path={rows}", f"prompt.system='{before}${{oc.env:SECRET}}'"]), tmp_path)
+    assert found["prompts"][0]["characters"] > 0
+    check_hidden(found)
+
+
+def test_a_changed_copy_of_a_configuration_hides_what_the_first_one_did() -> None:
+    config = compose(["prompt.system='a ${oc.env:SECRET}'", "seed=${oc.env:NUMBER}"])
+    changes = {"on_error": "stop"}
+    for copy in (replace(config, **changes), config.replace(changes), pickle.loads(pickle.dumps(config))):
+        assert copy.written()["prompt"]["system"] == "a ${oc.env:SECRET}"
+    assert config.replace(changes).written()["seed"] == "${oc.env:NUMBER}"
 
 
 def test_a_reference_is_left_as_it_is_when_a_text_is_looked_through_twice() -> None:

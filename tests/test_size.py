@@ -309,7 +309,7 @@ def test_a_row_of_parquet_that_is_too_large_is_an_error_row(tmp_path: Path) -> N
 @pytest.mark.parametrize("alike", [True, False])
 def test_of_a_parquet_file_of_large_rows_few_are_held(tmp_path: Path, alike: bool) -> None:
     texts = [("a" if alike else f"{i:8}") * (2**20 if alike else 2**17) for i in range(200)]
-    pq.write_table(pa.table({"prompt": texts}), tmp_path / "d.parquet", compression="zstd")
+    pq.write_table(pa.table({"prompt": texts}), tmp_path / "d.parquet", compression="zstd", write_batch_size=4)
     command = _READ.replace("print(json.dumps(", "print(len(")
     done = subprocess.run(
         [sys.executable, "-c", command, str(tmp_path / "d.parquet"), "{}"], capture_output=True, text=True, check=True

@@ -100,7 +100,7 @@ def _json_reader(file: Path, suffix: str, config: DatasetConfig) -> Reader:
         head = stream.read(HEAD_BYTES)
     alone = suffix == ".json" and (b"\n" not in head.strip() or head.lstrip().startswith(b"["))
     if config.field is None and not alone and holds_lines(head, whole=len(head) < HEAD_BYTES):
-        return read_jsonl
+        return partial(read_jsonl, config=config)
     field = field_of(file, config)
     if field is not None and field != config.field:
         log.info("%s: its rows are the list %r", file, field)

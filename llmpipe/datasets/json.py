@@ -119,8 +119,11 @@ def field_of(path: Path, config: DatasetConfig) -> str | None:
         of_rows = {config.columns.prompt, config.columns.messages}
         unseen = set(of_rows)
         found = _lists(text, unseen)
-        lists = list(islice(found, 2))
-        there = listed(chain(lists, found))
+        try:
+            lists = list(islice(found, 2))
+            there = listed(chain(lists, found))
+        except _TooLarge:  # a key, which its row is then told of
+            return None
         if text.peek() != _END or unseen != of_rows:
             return None
     if len(lists) > 1:

@@ -19,7 +19,7 @@ from llmpipe.records import Row
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BATCH_ROWS, BATCH_BYTES = 1024, 2**26
+BATCH_ROWS, BATCH_BYTES = 1024, 2**24
 """So many rows are read together, or rows of about so many bytes."""
 
 
