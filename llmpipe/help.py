@@ -32,8 +32,7 @@ def help_text() -> str:
         lines += _help_of(RunConfig, field.name)
     lines += [
         "'KEY=${oc.env:NAME}' takes a value from the environment; all that is written has this reference instead.",
-        "hydra.run.dir=DIR chooses the run directory. --cfg job prints the composed config, --hydra-help Hydra's "
-        "flags.",
+        "hydra.run.dir=DIR chooses the run directory. --cfg job prints the config, --hydra-help Hydra's flags.",
     ]
     return "\n".join(lines).replace("$", "$$") + "\n"
 

@@ -43,7 +43,7 @@ from llmpipe.records import Request, Row, failed
 from llmpipe.redaction import as_written, below, sealed
 from llmpipe.report import Report
 from llmpipe.runners.base import BaseLLMRunner
-from llmpipe.runners.digests import Witness
+from llmpipe.runners.digests import ModelChanged, Witness
 from llmpipe.runners.factory import LLMRunnerFactory
 from llmpipe.runners.isolated import IsolatedRunner
 from llmpipe.sharegpt import CONVERSATIONS
@@ -233,6 +233,8 @@ def generate(
                     progress(before + ledger.noted, expected, tokens)
         except WaitingIsOver:  # the end says why
             pass
+        except ModelChanged:
+            raise
         except (LLMInferenceError, LLMInitializationError) as error:  # in the middle of it: what was there is lost
             raise LLMInferenceError(f"{error}; {safe}") from error
         except Exception as error:

@@ -29,6 +29,8 @@ from llmpipe.records import harmless
 
 GROUP, OPTION = "written_out", "run"
 """The config group, and its one option, that Hydra knows while a run goes on that was noted as values."""
+MOST_LEVELS = 50
+"""As deep as values are read from a run directory; Hydra and OmegaConf go inside of each by recursion."""
 _WRITES = ("backend.offload_folder",)
 _REFERENCE = re.compile(r"\$\{([\w.]+|llmpipe\.data:[\w.-]+)\}")
 """A reference to another key, or to an example dataset; any other asks something outside of the configuration."""
@@ -93,6 +95,7 @@ def _read(text: str) -> dict[str, Any]:
     """Return the values that a run was noted as."""
     try:
         values = json.loads(text)
+        list(leaves(values))
     except (ValueError, RecursionError):
         values = None
     return values if isinstance(values, dict) else {text: None}
@@ -108,7 +111,10 @@ def _describes_a_run(argument: str) -> bool:
     """Say whether an argument sets a key, or chooses a group, of what describes a run, and asks for nothing else."""
     if argument.startswith("-"):
         return False
-    override = OverridesParser.create().parse_override(argument)
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except RecursionError:
+        return False
     names, value = override.key_or_group.split("."), override.value()
     if override.is_delete() or override.is_sweep_override() or override.package or _asks(unescaped(argument)):
         return False
@@ -124,9 +130,8 @@ def _may_be(path: tuple[str, ...], value: Any) -> bool:
     """Say whether a run directory may set a key to a value."""
     key = ".".join(path)
     asks = any(_asks(text) for text in (*path, value) if isinstance(text, str))
-    return (
-        path[0] in DESCRIPTIVE and not asks and key not in _WRITES and not (key in TAKES_TRUST and brings_code(value))
-    )
+    runs_code = key in TAKES_TRUST and brings_code(value)
+    return path[0] in DESCRIPTIVE and len(path) <= MOST_LEVELS and not (asks or runs_code or key in _WRITES)
 
 
 def _asks(text: str) -> bool:

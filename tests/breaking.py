@@ -19,7 +19,7 @@ DEEDS = {
     "exit": lambda: os._exit(3),
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "gorge": lambda: [bytearray(b"x" * 2**24) for _ in range(64)],
-    "doze": lambda: time.sleep(0.1),
+    "doze": lambda: time.sleep(0.3),
     "hang": lambda: time.sleep(600),
     "compute": lambda: hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1),  # and lets other threads work
     "stuck": lambda: ctypes.PyDLL(None).sleep(600),  # with Python's lock held, as some native code does

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llmpipe
@@ -39,6 +39,11 @@ PROMPTS = [f"row {i}" for i in range(ROWS)]
 OTHER = [f"other {i}" for i in range(ROWS)]
 FILLER = "filler " * 1000
 """Makes a file too long for any reader to take it in at once."""
+
+
+@pytest.fixture(scope="module")
+def echo() -> llmpipe.RunConfig:
+    return llmpipe.compose(["backend=echo"])
 
 
 @pytest.fixture
@@ -136,40 +141,63 @@ EDITS: dict[str, Callable[[list[str], int], list[str]]] = {
     "append": lambda rows, i: [*rows, "other"],
     "restore": lambda rows, i: PROMPTS,
 }
-CHANGES = st.lists(
+Changes = list[tuple[int, str, int, bool]]
+"""After how many answers, what, at which row, and whether in place."""
+CHANGES: st.SearchStrategy[Changes] = st.lists(
     st.tuples(st.integers(1, 2 * ROWS), st.sampled_from(sorted(EDITS)), st.integers(0, ROWS - 1), st.booleans()),
     min_size=1,
     max_size=4,
 )
 
 
-@given(
-    suffix=st.sampled_from([".jsonl", ".gz", ".zst", ".json", ".csv", ".parquet"]),
-    output=st.sampled_from(OutputFormat),
-    shuffle=st.none() | st.integers(0, 3),
-    first=st.tuples(st.integers(0, 9), st.none() | st.integers(1, ROWS)),
-    samples=st.integers(1, 2),
-    changes=CHANGES,
+RUNS = st.fixed_dictionaries(
+    {
+        "suffix": st.sampled_from([".jsonl", ".gz", ".zst", ".json", ".csv", ".parquet"]),
+        "output": st.sampled_from(OutputFormat),
+        "shuffle": st.none() | st.integers(0, 3),
+        "offset": st.integers(0, 9),
+        "limit": st.none() | st.integers(1, ROWS),
+        "samples": st.integers(1, 2),
+    }
 )
-@example(".jsonl", OutputFormat.jsonl, None, (0, None), 1, [(1, "replace", 0, True), (50, "restore", 0, True)])
-@example(".parquet", OutputFormat.parquet, 1, (3, 40), 2, [(9, "change", 50, False), (ROWS, "restore", 0, False)])
-@settings(max_examples=50, deadline=None)
+
+
+@given(RUNS, CHANGES)
+@settings(max_examples=25, deadline=None)
 def test_whatever_is_changed_whenever_a_run_holds_answers_to_the_text_it_began_with_and_can_be_finished(
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path_factory: pytest.TempPathFactory, echo: llmpipe.RunConfig, options: dict[str, Any], changes: Changes
+) -> None:
+    check_changed_run(tmp_path_factory.mktemp("changed"), echo, changes, **options)
+
+
+@pytest.mark.slow
+@given(RUNS, CHANGES)
+@settings(max_examples=1000, deadline=None)
+def test_many_changes_at_many_times(
+    tmp_path_factory: pytest.TempPathFactory, echo: llmpipe.RunConfig, options: dict[str, Any], changes: Changes
+) -> None:
+    check_changed_run(tmp_path_factory.mktemp("changed"), echo, changes, **options)
+
+
+def check_changed_run(
+    directory: Path,
+    echo: llmpipe.RunConfig,
+    changes: Changes,
     suffix: str,
     output: OutputFormat,
     shuffle: int | None,
-    first: tuple[int, int | None],
+    offset: int,
+    limit: int | None,
     samples: int,
-    changes: list[tuple[int, str, int, bool]],
 ) -> None:
-    directory = tmp_path_factory.mktemp("changed")
     path, run = directory / f"rows{suffix}", directory / "run"
     write(path, PROMPTS)
-    offset, limit = first
-    config = llmpipe.compose(["backend=echo", f"sampling.n={samples}"])
-    config.dataset = DatasetConfig(path=str(path), shuffle=shuffle, offset=offset, limit=limit)
-    config = replace(config, output=replace(config.output, format=output))
+    config = replace(
+        echo,
+        dataset=DatasetConfig(path=str(path), shuffle=shuffle, offset=offset, limit=limit),
+        sampling=echo.sampling.replace({"n": samples}),
+        output=replace(echo.output, format=output),
+    )
     chosen = [str(row.values["prompt"]) for row in Dataset(config.dataset).rows()]
     expected = [prompt for prompt in chosen for _ in range(samples)]
     now = PROMPTS
@@ -324,15 +352,15 @@ def test_a_backend_that_looks_ahead_gives_up_where_the_next_block_is_another(
 ) -> None:
     monkeypatch.setattr(contents, "BLOCK_BYTES", 1)  # each row is a block
     path, run = tmp_path / "rows.jsonl", tmp_path / "run"
-    write(path, PROMPTS)
+    write(path, PROMPTS[:20])
     options = ["device=cpu", "sampling=greedy", "sampling.max_tokens=3", "backend.slots=2"]
     options += [f"backend={backend}", f"backend.isolation={isolation}", f"dataset.path={path}"]
     config = llmpipe.compose(options)
     with pytest.raises(DatasetError, match="was changed while it was read"):
         llmpipe.run(config, run, progress=when(1, lambda: write(path, OTHER)))
     done = len(answers(run))
-    write(path, PROMPTS)
-    assert 0 < done < ROWS and llmpipe.run(config, run)["rows_ok"] == ROWS
+    write(path, PROMPTS[:20])
+    assert 0 < done < 20 and llmpipe.run(config, run)["rows_ok"] == 20
 
 
 # --- other ways to read rows ------------------------------------------------------------------------------------------

@@ -5,8 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,9 +39,9 @@ def model(tmp_path: Path) -> Path:
 def spoil(file: Path) -> None:
     """Change a byte of the weights where it stands."""
     with file.open("r+b") as stream:
-        stream.seek(-1000, 2)
+        stream.seek(-100, 2)
         byte = stream.read(1)
-        stream.seek(-1000, 2)
+        stream.seek(-100, 2)
         stream.write(bytes([byte[0] ^ 1]))
 
 
@@ -114,8 +118,8 @@ def test_files_that_are_only_numbered_anew_are_let_pass(model: Path, monkeypatch
     witness = Witness()
     assert model_digest(str(model), witness) == model_digest("bundled")
     witness.check()
-    spoil(model / "config.json")
-    with pytest.raises(LLMInferenceError, match="config.json was changed"):
+    spoil(model / "tokenizer.json")
+    with pytest.raises(LLMInferenceError, match="tokenizer.json was changed"):
         witness.check()
 
 
@@ -279,3 +283,32 @@ def test_a_chat_template_that_is_edited_meanwhile_ends_the_run(tmp_path: Path) -
     config = config_of(Path("bundled"), "backend=llama_cpp", f"backend.chat_template={template}")
     with pytest.raises(LLMInferenceError, match="chat_template.jinja was changed"):
         llmpipe.run(config, tmp_path / "run", at(5, lambda: template.touch()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["in place", "renamed"])
+def test_runs_that_are_killed_while_their_model_is_another_have_no_answer_of_it(how: str, tmp_path: Path) -> None:
+    model, whole = tmp_path / "model.gguf", BUNDLED_DIR / "tiny-chat.gguf"
+    asked = ["backend=llama_cpp", f"backend.model={model}", "sampling=greedy", "sampling.max_tokens=60", "seed=7"]
+    asked += ["backend.reproducible=true", "backend.threads=1", "dataset.limit=150"]
+    shutil.copy2(whole, model)
+    llmpipe.run(compose(asked), tmp_path / "undisturbed")
+    chance, directory = random.Random(7), tmp_path / "run"
+    for _ in range(6):
+        command = [sys.executable, "-m", "llmpipe", *asked, f"hydra.run.dir={directory}"]
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(chance.uniform(1.0, 2.5))
+        if how == "renamed":
+            replace_weights(model)
+        else:
+            with model.open("r+b") as stream:
+                stream.seek(2**20)
+                stream.write(bytes(2**20))
+        time.sleep(chance.uniform(0, 0.8))
+        child.kill()
+        child.wait()
+        if how == "renamed":
+            model.unlink()
+        shutil.copy2(whole, model)
+    llmpipe.run(compose(asked), directory)
+    assert answers(directory) == answers(tmp_path / "undisturbed")

@@ -29,6 +29,7 @@ from llmpipe import (
     compose,
 )
 from llmpipe.runners import child as child_module
+from llmpipe.runners import isolated as isolated_module
 from llmpipe.runners.isolated import ALONE_ATTEMPTS, IsolatedRunner
 
 TARGET = ["backend=echo", "backend._target_=breaking.Breaking", "trusted_modules=[breaking]"]
@@ -152,9 +153,16 @@ def test_a_crash_at_a_time_is_not_held_against_a_row() -> None:
         assert done == {i: prompt.upper() for i, prompt in enumerate(prompts)}
 
 
-def test_a_backend_that_dies_without_any_row_ends_the_stream_instead_of_being_started_for_ever() -> None:
+def test_a_backend_that_dies_without_any_row_ends_the_stream_instead_of_being_started_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def tick() -> None:
+        if runner._child is not None:
+            runner._child._process.kill()
+
+    monkeypatch.setattr(isolated_module, "PAUSE_S", 0.01)
     with isolated() as runner:
-        stream = runner.completions((), lambda: os.kill(runner._child._process.pid, signal.SIGKILL))  # type: ignore[union-attr]
+        stream = runner.completions((), tick)
         with pytest.raises((LLMInferenceError, LLMInitializationError), match="signal 9"):
             list(stream)
 

@@ -1,4 +1,4 @@
-"""Kills of a backend's process from outside, and a machine without memory: no row is at fault, and nothing goes on for ever."""
+"""Kills of a backend's process from outside, and a machine without memory: what no row is to blame for."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from test_isolation import arguments_of, child_of, config_of, isolated, requests
 
 import llmpipe
 from llmpipe import LLMInferenceError, LLMInitializationError, LLMRunnerFactory
+from llmpipe.ledger import LedgerSnapshot
 from llmpipe.machine import oom_kills
 from llmpipe.runners import child as child_module
 from llmpipe.runners import isolated as isolated_module
@@ -65,7 +66,7 @@ def test_kills_amid_the_only_row_do_not_condemn_it(kills: int, tmp_path: Path) -
 
 
 def test_ten_kills_while_rows_are_answered_cost_none_of_them(tmp_path: Path) -> None:
-    prompts = [f"row {i} of some words" for i in range(120)]
+    prompts = [f"row {i} of some words" for i in range(70)]
     with isolated(load="slow", held=2, pids=str(tmp_path / "pids")) as runner, killer(tmp_path / "pids", [0.15] * 10):
         assert [c.text for c in runner.run(prompts)] == [prompt.upper() for prompt in prompts]
         assert runner.info()["isolation"]["restarts"] == 10
@@ -115,9 +116,7 @@ def test_a_run_whose_backend_is_killed_again_and_again_ends_and_can_be_resumed(
 ) -> None:
     rows = write_jsonl({"prompt": "first"}, {"prompt": LONG})
     config = config_of(rows, held=1, load="slow", pids=str(tmp_path / "pids"))
-    says = (
-        rf"{FROM_OUTSIDE}, and the backend was lost {LOSSES} times in a row; what was finished is safe: llmpipe resume="
-    )
+    says = rf"{FROM_OUTSIDE}, and the backend was lost {LOSSES} times in a row; .* is safe: llmpipe resume="
     with killer(tmp_path / "pids", [0.2, *[0.05] * 10]), pytest.raises(LLMInferenceError, match=says):
         llmpipe.run(config, tmp_path / "run")
     assert len((tmp_path / "pids").read_text().splitlines()) <= LOSSES + 2
@@ -133,19 +132,10 @@ def test_a_row_that_looks_like_a_kill_from_outside_lets_the_others_finish_and_is
     for _ in range(ALONE_ATTEMPTS):
         with pytest.raises(LLMInferenceError, match=FROM_OUTSIDE):
             llmpipe.run(config, tmp_path / "run")
-        assert len(list(llmpipe_answers(tmp_path / "run"))) == 20
+        with LedgerSnapshot(tmp_path / "run") as ledger:
+            assert ledger.count() == 20
     assert llmpipe.run(config, tmp_path / "run")["rows_error"] == 1
     assert rows_of(tmp_path / "run")[0]["error"] == "ended its run 3 times, without an answer"
-
-
-def llmpipe_answers(directory: Path) -> Iterator[Any]:
-    from llmpipe.ledger import LedgerSnapshot
-
-    ledger = LedgerSnapshot(directory)
-    try:
-        yield from ledger.completions()
-    finally:
-        ledger.close()
 
 
 def test_an_attempt_that_somebody_ends_does_not_count(tmp_path: Path) -> None:
@@ -174,7 +164,7 @@ def test_a_call_that_is_ended_while_the_backend_starts_again_leaves_it_usable() 
         if runner._child is not None and runner._child is not first:
             raise Enough
 
-    with isolated() as runner:
+    with isolated(load="doze") as runner:
         first = runner._child
         assert first is not None
         first._process.kill()
@@ -292,6 +282,7 @@ def small_group() -> Iterator[Path]:
             time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_the_system_that_ends_a_greedy_row_is_believed(small_group: Path, tmp_path: Path) -> None:
     arguments = arguments_of(tmp_path, ["fine", "gorge", "good"])
     join = f"import os, sys; open({str(small_group / 'cgroup.procs')!r}, 'w').write(str(os.getpid())); "

@@ -607,7 +607,7 @@ def test_a_closed_terminal_stops_the_run_once_however_often_it_says_so_unless_no
 
 def start(dataset: Path, directory: Path, *overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "llmpipe", "backend=echo", f"dataset.path={dataset}", *overrides]
-    return start_command([*command, f"hydra.run.dir={directory}"])
+    return start_command(["nice", *command, f"hydra.run.dir={directory}"])  # who kills it must not be late
 
 
 def start_command(command: list[str]) -> subprocess.Popen[str]:

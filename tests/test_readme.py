@@ -1,4 +1,4 @@
-"""The README's commands and code do what it says."""
+"""The README's commands and code do what it says; the tests and options that the pages of docs/ name are there."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
+import llmpipe
 from llmpipe.config import RunConfig, SamplingConfig, conf_dir
 
 ROOT = Path(__file__).parent.parent
@@ -64,3 +66,13 @@ def test_options_named_in_the_table_exist() -> None:
 
 def test_the_figures_are_filled_in() -> None:
     assert "<!-- figures" not in README
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_a_page_of_the_docs_is_linked_and_names_tests_and_options_that_exist(page: Path) -> None:
+    text = page.read_text()
+    assert f"](docs/{page.name})" in README
+    tests = set(re.findall(r"`(tests/\S+?)`", text))
+    assert {name for name in tests if not (ROOT / name).is_file()} == set()
+    for option in re.findall(r"`([a-z_.]+)=", text):
+        attrgetter(option)(llmpipe.compose([]))

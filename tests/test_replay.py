@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from traps import Said, check_refused
 
 import llmpipe
-from llmpipe import compose, read_run
+from llmpipe import RunConfig, compose, read_run
+from llmpipe.config.trust import DESCRIPTIVE, VERBS
 from llmpipe.ledger import Ledger, saved
 from llmpipe.replay import replayed
 
@@ -96,6 +98,8 @@ ARGUMENTS: list[Any] = [
     [json.dumps({"prompt": {"chat_template_kwargs": {"${oc.env:HOME}": 1}}})],
     [json.dumps({"backend": {"trust_remote_code": True}})],
     ["{"],
+    *(['{"prompt": {"tools": ' + "[" * levels + "]" * levels + "}}"] for levels in (60, 900)),
+    *(["prompt.tools=" + "[" * levels + "]" * levels] for levels in (60, 900)),
     ["{" * 100_000],
     ["+written_out=run"],
     [""],
@@ -137,7 +141,7 @@ def test_what_a_person_gives_again_is_theirs(place: Path, received: Path, said: 
 PERSONS_OWN = {
     "sampling": "defaults: [creative]\nmax_tokens: 1\nlogit_bias: {5: -100}\n",
     "experiment": (
-        "# @package _global_\ndefaults: [{override /dataset: mine}]\nseed: 7\nprompt: {system: 'a\\n${seed}'}\n"
+        "# @package _global_\ndefaults: [{override /dataset: mine}]\nseed: 7\nprompt: {template: 'a\\n${seed}'}\n"
     ),
     "dataset": "path: ${oc.env:ROWS}\ncolumns: {prompt: prompt}\n",
     "backend": "defaults: [/schema/echo@_here_]\nslots: 3\n",
@@ -205,3 +209,8 @@ def test_flags_may_be_given_beside_a_run_directory(place: Path, said: Said) -> N
     code, error = said("resume=out", "--config-dir", "my", "output=mine")
     assert code == 0, error
     assert "mine_completion" in (place / "out" / "outputs.jsonl").read_text()
+
+
+def test_it_is_known_of_every_option_whether_it_describes_a_run() -> None:
+    assert set(DESCRIPTIVE) - {f.name for f in fields(RunConfig)} == {"experiment"}
+    assert {"resume", "plan", "export", "export_to", "export_force"} == VERBS

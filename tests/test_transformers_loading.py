@@ -531,7 +531,7 @@ def test_a_hub_model_that_is_not_cached_is_refused_at_once_where_the_hub_may_not
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
-SEARCH = {"type": "Replace", "pattern": {"Regex": "[^y]{1,9}yy"}, "content": "x"}
+SEARCH = {"type": "Replace", "pattern": {"Regex": "[^y]"}, "content": "x"}
 TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
     "aborts when it is loaded": (
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
@@ -554,7 +554,8 @@ TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_tokenizer_that_would_end_the_process_is_refused(
     name: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "LEAST_S", 3.0)
+    if name == "goes on for ever":
+        monkeypatch.setattr(trials, "LEAST_S", 1.0)
     monkeypatch.setattr(trials, "LEAST_BYTES", 300 * 2**20)
     changes, reason = TOKENIZERS[name]
     file = checkpoint / "tokenizer.json"

@@ -65,6 +65,10 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "a log over a file": logging_with({"class": FILE_HANDLER, "filename": "precious", "mode": "w"}),
     "a log outside": logging_with({"class": FILE_HANDLER, "filename": "${hydra.runtime.output_dir}/../precious"}),
     "a log elsewhere": logging_with({"class": FILE_HANDLER, "filename": "${hydra.run.dir}/x.log"}),
+    "a log from its beginning": logging_with(
+        {"class": FILE_HANDLER, "filename": "${hydra.runtime.output_dir}/x.log", "mode": "w"}
+    ),
+    "a log beside the run": logging_with({"class": FILE_HANDLER, "filename": "x.log"}),
     "a handler's own name": logging_with(
         {"class": FILE_HANDLER, "filename": "x.log", "delay": True, ".": {"baseFilename": "precious"}}
     ),

@@ -180,9 +180,9 @@ class TransformersConfig(BatchingConfig):
     local_files_only: bool = speed(False)
     """Never ask the hub; use what is in its cache."""
     trust_remote_code: bool = takes_trust(False)
-    """Run the Python code that a checkpoint brings. Off: such code can do anything."""
+    """Run the Python code that a checkpoint brings. Off: such code can do anything. Not for a config group to set."""
     allow_pickle: bool = takes_trust(False)
-    """Load weights that are not safetensors. Off: unpickling can run code."""
+    """Load weights that are not safetensors. Off: unpickling can run code. Not for a config group to set."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range.

@@ -273,7 +273,7 @@ class RunConfig:
     export_force: bool = False
     """Replace an export of another run, too; what llmpipe did not write, or was changed since, is never replaced."""
     trusted_modules: list[str] = field(default_factory=list)
-    """Modules outside llmpipe whose classes a backend's _target_ may name."""
+    """Modules whose code a _target_ may name, Hydra's nodes included; no group can trust, nor a run directory."""
 
     references = cast(References, MappingProxyType({}))
     """What was written where options came from the environment; no option itself, so it has no annotation."""

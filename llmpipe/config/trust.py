@@ -151,9 +151,12 @@ def _is_harmless(path: tuple[str, ...], value: Any) -> bool:
 
 
 def _is_harmless_in_logging(path: tuple[str, ...], text: str) -> bool:
-    """Say whether a group may set a key of the loggers' to a text: it may write a log into the run directory."""
+    """Say whether a group may set a key of the loggers' to a text: it may go on with a log in the run directory."""
     if path[-1] == "filename":
-        return _LOG_FILE.fullmatch(text.removeprefix(f"{_RUN_DIR}/").replace(_JOB_NAME, "x")) is not None
+        directory, _, name = text.rpartition("/")
+        return directory == _RUN_DIR and _LOG_FILE.fullmatch(name.replace(_JOB_NAME, "x")) is not None
+    if path[-1] == "mode":
+        return text == "a"
     rest = text.replace(_RUN_DIR, "").replace(_JOB_NAME, "")
     refers = rest != text
     # What a reference stands for must not complete an ext:// or cfg://.

@@ -458,7 +458,7 @@ class BaseLLMRunner(ABC):
                 raise LLMInferenceError(chunk.error)
             if chunk.restarts:  # what was streamed cannot be taken back
                 raise LLMInferenceError(
-                    "the backend crashed or hung in the middle of the answer, or was killed; ask again"
+                    "the backend crashed or hung in the middle of the answer, or was lost; ask again"
                 )
             yield chunk
 

@@ -68,6 +68,10 @@ class State(NamedTuple):
         return True if self.place == now.place else None  # some file systems number their files anew now and then
 
 
+class ModelChanged(LLMInferenceError):
+    """What answers were computed with is not what it was."""
+
+
 class Witness:
     """Remembers what was digested, and notices what is not as it was.
 
@@ -103,12 +107,12 @@ class Witness:
         """See whether all is as it was when it was digested. Quick, unless the rights of a file have changed.
 
         Raises:
-            LLMInferenceError: something is not; names the file.
+            ModelChanged: something is not; names the file.
         """
         for path in list(self._seen):
             self._change = self._change or self._look(path)
         if self._change is not None:
-            raise LLMInferenceError(
+            raise ModelChanged(
                 f"{self._change} while answers were computed with it: those since then do not count{self._remedy}"
             )
 

@@ -6,8 +6,8 @@ does it `ALONE_ATTEMPTS` times alone, or hangs there, becomes an error row; the 
 run alone is noted before each time, so that a row that takes the parent along is not tried for ever.
 
 A kill from outside is no fault of a row's. Those that were in the child are run apart all the same, for they may have
-asked for too much of the machine together; one that was alone is put off to the end. Each time that the child is lost in
-this way it is waited a little longer, until there is an answer again, or the run ends, and can be resumed.
+asked for too much of the machine together; one that was alone is put off to the end. Each time that the child is lost
+so, it is started again after a longer pause, until there is an answer, or the run ends, and can be resumed.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ ALONE_ATTEMPTS = 3
 """How often a suspect is run alone, resumptions counted."""
 LOSSES = 5
 """How often the child may be lost with no row to blame, and none answered meanwhile, before that ends the stream."""
-NO_ROW = "something other than a row"
 PAUSE_S = 0.5
-"""How long it is waited after the first such loss; twice as long after each further one."""
+"""How long the child's next start waits after the first such loss; twice as long after each further one."""
+NO_ROW = "something other than a row"
 
 
 class IsolatedRunner(BaseLLMRunner):

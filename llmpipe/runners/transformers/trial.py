@@ -37,8 +37,8 @@ import json, resource, sys
 sys.path[:], most_bytes, most_s, file, path, source = json.loads(sys.argv[1])
 for limit, most in (resource.RLIMIT_DATA, most_bytes), (resource.RLIMIT_CPU, most_s), (resource.RLIMIT_CORE, 0):
     try:
-        resource.setrlimit(limit, (most, most))
-    except (OSError, ValueError):  # not on every system
+        resource.setrlimit(limit, (most, resource.getrlimit(limit)[1]))
+    except (OSError, ValueError):  # there is a lower one, or none on this system
         pass
 text = "".join(map(chr, [*range(32, 0x3000), *range(0x4E00, 0x4F00), *range(0x1F300, 0x1F600)])) + "a" * 99 + "\\n"
 try:
