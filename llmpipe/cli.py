@@ -94,10 +94,9 @@ def command(arguments: list[str]) -> int:
                 return 128 + interrupted.error.signum
             return program.end()
     except (LLMError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
-        if isinstance(error.__cause__, OSError) and not isinstance(
-            error, LLMError
-        ):  # the log that cannot be opened, in Hydra's words
-            error = error.__cause__
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(error, LLMError):  # the log that cannot be opened, by Hydra
+            error = cause
         elif type(error) is ValueError and "--" not in str(error):
             raise  # not Hydra's complaint about flags: a bug of ours
         if isinstance(error, OSError) and error.filename is not None and not isinstance(error, HydraException):
