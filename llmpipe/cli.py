@@ -31,8 +31,10 @@ from omegaconf.errors import OmegaConfBaseException
 from llmpipe import __version__
 from llmpipe.config import conf_dir, register_schemas, to_run_config
 from llmpipe.config.checks import is_remote, readable
+from llmpipe.config.escapes import as_override, text_of
 from llmpipe.config.loading import checked
 from llmpipe.config.messages import one_line
+from llmpipe.config.trust import key_of
 from llmpipe.exceptions import LedgerError, LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
 from llmpipe.ledger import begun
@@ -289,7 +291,7 @@ class Program:
 @contextmanager
 def place_for_libraries(arguments: list[str]) -> Iterator[None]:
     """Where no temporary file can be made, let libraries make theirs in the run directory, and clear it at the end."""
-    given = dict(argument.partition("=")[::2] for argument in arguments)
+    given = texts(arguments)
     place = given.get("hydra.run.dir") or given.get("hydra.sweep.dir")
     try:
         tempfile.gettempdir()
@@ -310,11 +312,16 @@ def check_local(arguments: list[str]) -> None:
         LLMConfigError: names the argument.
     """
     for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key.lstrip("+") in LOCAL and is_remote(value.strip("\"'")):
+        key = key_of(argument)
+        if key in LOCAL and is_remote(text_of(argument)):
             raise LLMConfigError(f"{argument} is not supported yet: it must be on this machine; copy it from there")
-        if key.lstrip("+") == "hydra.sweep.dir":  # in which Hydra writes before there is a job
-            check_link(Path(value.strip("\"'")) / "multirun.yaml")
+        if key == "hydra.sweep.dir":  # in which Hydra writes before there is a job
+            check_link(Path(text_of(argument)) / "multirun.yaml")
+
+
+def texts(arguments: list[str]) -> dict[str, str]:
+    """Return what the arguments set, by their keys, as Hydra has it."""
+    return {argument.partition("=")[0]: text_of(argument) for argument in arguments}
 
 
 def flags_first(arguments: list[str]) -> list[str]:
@@ -335,6 +342,8 @@ def resumed(arguments: list[str]) -> list[str]:
         raise LLMConfigError(f"{verb}= names no run directory")
     if name == "null":
         return arguments
+    if not os.path.lexists(name):  # a directory's name needs no quotes of Hydra's here, but may have them
+        name = text_of(arguments[places[-1]])
     with readable(verb, name, LedgerError):
         directory = Path(name).expanduser()
         if directory.exists():
@@ -342,12 +351,13 @@ def resumed(arguments: list[str]) -> list[str]:
         given = [argument for i, argument in enumerate(arguments) if i not in places]
         before = replayed(directory, given)
     # The directory keeps the config files that Hydra wrote when the run began.
-    return [*before, *given, f"{verb}={directory}", f"hydra.run.dir={directory}", "hydra.output_subdir=null"]
+    place = [as_override(key, str(directory)) for key in (verb, "hydra.run.dir")]
+    return [*before, *given, *place, "hydra.output_subdir=null"]
 
 
 def without_traces(arguments: list[str]) -> list[str]:
     """Keep Hydra from writing where nothing is run (`plan=true`, `export=`), and the `.hydra` of a run as it was."""
-    given = dict(argument.partition("=")[::2] for argument in arguments)
+    given = texts(arguments)
     continues = "hydra.run.dir" in given and begun(Path(given["hydra.run.dir"]).expanduser())
     if continues and "hydra.output_subdir" not in given:
         arguments = [*arguments, "hydra.output_subdir=null"]

@@ -21,7 +21,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from llmpipe.quoting import shortened
+from llmpipe.quoting import how_to_resume, shortened
 from llmpipe.redaction import redacted
 
 MOST_CHARACTERS = 4000
@@ -82,7 +82,7 @@ class RunInterrupted(LLMError):
 
     def __init__(self, directory: Path, signum: int) -> None:
         self.directory, self.signum = directory, signum
-        super().__init__(f"interrupted by {signal.Signals(signum).name}; continue with: llmpipe resume={directory}")
+        super().__init__(f"interrupted by {signal.Signals(signum).name}; continue with: {how_to_resume(directory)}")
 
     def __reduce__(self) -> tuple[type, tuple[Path, int]]:
         # The jobs of a sweep may run in other processes, from which it has to come here.
@@ -95,9 +95,9 @@ class RunStopped(LLMError):
     Args:
         directory: The run directory, which can be resumed; rows that are errors stay errors.
         why: Which errors.
-        override: With what to resume it, where it would stop again.
+        overrides: With what to resume it, where it would stop again.
     """
 
-    def __init__(self, directory: Path, why: str, override: str = "") -> None:
-        command = f"llmpipe resume={directory} {override}".rstrip()
+    def __init__(self, directory: Path, why: str, *overrides: str) -> None:
+        command = how_to_resume(directory, *overrides)
         super().__init__(f"{why}. Errors stay recorded; to go on with the rows after them: {command}")

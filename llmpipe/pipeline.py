@@ -39,6 +39,7 @@ from llmpipe.outputs import (
 )
 from llmpipe.place import check_place
 from llmpipe.prompts import OTHER_NAMES, PromptBuilder, settle_prompt, template_columns, unread_columns
+from llmpipe.quoting import how_to_resume
 from llmpipe.records import Request, Row, failed
 from llmpipe.redaction import as_written, below, sealed
 from llmpipe.report import Report
@@ -100,7 +101,7 @@ def begin_or_continue(
         if not before.begun:  # a fresh run: it leaves nothing where it may not write at its end
             found_files(directory, output_files(config.output), {})
             refuse_hopeless(config, dataset, lambda runner: runs_chats(config, scan, runner))
-        witness = Witness(f"; put it back as it was, and continue with: llmpipe resume={directory}")
+        witness = Witness(f"; put it back as it was, and continue with: {how_to_resume(directory)}")
         asked = fingerprint(config, scan, before.fingerprint, witness)
         facts = {"arguments": list(arguments), "dataset_files": scan.contents}
         with (
@@ -212,7 +213,7 @@ def generate(
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         ledger.set(facts=known or facts)
         attempt = _Attempt(ledger, runner, memory, config, prompt_format="chat" if chat else "raw")
-        safe = f"what was finished is safe: llmpipe resume={directory}"
+        safe = f"what was finished is safe: {how_to_resume(directory)}"
         before, expected, tokens = ledger.count(), scan.rows * config.sampling.n, 0
         if isinstance(runner, IsolatedRunner):
             runner.suspects = dict(ledger.get("suspects") or [])

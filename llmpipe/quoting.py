@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 
@@ -32,6 +33,16 @@ class Names:
 def listed(names: Iterable[object]) -> str:
     """Return names with commas between them; of many, the first ones and how many more there are."""
     return str(Names(names))
+
+
+def how_to_resume(directory: object, *overrides: str) -> str:
+    """Return the command that goes on with the run in a directory, so that it can be pasted into a shell.
+
+    Args:
+        directory: The run directory, whatever it is called.
+        overrides: What is to be given besides.
+    """
+    return shlex.join(["llmpipe", f"resume={directory}", *overrides])
 
 
 def repeated(names: Iterable[str]) -> list[str]:

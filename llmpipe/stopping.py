@@ -24,6 +24,7 @@ from typing import Any, Self
 from llmpipe.config import OnError, RunConfig
 from llmpipe.datasets import Dataset
 from llmpipe.exceptions import LLMInferenceError, RunInterrupted, RunStopped
+from llmpipe.quoting import how_to_resume
 from llmpipe.records import Completion
 from llmpipe.signals import HANGUP, SIGNALS, TWICE
 
@@ -230,7 +231,7 @@ class Stops:
             raise self._verdict(directory, dataset)
         if self._over:
             limit = self._config.run_timeout_s
-            raise LLMInferenceError(f"run_timeout_s={limit} is over; continue with: llmpipe resume={directory}")
+            raise LLMInferenceError(f"run_timeout_s={limit} is over; continue with: {how_to_resume(directory)}")
 
     def _verdict(self, directory: Path, dataset: Dataset) -> RunStopped:
         assert self._last_error is not None

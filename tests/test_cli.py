@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,12 +13,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from traps import Said
 
 import llmpipe
 from llmpipe.cli import Interrupted
 from llmpipe.config import BACKENDS, ColumnsConfig, RunConfig, SamplingConfig, conf_dir, field_docs
+from llmpipe.config.escapes import as_override, text_of
 from llmpipe.exceptions import RunInterrupted
 
 
@@ -431,3 +436,45 @@ def test_the_library_refuses_names_that_no_file_can_have(
     with pytest.raises(llmpipe.LLMError):
         llmpipe.run(config, tmp_path / (value if name == "directory" else "out"))
     assert not (tmp_path / "out" / "ledger.sqlite").exists()
+
+
+NAMES = ["a=b", "a,b", "{x}", "it's", 'a"b', "é", "end\\", "b\\'c", "#", "[x](y);z", "~x", "tail ", " ", "1e3", "null"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_text_can_be_handed_on_to_hydra(name: str) -> None:
+    (parsed,) = OverridesParser.create().parse_overrides([as_override("resume", name)])
+    assert parsed.value() == text_of(as_override("resume", name)) == name
+    (parsed,) = OverridesParser.create().parse_overrides([as_override("dataset.path", [name, "b"])])
+    assert parsed.value() == [name, "b"]
+
+
+def test_a_directory_of_any_name_can_be_resumed_and_exported(place: Path, three_rows: Path, said: Said) -> None:
+    directory = place / '"it\'s", {a=[b]} #é\\ '
+    assert said("backend=echo", f"dataset.path={three_rows}", as_override("hydra.run.dir", str(directory)))[0] == 0
+    (directory / "outputs.jsonl").unlink()
+    assert said(f"resume={directory.name}") == (0, "")
+    assert said(as_override("export", directory.name)) == (0, "")
+    assert len(outputs(directory)) == 3 and (directory / "partial.jsonl").is_file()
+    assert [path for path in place.iterdir() if path.is_dir()] == [directory]
+
+
+def test_what_is_noted_of_a_run_stays_as_it_was_where_its_name_needs_quotes(
+    place: Path, three_rows: Path, said: Said
+) -> None:
+    asked = ["backend=echo", f"dataset.path={three_rows}", "hydra.run.dir='a=b'"]
+    assert said(*asked)[0] == 0
+    composed = (place / "a=b/.hydra/config.yaml").read_bytes()
+    assert said(*asked, "seed=3")[0] == 1
+    assert (place / "a=b/.hydra/config.yaml").read_bytes() == composed
+
+
+def test_the_command_that_goes_on_can_be_pasted_into_a_shell(place: Path, write_jsonl: Any, said: Said) -> None:
+    rows = write_jsonl(*[{"prompt": 5}] * 2, {"prompt": "a"})
+    directory = place / "it's, $HOME"
+    asked = ["backend=echo", f"dataset.path={rows}", as_override("hydra.run.dir", str(directory))]
+    code, error = said(*asked, "max_error_rate=0.5")
+    assert code == 1
+    pasted = shlex.split(error.partition("to go on with the rows after them: ")[2])
+    assert pasted == ["llmpipe", f"resume={directory}", "max_error_rate=null"]
+    assert said(*pasted[1:])[0] == 3

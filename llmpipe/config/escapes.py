@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from llmpipe.exceptions import LLMConfigError
@@ -43,6 +44,27 @@ def read_escapes(composed: Any, overrides: Sequence[str]) -> None:
 def unescaped(text: str) -> str:
     """Return a text in which escapes are what they mean, and other backslashes are as they were."""
     return _ESCAPE.sub(lambda match: MEANINGS[match[1]] if match[1] else json.loads(f'"{match[0]}"'), text)
+
+
+def as_override(key: str, value: str | list[str]) -> str:
+    """Return an override that sets a key to text, or to a list of texts, whatever they hold."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    texts = [QuotedString(text, Quote.single).with_quotes() for text in ([value] if isinstance(value, str) else value)]
+    return f"{key}={texts[0] if isinstance(value, str) else '[' + ','.join(texts) + ']'}"
+
+
+def text_of(override: str) -> str:
+    """Return what an override sets its key to as Hydra has it: without the quotes, where there are some."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    value = override.partition("=")[2]
+    if value[:1] in ("'", '"') and value[:1] == value[-1:]:
+        with suppress(HydraException):  # else somebody will say what is wrong
+            parsed = OverridesParser.create().parse_override(override).value()
+            return parsed if isinstance(parsed, str) else value
+    return value
 
 
 def _meant(value: Any, key: str) -> Any:

@@ -15,6 +15,7 @@ from typing import IO, Self
 
 from llmpipe.config.checks import readable
 from llmpipe.exceptions import DatasetError
+from llmpipe.quoting import how_to_resume
 from llmpipe.temporary import temporary_directory
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Inputs:
         if not same:
             raise DatasetError(
                 f"dataset.path={path!r} is not what the run in {self._directory} began with: go on with "
-                f"llmpipe resume={self._directory}, or choose another hydra.run.dir"
+                f"{how_to_resume(self._directory)}, or choose another hydra.run.dir"
             )
         return copy
 
