@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
@@ -103,7 +104,7 @@ def begin_or_continue(
             refuse_hopeless(config, dataset, lambda runner: runs_chats(config, scan, runner))
         witness = Witness(f"; put it back as it was, and continue with: {how_to_resume(directory)}")
         asked = fingerprint(config, scan, before.fingerprint, witness)
-        facts = {"arguments": list(arguments), "dataset_files": scan.contents}
+        facts = {**begun_with(arguments), "dataset_files": scan.contents}
         with (
             Ledger(directory, continued(asked, before.fingerprint, scan), before.change(scan), facts, lock) as ledger,
             MemorySampler(config.metrics.memory_interval_s) as memory,
@@ -145,10 +146,19 @@ class Before(NamedTuple):
         return first_change(self.files or [], scan.contents if scan.earlier is None else scan.earlier)
 
 
+def begun_with(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the command line of a run as it is noted, with the directory from which it names its files."""
+    try:
+        place = os.getcwd()
+    except OSError:  # it is gone, and so nothing was named from there
+        place = None
+    return {"arguments": list(arguments), "working_directory": place}
+
+
 def note_asked(ledger: Ledger, asked: dict[str, Any], scan: Scan, arguments: Sequence[str]) -> None:
     """Note what is asked of the run where that is new: at its beginning, and when its dataset has grown."""
     known = ledger.get("fingerprint")["dataset"]
-    facts = {"arguments": list(arguments) or ledger.get("arguments") or [], "dataset_files": scan.contents}
+    facts = {**(begun_with(arguments) if arguments else {}), "dataset_files": scan.contents}
     if asked["dataset"]["rows"] != known["rows"]:
         log.info("the dataset has grown from %d to %d rows: the new ones are run", known["rows"], scan.rows)
         ledger.grow(asked, **facts)

@@ -8,7 +8,9 @@ not where they were.
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import re
 import shlex
 import textwrap
@@ -20,17 +22,19 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from llmpipe.config import BACKENDS, conf_dir
-from llmpipe.config.escapes import unescaped
+from llmpipe.config import BACKENDS, BUNDLED, conf_dir
+from llmpipe.config.escapes import as_override, unescaped
 from llmpipe.config.trust import DESCRIPTIVE, TAKES_TRUST, VERBS, brings_code, key_of, leaves
 from llmpipe.exceptions import LedgerError
-from llmpipe.ledger import saved_arguments
+from llmpipe.ledger import saved, saved_arguments
 from llmpipe.records import harmless
 
 GROUP, OPTION = "written_out", "run"
 """The config group, and its one option, that Hydra knows while a run goes on that was noted as values."""
 MOST_LEVELS = 50
 """As deep as values are read from a run directory; Hydra and OmegaConf go inside of each by recursion."""
+_FILES = ("dataset.path", "prompt.tools", "backend.model", "backend.chat_template", "backend.lora")
+"""Keys that may name files, from the working directory of the run."""
 _WRITES = ("backend.offload_folder",)
 _REFERENCE = re.compile(r"\$\{([\w.]+|llmpipe\.data:[\w.-]+)\}")
 """A reference to another key, or to an example dataset; any other asks something outside of the configuration."""
@@ -66,24 +70,30 @@ def typed(job: Any) -> list[str]:
 def replayed(directory: Path, given: Sequence[str]) -> list[str]:
     """Return the arguments of the run in a directory that the given ones do not replace.
 
+    Files that are not to be found from here are named as they were found from where the run was begun.
+
     Raises:
         LedgerError: the directory holds no run, or one with arguments that a directory cannot give.
     """
     names = {key_of(argument) for argument in given}
     before: list[str] = []
     refused: list[str] = []
+    (there,) = saved(directory, "working_directory")
+    there = there if isinstance(there, str) and os.path.isabs(there) else os.curdir
     for text in saved_arguments(directory):
         if text.startswith("{"):
             values = _without(_read(text), names)
             wrong = [f"{'.'.join(path)}={value}" for path, value in leaves(values) if not _may_be(path, value)]
             if not wrong:
+                _find_files(values, there)
                 ConfigStore.instance().store(OPTION, values, group=GROUP, package="_global_")
             refused += wrong
             before += [] if "backend" in {*names, *map(key_of, before)} else ["~backend"]
             before.append(f"+{GROUP}={OPTION}")
         elif key_of(text) not in names:
-            before.append(text)
-            refused += [] if _describes_a_run(text) else [text]
+            describes = _describes_a_run(text)
+            before.append(_with_files(text, there) if describes else text)
+            refused += [] if describes else [text]
     if refused:
         shown = textwrap.shorten(harmless(shlex.join(refused)), 2000)
         raise LedgerError(
@@ -107,6 +117,39 @@ def _without(values: dict[str, Any], names: Iterable[str], path: str = "") -> di
     """Return values less those of some keys."""
     kept = {name: value for name, value in values.items() if f"{path}{name}" not in names}
     return {n: _without(v, names, f"{path}{n}.") if isinstance(v, dict) else v for n, v in kept.items()}
+
+
+def _with_files(argument: str, there: str) -> str:
+    """Return an argument that names files as they can be found from here."""
+    if key_of(argument) not in _FILES:
+        return argument
+    value = OverridesParser.create().parse_override(argument).value()
+    found = _found(value, there)
+    return argument if found == value else as_override(argument.partition("=")[0], cast(Any, found))
+
+
+def _find_files(values: dict[str, Any], there: str) -> None:
+    """Name, in the values of a configuration, files as they can be found from here."""
+    for key in _FILES:
+        group, _, name = key.partition(".")
+        if isinstance(options := values.get(group), dict) and name in options:
+            options[name] = _found(options[name], there)
+
+
+def _found(value: Any, there: str) -> Any:
+    """Return what names a file, or files, with the way to them where they are not here, but there."""
+    if isinstance(value, list):
+        return [_found(one, there) for one in value]
+    path = os.path.join(there, value) if isinstance(value, str) else ""
+    if not path or "\0" in path or value == BUNDLED or _is_file(value):
+        return value
+    return path if _is_file(path) else value
+
+
+def _is_file(text: str) -> bool:
+    """Say whether a text names a file or a directory, or finds one; an adapter's scale may stand behind it."""
+    names = (text, text.rpartition("=")[0])
+    return any(name and (os.path.lexists(name) or any(glob.iglob(name, recursive=True))) for name in names)
 
 
 def _describes_a_run(argument: str) -> bool:

@@ -209,6 +209,62 @@ def test_a_run_that_asked_the_environment_goes_on_where_it_is_asked_again(
     assert said("resume=out", asked)[0] == 0
 
 
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_a_run_that_names_its_files_from_where_it_was_begun_goes_on_from_anywhere(
+    place: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "there"):
+        (place / name).mkdir()
+    monkeypatch.chdir(place / "here")
+    row = {"messages": [{"role": "user", "content": "say a"}]}
+    for name in ("a, 1.jsonl", "b.jsonl"):
+        Path(name).write_text(json.dumps(row) + "\n")
+    Path("tools.json").write_text(json.dumps([TOOL]))
+    Path("t.jinja").write_text("{{ tools[0].function.name }}: {{ messages[0].content }}")
+    files = ["dataset.path=['a, 1.jsonl', 'b*.jsonl']", "prompt.tools=tools.json", "backend.chat_template=t.jinja"]
+    assert said(*files, "sampling.max_tokens=3", "hydra.run.dir=out")[0] == 0
+    answers = Path("out/outputs.jsonl").read_bytes()
+    Path("out/outputs.jsonl").unlink()
+    monkeypatch.chdir(place / "there")
+    assert said("export=../here/out") == (0, "")
+    assert said("resume=../here/out") == (0, "")
+    assert Path("../here/out/outputs.jsonl").read_bytes() == answers
+    with Path("../here/b.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    for _ in range(2):  # what is noted of a dataset that has grown says where it is, too
+        code, error = said(f"resume={place / 'here/out'}")
+        assert code == 0, error
+        assert len(read_run(place / "here/out").rows) == 3
+        monkeypatch.chdir(place)
+
+
+def test_files_of_a_run_are_looked_for_here_before_where_it_was_begun(
+    place: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = ["dataset.path=*.jsonl", "prompt.tools=tools.json", "backend.lora=['my lora.gguf=0.5', none.gguf]"]
+    there += ["backend.model=models/tiny", "prompt.template='none.jsonl'"]
+    (place / "models" / "tiny").mkdir(parents=True)
+    for name in ("tools.json", "my lora.gguf", "bundled"):
+        (place / name).write_text("[]")
+    config = compose(["backend=echo", "dataset.path=rows.jsonl"])
+    llmpipe.run(config, place / "out", arguments=there)
+    (place / "elsewhere").mkdir()
+    assert replayed(place / "out", []) == there
+    monkeypatch.chdir(place / "elsewhere")
+    Path("tools.json").write_text("[]")
+    assert replayed(place / "out", []) == [
+        f"dataset.path='{place}/*.jsonl'",
+        "prompt.tools=tools.json",
+        f"backend.lora=['{place}/my lora.gguf=0.5','none.gguf']",
+        f"backend.model='{place}/models/tiny'",
+        "prompt.template='none.jsonl'",
+    ]
+    write_arguments(place / "out", ["backend=echo", json.dumps({"dataset": {"path": "rows.jsonl"}, "seed": 5})])
+    assert compose(replayed(place / "out", [])).dataset.path == str(place / "rows.jsonl")
+
+
 def test_flags_may_be_given_beside_a_run_directory(place: Path, said: Said) -> None:
     assert said("backend=echo", "dataset.path=rows.jsonl", "hydra.run.dir=out")[0] == 0
     (place / "my" / "output").mkdir(parents=True)
