@@ -66,7 +66,7 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
         asked = ledger.get("fingerprint")
         asking = continued(fingerprint(config, scan, asked), asked, scan)["dataset"]
         if changes := "; ".join(differences(asked["dataset"], asking, "dataset")):
-            changed = before.change(scan)
+            changed = before.change(scan, config.dataset)
             raise DatasetError(
                 f"the dataset is not the one that {directory} is a run of: {changes}{f'; {changed}' if changed else ''}"
             )

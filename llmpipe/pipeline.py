@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from filelock import BaseFileLock
 
 from llmpipe.cells import right_answers
-from llmpipe.config import PromptFormat, RunConfig, check_trusted, describe
+from llmpipe.config import DatasetConfig, PromptFormat, RunConfig, check_trusted, describe
 from llmpipe.datasets import Dataset, Inputs, Scan, first_change
 from llmpipe.exceptions import LedgerError, LLMConfigError, LLMError, LLMInferenceError, LLMInitializationError
 from llmpipe.fingerprint import backend_values, compare_facts, continued, facts_of, fingerprint
@@ -106,7 +106,9 @@ def begin_or_continue(
         asked = fingerprint(config, scan, before.fingerprint, witness)
         facts = {**begun_with(arguments), "dataset_files": scan.contents}
         with (
-            Ledger(directory, continued(asked, before.fingerprint, scan), before.change(scan), facts, lock) as ledger,
+            Ledger(
+                directory, continued(asked, before.fingerprint, scan), before.change(scan, config.dataset), facts, lock
+            ) as ledger,
             MemorySampler(config.metrics.memory_interval_s) as memory,
         ):
             inputs.keep()
@@ -141,8 +143,12 @@ class Before(NamedTuple):
         rows: int | None = (self.fingerprint or {}).get("dataset", {}).get("rows")
         return rows
 
-    def change(self, scan: Scan) -> str | None:
-        """Say which file of the dataset has changed in the rows that it had, if one has."""
+    def change(self, scan: Scan, config: DatasetConfig) -> str | None:
+        """Say which file of the dataset has changed in the rows that it had, if one has; not of other rows of it."""
+        known = (self.fingerprint or {}).get("dataset", {})
+        others = (config.shuffle, config.offset) != (known.get("shuffle"), known.get("offset"))
+        if others or (config.limit is not None and config.limit < (self.rows or 0)):
+            return None
         return first_change(self.files or [], scan.contents if scan.earlier is None else scan.earlier)
 
 

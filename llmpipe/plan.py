@@ -123,7 +123,7 @@ def so_far(config: RunConfig, scan: Scan, directory: Path, before: Before) -> tu
         found_files(directory, output_files(config.output), {})
         return None, {}
     asked = continued(fingerprint(config, scan, before.fingerprint), before.fingerprint, scan)
-    with LedgerSnapshot(directory, asked, before.change(scan)) as ledger:
+    with LedgerSnapshot(directory, asked, before.change(scan, config.dataset)) as ledger:
         found_files(directory, output_files(config.output), ledger.get("files") or {})
         return ledger.rows(), {} if ledger.finished() else ledger.get("facts") or {}
 

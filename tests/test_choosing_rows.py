@@ -194,6 +194,17 @@ def test_rows_of_before_that_changed_are_refused_and_the_file_is_named(
         export(config, tmp_path / "run")
 
 
+@pytest.mark.parametrize("chosen", ["dataset.limit=1", "dataset.offset=1", "dataset.shuffle=1"])
+def test_other_rows_of_a_file_are_not_said_to_be_a_change_of_it(
+    tmp_path: Path, echo_config: Compose, chosen: str
+) -> None:
+    path = write_rows(tmp_path / "a.jsonl", *"abcdefgh")
+    llmpipe.run(echo_config(path), tmp_path / "run")
+    with pytest.raises(LedgerError, match="holds a run of another configuration") as refused:
+        llmpipe.run(echo_config(path, chosen), tmp_path / "run")
+    assert chosen.partition("=")[0] in str(refused.value) and "than before" not in str(refused.value)
+
+
 def test_growth_does_not_hide_another_difference(tmp_path: Path, echo_config: Compose) -> None:
     path = write_rows(tmp_path / "a.jsonl", *"ab")
     llmpipe.run(echo_config(path), tmp_path / "run")
