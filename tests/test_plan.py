@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import gguf_models
 import pytest
 from hypothesis import given
@@ -303,13 +304,14 @@ def test_a_model_that_cannot_be_loaded_is_refused_in_the_same_words(override: st
 def test_a_directory_that_holds_a_run_is_left_as_it_is(write_jsonl: Callable[..., Path], tmp_path: Path) -> None:
     asked = ["backend=echo", f"dataset.path={write_jsonl({'prompt': 'x'}, {'prompt': 'y'})}", "hydra.run.dir=out"]
     assert run_llmpipe(*asked, cwd=tmp_path).returncode == 0
-    before = content(tmp_path / "out")
-    planned = run_llmpipe("plan=true", "resume=out", cwd=tmp_path)
-    assert planned.returncode == 0, planned.stderr
-    assert "2 of them, in the run that is there" in planned.stdout
-    other = run_llmpipe("plan=true", *asked, "seed=1", cwd=tmp_path)
-    assert other.returncode == 1 and "seed was 0, is 1" in other.stderr
-    assert content(tmp_path / "out") == before
+    with filelock.FileLock(tmp_path / "out" / ".lock"):  # as if it went on
+        before = content(tmp_path / "out")
+        planned = run_llmpipe("plan=true", "resume=out", cwd=tmp_path)
+        assert planned.returncode == 0, planned.stderr
+        assert "2 of them, in the run that is there" in planned.stdout
+        other = run_llmpipe("plan=true", *asked, "seed=1", cwd=tmp_path)
+        assert other.returncode == 1 and "seed was 0, is 1" in other.stderr
+        assert content(tmp_path / "out") == before
 
 
 def test_a_run_is_not_made_of_a_config_that_asks_for_a_plan(tmp_path: Path) -> None:
