@@ -21,6 +21,7 @@ from llmpipe.datasets import Dataset
 from llmpipe.export import export
 from llmpipe.fingerprint import fingerprint
 from llmpipe.ledger import Ledger
+from llmpipe.outputs import own_file
 from llmpipe.plan import plan
 from llmpipe.records import Completion, failed
 
@@ -249,6 +250,21 @@ def test_an_earlier_export_that_the_run_reads_is_not_replaced_and_no_file_is_add
                 with pytest.raises(LLMConfigError, match="dataset.path=.* reads it"):
                     export(replace(config, export="again", export_force=True), out, file)
     assert sorted(file.name for file in (tmp_path / "rows").iterdir()) == [".earlier.jsonl.llmpipe", "earlier.jsonl"]
+
+
+def test_of_two_exports_to_one_file_at_once_the_second_is_refused_and_the_first_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "export.jsonl"
+    with own_file(path, {"run": 1}) as first:
+        first.write(b"begun, ")
+        first.flush()
+        with pytest.raises(LLMError, match="being written by another process"), own_file(path, {"run": 1}):
+            pass
+        first.write(b"and ended")
+    assert path.read_bytes() == b"begun, and ended"
+    with own_file(path, {"run": 1}) as again:
+        again.write(b"anew")
+    assert path.read_bytes() == b"anew"
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".export.jsonl.llmpipe", "export.jsonl"]
 
 
 def test_a_plan_replaces_an_earlier_one_and_no_file_of_another_origin(
