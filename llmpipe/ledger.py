@@ -111,6 +111,7 @@ class Ledger:
                 self._check(fingerprint)
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.execute("PRAGMA synchronous=FULL")
+            self._file = _identity(self.path)
         except BaseException:
             self.close()
             raise
@@ -303,6 +304,11 @@ class Ledger:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """Write all that happens inside, synced to disk, or nothing of it."""
+        if _identity(self.path) != self._file:  # SQLite would go on, in a file that is elsewhere, or nowhere
+            raise LedgerError(
+                f"{self.path.parent} was moved, replaced or deleted while the run went on; where it is now, it "
+                f"continues with llmpipe resume="
+            )
         with self._turn, _faults_named(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -522,6 +528,14 @@ def _faults_named(path: Path) -> Iterator[None]:
         raise LedgerError(f"cannot read or write {path}: {error}; what was committed before is safe") from error
     except UnicodeDecodeError as error:  # SQLite quotes what it cannot read, and Python cannot read the quotation
         raise _damaged(path, "what should be a table is no text") from error
+
+
+def _identity(path: Path) -> int | None:
+    """Return what stays the same of a file wherever it is moved, and nothing else has; None where it is not there."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
 
 
 def _damaged(path: Path, what: str) -> LedgerError:
