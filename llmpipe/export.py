@@ -83,6 +83,7 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
                     writer.write(one)
             finally:
                 writer.finish()
+            ledger.check()
     return Exported(path, counter.rows, scan.rows)
 
 

@@ -111,6 +111,7 @@ class Ledger:
                 self._check(fingerprint)
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.execute("PRAGMA synchronous=FULL")
+            self._file = _identity(self.path)
         except BaseException:
             self.close()
             raise
@@ -303,6 +304,11 @@ class Ledger:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """Write all that happens inside, synced to disk, or nothing of it."""
+        if _identity(self.path) != self._file:  # SQLite would go on, in a file that is elsewhere, or nowhere
+            raise LedgerError(
+                f"{self.path.parent} was moved, replaced or deleted while the run went on; where it is now, it "
+                f"continues with llmpipe resume="
+            )
         with self._turn, _faults_named(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -329,13 +335,42 @@ class LedgerSnapshot(Ledger):
         self._remark = remark
         self.path = directory / FILE
         self._turn = threading.RLock()
+        self._at_rest = not _has_journal(self.path) and _last_change(self.path)
         self._db = _begun(directory)
         try:
-            self._query("BEGIN")
-            self._check(fingerprint)
+            with self._unchanged():
+                self._query("BEGIN")
+                self._check(fingerprint)
         except BaseException:
             self.close()
             raise
+
+    def completions(self) -> Iterator[Completion]:
+        """Yield every completion by row and sample; `check` tells whether they were what the ledger held.
+
+        Raises:
+            LedgerError: the file is damaged, or as `check`.
+        """
+        with self._unchanged():
+            yield from super().completions()
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Call nothing damaged that was only written to."""
+        try:
+            yield
+        except LedgerError:
+            self.check()
+            raise
+
+    def check(self) -> None:
+        """See whether a run that was at rest still is: its ledger is read as one that nobody writes to.
+
+        Raises:
+            LedgerError: it went on, and what was read may be anything.
+        """
+        if self._at_rest and self._at_rest != _last_change(self.path):
+            raise LedgerError(f"the run in {self.path.parent} went on while this was reading it: do it once more")
 
     def commit(self) -> None:
         """Nothing is ever added here."""
@@ -418,8 +453,20 @@ def _read_only(path: Path) -> sqlite3.Connection:
     """Open a ledger for reading; beside one at rest, SQLite would leave files of its own."""
     if not path.is_file():
         raise _damaged(path, "it is no file")
-    mode = "mode=ro" if path.with_name(f"{FILE}-wal").exists() else "immutable=1"
+    mode = "mode=ro" if _has_journal(path) else "immutable=1"
     return sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, isolation_level=None)
+
+
+def _has_journal(path: Path) -> bool:
+    """Say whether a run is at work on a ledger, or was killed at it."""
+    return path.with_name(f"{FILE}-wal").exists()
+
+
+def _last_change(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _create(path: Path, facts: Mapping[str, Any]) -> None:
@@ -522,6 +569,14 @@ def _faults_named(path: Path) -> Iterator[None]:
         raise LedgerError(f"cannot read or write {path}: {error}; what was committed before is safe") from error
     except UnicodeDecodeError as error:  # SQLite quotes what it cannot read, and Python cannot read the quotation
         raise _damaged(path, "what should be a table is no text") from error
+
+
+def _identity(path: Path) -> int | None:
+    """Return what stays the same of a file wherever it is moved, and nothing else has; None where it is not there."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
 
 
 def _damaged(path: Path, what: str) -> LedgerError:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +21,8 @@ from llmpipe import DatasetError, LedgerError, LLMConfigError, LLMError, RunConf
 from llmpipe.datasets import Dataset
 from llmpipe.export import export
 from llmpipe.fingerprint import fingerprint
-from llmpipe.ledger import Ledger
+from llmpipe.ledger import Ledger, LedgerSnapshot
+from llmpipe.outputs import own_file
 from llmpipe.plan import plan
 from llmpipe.records import Completion, failed
 
@@ -126,8 +128,6 @@ def test_only_rows_with_all_their_samples_are_exported(
 def test_a_ledger_is_read_as_it_was_when_the_export_began(
     write_jsonl: Callable[..., Path], tmp_path: Path, echo_config: Callable[..., RunConfig]
 ) -> None:
-    from llmpipe.ledger import LedgerSnapshot
-
     with Ledger(tmp_path, {}) as ledger:
         ledger.add([Completion(0, 0, "a")])
         ledger.commit()
@@ -135,6 +135,33 @@ def test_a_ledger_is_read_as_it_was_when_the_export_began(
             ledger.add([Completion(1, 0, "b")])
             ledger.commit()
             assert (snapshot.count(), ledger.count()) == (1, 2)
+
+
+def test_a_run_at_rest_that_goes_on_while_it_is_exported_is_to_be_exported_once_more_and_not_damaged(
+    write_jsonl: Callable[..., Path],
+    tmp_path: Path,
+    echo_config: Callable[..., RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, out = echo_config(write_jsonl(*({"prompt": str(i)} for i in range(3)))), tmp_path / "out"
+    asked = fingerprint(config, Dataset(config.dataset).scan())
+    with Ledger(out, asked) as ledger:
+        ledger.add([Completion(0, 0, "a"), Completion(1, 0, "b")])
+        ledger.commit()
+    read = LedgerSnapshot._verified
+
+    def read_while_the_run_goes_on(self: LedgerSnapshot) -> Any:
+        yield from read(self)
+        with Ledger(out, asked) as resumed:
+            resumed.add([Completion(2, 0, "c")])
+            resumed.commit()
+
+    monkeypatch.setattr(LedgerSnapshot, "_verified", read_while_the_run_goes_on)
+    with pytest.raises(LedgerError, match="went on while this was reading it: do it once more"):
+        export(config, out, tmp_path / "export.jsonl")
+    assert not (tmp_path / "export.jsonl").exists()
+    monkeypatch.undo()
+    assert export(config, out, tmp_path / "export.jsonl").rows == 3
 
 
 def test_what_cannot_be_exported_is_refused_with_the_reason(
@@ -249,6 +276,21 @@ def test_an_earlier_export_that_the_run_reads_is_not_replaced_and_no_file_is_add
                 with pytest.raises(LLMConfigError, match="dataset.path=.* reads it"):
                     export(replace(config, export="again", export_force=True), out, file)
     assert sorted(file.name for file in (tmp_path / "rows").iterdir()) == [".earlier.jsonl.llmpipe", "earlier.jsonl"]
+
+
+def test_of_two_exports_to_one_file_at_once_the_second_is_refused_and_the_first_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "export.jsonl"
+    with own_file(path, {"run": 1}) as first:
+        first.write(b"begun, ")
+        first.flush()
+        with pytest.raises(LLMError, match="being written by another process"), own_file(path, {"run": 1}):
+            pass
+        first.write(b"and ended")
+    assert path.read_bytes() == b"begun, and ended"
+    with own_file(path, {"run": 1}) as again:
+        again.write(b"anew")
+    assert path.read_bytes() == b"anew"
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".export.jsonl.llmpipe", "export.jsonl"]
 
 
 def test_a_plan_replaces_an_earlier_one_and_no_file_of_another_origin(

@@ -86,15 +86,27 @@ WILD = st.dictionaries(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(WILD, max_size=4), st.sampled_from([None, 1, 3]), st.integers(1, 9), st.booleans())
+@given(
+    rows=st.lists(WILD, max_size=4),
+    indent=st.sampled_from([None, 1, 3]),
+    block=st.integers(1, 9) | st.integers(1, 99),
+    few=st.integers(1, 9),
+    array=st.booleans(),
+)
 def test_every_value_is_exactly_that_of_jsonl_wherever_blocks_end(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], indent: int | None, block: int, array: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[dict[str, Any]],
+    indent: int | None,
+    block: int,
+    few: int,
+    array: bool,
 ) -> None:
     path = tmp_path_factory.mktemp("wild") / "a.json"
     text = json.dumps(rows, indent=indent) if array else "\r\n".join(json.dumps(row, indent=indent) for row in rows)
     write(path, text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_reader, "_BLOCK", block)
+        patch.setattr(json_reader, "_FEW", few)
         found = list(json_reader.read_json(path))
     assert [row.values for row in found] == rows
     assert [list(row.values) for row in found] == [list(row) for row in rows]

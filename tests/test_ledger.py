@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,22 @@ def test_the_journal_of_a_ledger_that_was_moved_away_is_not_taken_for_that_of_th
     (tmp_path / f"{FILE}-wal").write_bytes(journal)
     with Ledger(tmp_path, ASKED) as ledger:
         assert ledger.count() == 0
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_whose_directory_is_moved_ends_and_goes_on_where_that_is_now(tmp_path: Path, replaced: bool) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    with Ledger(here, ASKED) as ledger:
+        ledger.add([Completion(0)])
+        ledger.commit()
+        here.rename(there)
+        other = Ledger(here, {**ASKED, "seed": 1}) if replaced else nullcontext()
+        with other, pytest.raises(LedgerError, match="was moved, replaced or deleted"):
+            ledger.add([Completion(1)])
+            ledger.commit()
+    with Ledger(there, ASKED) as ledger:
+        assert [one.request_id for one in ledger.completions()] == [0]
+        ledger.finish()
 
 
 def text_of_others(path: Path) -> None:

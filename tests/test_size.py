@@ -9,6 +9,7 @@ import resource
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -360,17 +361,19 @@ _JSON = st.recursive(
 @given(
     values=st.lists(_JSON, max_size=8),
     block=st.integers(1, 50),
+    few=st.integers(1, 9),
     most=st.integers(1, 80),
     indent=st.sampled_from([None, 1]),
 )
 @settings(max_examples=200, deadline=None)
 def test_whatever_json_holds_the_rows_up_to_a_size_are_read_and_the_others_are_errors(
-    values: list[Any], block: int, most: int, indent: int | None, tmp_path_factory: pytest.TempPathFactory
+    values: list[Any], block: int, few: int, most: int, indent: int | None, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_text("[" + ",\n".join(json.dumps(value, indent=indent) for value in values) + "]")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_format, "_BLOCK", block)
+        patch.setattr(json_format, "_FEW", few)
         found = list(json_format.read_json(path, DatasetConfig(path=str(path), max_row_mb=most / 1e6)))
     assert len(found) == len(values)
     for value, row in zip(values, found, strict=True):
@@ -380,6 +383,22 @@ def test_whatever_json_holds_the_rows_up_to_a_size_are_read_and_the_others_are_e
             assert row.values == value
         else:
             assert row.error is not None and "not an object" in row.error
+
+
+def test_the_brackets_of_a_row_that_has_very_many_are_not_looked_at_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "brackets.json"
+    path.write_bytes(b'[{"x": [' + b'[{"]": "["}], [],' * 200_000 + b'1]}, {"prompt": "b"}]')
+
+    def seconds(few: int) -> float:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(json_format, "_FEW", few)
+            begin = time.thread_time()
+            rows = json_format.read_json(path, DatasetConfig(path=str(path), max_row_mb=0.1))
+            assert [row.error is None for row in rows] == [False, True]
+            return time.thread_time() - begin
+
+    one_by_one = seconds(10**9)
+    assert seconds(json_format._FEW) < one_by_one / 2
 
 
 # --- columns, answers, messages ---------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+
 from llmpipe.config import DatasetConfig
 from llmpipe.datasets.jsonl import DEFAULTS, KEPT_BYTES, row_of, too_large
 from llmpipe.datasets.opening import open_bytes
@@ -28,6 +30,11 @@ MAX_DEPTH = 8
 _BLOCK = 2**16
 _STRING = rb'"[^"\\\r\n]*+(?:\\.[^"\\\r\n]*+)*+"'
 _TOKEN = re.compile(_STRING + rb'|[\[\]{}"]')
+_STRINGS = re.compile(_STRING)
+_WHOLE = re.compile(rb'(?:[^"]++|' + _STRING + rb")*+")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_FEW = 4096
+"""So many brackets and strings are looked at one by one, as most rows have fewer; then blocks are."""
 _IN_STRING = re.compile(rb'[^"\\\r\n]*+(?:\\.[^"\\\r\n]*+)*+')
 _SCALAR = re.compile(_STRING + rb'|[^][{}",: \t\r\n]*')
 _BLANKS = re.compile(rb"[ \t\r\n]*")
@@ -262,8 +269,10 @@ class _Text:
         begun, at = self.line, self._at
         too_large: _TooLarge | None = None
         while True:
-            in_string = False
-            for match in _TOKEN.finditer(self._held, at):
+            in_string, number = False, 0
+            for number, match in enumerate(_TOKEN.finditer(self._held, at)):
+                if number == _FEW:
+                    break
                 sign = match[0]
                 at = match.end()
                 if sign in b"{[":
@@ -283,6 +292,9 @@ class _Text:
                     break
             else:
                 at = len(self._held)
+            if number == _FEW:
+                at, depth = self._inside(at, depth)
+                continue
             if _BREAK.search(self._held, at):
                 line = self.line + self._held.count(b"\n", self._at, at)
                 raise ValueError(f"line {line}: a quote is never closed")
@@ -297,6 +309,23 @@ class _Text:
             at -= self._at
             if not self._more():
                 raise ValueError(f"line {begun}: the value that begins there has no end")
+
+    def _inside(self, at: int, depth: int) -> tuple[int, int]:
+        """Return up to where no bracket closes the value, as far as blocks can be told at once, and how many are open.
+
+        Args:
+            at: Where to begin; not inside of a string.
+            depth: How many are open there.
+        """
+        while (match := _WHOLE.match(self._held, at, at + _BLOCK)) is not None and match.end() > at:
+            text = match[0]
+            outside = _STRINGS.sub(b"", text) if b"\\" in text else b"".join(text.split(b'"')[::2])  # which is faster
+            brackets = np.frombuffer(outside.translate(None, _NO_BRACKETS), np.uint8)
+            depths = depth + np.cumsum((brackets & 2).astype(np.int64) - 1)  # of them, only [ and { have that bit
+            if depths.min(initial=depth) <= 0:
+                break
+            at, depth = match.end(), int(depths[-1]) if len(depths) else depth
+        return at, depth
 
     def _beginning(self) -> bytes:
         return self._held[self._at : self._at + KEPT_BYTES]

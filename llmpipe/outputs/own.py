@@ -10,12 +10,15 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import filelock
+
 from llmpipe.exceptions import LLMError
 from llmpipe.files import file_digest, new_files, seal
+from llmpipe.place import check_link
 
 
 def note_of(path: Path) -> Path:
@@ -73,16 +76,39 @@ def own_file(path: Path, of: Mapping[str, Any], force: bool = False) -> Iterator
     """Open a file that gets its name when the block ends without an error, if `refuse_foreign` has nothing against it.
 
     Raises:
-        LLMError: as `refuse_foreign`, or the disk is full or cannot be written.
+        LLMError: as `refuse_foreign`, or another process writes it, or the disk is full or cannot be written.
     """
     note = note_of(path).name
-    refuse_foreign(path, of, force)
     # The note gets its name first: one that is killed between the two leaves a note that knows both files.
-    with new_files(path.parent, [note, path.name]) as files:
+    with _alone(path), new_files(path.parent, [note, path.name]) as files:
         yield files[path.name]
         digests = [*seal({path.name: files[path.name]}).values(), *refuse_foreign(path, of, force)]
         files[note].write(json.dumps({"digests": digests, "of": of}).encode("ascii") + b"\n")
         seal({note: files[note]})
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let no other process write the file, whose temporary names are the same.
+
+    Raises:
+        LLMError: one does, or the directory cannot be written.
+    """
+    file = path.with_name(f"{note_of(path).name}.lock")
+    check_link(file)
+    lock = filelock.FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise LLMError(f"{path} is being written by another process: wait for it, or choose another name") from error
+    except OSError as error:
+        raise LLMError(f"cannot write to {path.parent}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink()  # before the next one can have it
+        lock.release()
 
 
 def is_same(path: Path, other: Path) -> bool:
