@@ -16,7 +16,7 @@ from llmpipe.config.backends import BACKENDS
 from llmpipe.config.checks import naming, reject_unknown
 from llmpipe.config.escapes import read_escapes
 from llmpipe.config.run import RunConfig
-from llmpipe.config.trust import check_options, said_by_user, trusted_modules
+from llmpipe.config.trust import check_options, is_said_by_user, trusted_modules
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.redaction import Place, below, conceal
 
@@ -92,7 +92,7 @@ def to_run_config(
         config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)
     config.trusted_modules = trusted_modules(overrides, primary, sources)
-    check_options(config.backend, lambda key: said_by_user(key, overrides, primary, sources))
+    check_options(config.backend, lambda key, value: is_said_by_user(key, value, overrides, primary, sources))
     if foreign:
         config.backend = OmegaConf.to_container(composed.backend, resolve=True, enum_to_str=True)
     config.references = references
