@@ -160,8 +160,10 @@ def test_what_a_person_trusts_runs(place: Path, said: Said) -> None:
     assert (place / "owned").is_dir()
     (place / "owned").rmdir()
     (place / "my" / "mine.yaml").write_text("defaults: [config, _self_]\ntrusted_modules: [joblib]\n")
-    assert said(*chosen, "--config-name=mine", "hydra.run.dir=again")[0] == 0
-    assert (place / "owned").is_dir()
+    for name in ("mine", "mine.yaml"):
+        assert said(*chosen, f"--config-name={name}", f"hydra.run.dir=by-{name}")[0] == 0
+        assert (place / "owned").is_dir()
+        (place / "owned").rmdir()
     assert "trusted_modules must be a list" in said(*chosen, "trusted_modules=joblib")[1]
 
 

@@ -238,7 +238,7 @@ def said_by_user(key: str, overrides: Sequence[str], config_name: str | None, so
         if key_of(override) == key:
             return OverridesParser.create().parse_override(override).value()
     for source in sources if config_name else ():
-        primary = Path(source.path) / f"{config_name}.yaml"
+        primary = Path(source.path) / f"{str(config_name).removesuffix('.yaml')}.yaml"
         if source.schema == "file" and primary.is_file():
             return OmegaConf.select(OmegaConf.load(primary), key)
     return None
