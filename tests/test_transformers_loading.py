@@ -467,6 +467,16 @@ def test_no_file_of_a_checkpoint_leads_to_one_elsewhere(
     assert "names '" in text and ("does not lie beside it" in text or "is no safetensors" in text)
 
 
+def test_a_config_for_a_version_of_transformers_leads_to_no_pickle(checkpoint: Path) -> None:
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "adapter_model.bin")
+    shutil.copy(checkpoint / "config.json", checkpoint / "config.4.0.0.json")
+    edit(checkpoint, configuration_files=["config.4.0.0.json"])
+    file = checkpoint / "config.4.0.0.json"
+    for chosen, why in (("adapter_model.bin", "is no safetensors"), ("../w.safetensors", "does not lie beside it")):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "transformers_weights": chosen}))
+        assert f"config.4.0.0.json names {chosen!r}, which {why}" in refusal(checkpoint)
+
+
 def test_where_a_checkpoint_came_from_may_be_told(checkpoint: Path, tmp_path: Path, expected: list[str]) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     edit(checkpoint, _name_or_path=str(tmp_path / "tokenizer.json"))
