@@ -518,6 +518,22 @@ def test_an_attention_from_the_hub_is_code_and_is_not_chosen_by_a_config(
         assert answers(runner) == expected
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"peft_type": "XLORA", "hidden_size": 256, "adapters": {"0": "pickled"}, "use_trainable_adapters": False},
+        {"peft_type": "SHADOW", "shadow_model": "pickled"},
+    ],
+    ids=lambda asked: asked["peft_type"],
+)
+def test_an_adapter_that_loads_others_is_refused(asked: dict[str, Any], checkpoint: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "a")
+    (adapter / "adapter_config.json").write_text(json.dumps({"task_type": "CAUSAL_LM", **asked}))
+    edit(checkpoint, use_cache=False)
+    text = refusal(checkpoint, lora=[str(adapter)])
+    assert f"an adapter of the type {asked['peft_type']} loads others, wherever they are" in text
+
+
 def test_an_adapters_files_lead_to_none_elsewhere(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "a")
     (tmp_path / "cache.pt").write_bytes(pickle.dumps(Marker(tmp_path / "ran")))

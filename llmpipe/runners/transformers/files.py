@@ -17,6 +17,8 @@ from llmpipe.exceptions import LLMInitializationError
 
 TOLD_ONLY = frozenset({"_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_file"})
 """Where a file came from, which is read by nobody; for `tokenizer_file`, transformers puts the one beside it."""
+LOADS_OTHERS = ("XLORA", "SHADOW")
+"""Types of adapters that name others, or models, which peft would load from anywhere, pickled or not."""
 PART = "shard-"
 """What the names of files begin with that transformers takes for parts of a distributed program's weights."""
 
@@ -53,6 +55,9 @@ def refuse_strangers(name: str, path: str, source: Mapping[str, Any], allow_pick
     for key in ("fast_tokenizer_files", "init_inputs"):
         for other in tokenizer.get(key) or ():
             files.check("tokenizer_config.json", other)
+    kind = files.read("adapter_config.json").get("peft_type")
+    if kind in LOADS_OTHERS:
+        raise LLMInitializationError(f"{name}: an adapter of the type {kind} loads others, wherever they are")
     for file in (*configs, "tokenizer_config.json", "adapter_config.json", "generation_config.json"):
         for text in _texts(files.read(file)):
             if os.path.isfile(text) and Path(text).resolve().parent != Path(path).resolve():
