@@ -21,13 +21,15 @@ import transformers as hf
 from families import COMMON, GROUPED
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 
 from llmpipe import LLMConfigError, LLMInitializationError
 from llmpipe.cli import main
+from llmpipe.config import TransformersConfig
 from llmpipe.exceptions import MissingDependencyError
 from llmpipe.runners import trials
 from llmpipe.runners.transformers import TransformersRunner, loading
+from llmpipe.runners.transformers.loading import refuse_kernels
 from llmpipe.runners.transformers.trial import try_tokenizer
 from llmpipe.runners.weights import BUNDLED_DIR
 
@@ -516,6 +518,15 @@ def test_an_attention_from_the_hub_is_code_and_is_not_chosen_by_a_config(
     assert "chooses an attention from the hub (somebody/kernels), which is code" in refusal(checkpoint)
     with load(checkpoint, attn_implementation="eager") as runner:
         assert answers(runner) == expected
+
+
+def test_an_attention_from_the_hub_is_not_chosen_for_a_part_of_a_model() -> None:
+    model_config = Gemma3Config(attn_implementation={"": "sdpa", "vision_config": "somebody/kernels"})
+    assert model_config.vision_config._attn_implementation == "somebody/kernels"
+    with pytest.raises(LLMInitializationError, match="chooses an attention from the hub .somebody/kernels"):
+        refuse_kernels(TransformersConfig(), model_config)
+    refuse_kernels(TransformersConfig(attn_implementation="sdpa"), model_config)
+    assert model_config.vision_config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(
