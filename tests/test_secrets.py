@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from traps import Said
 
 import llmpipe
 from llmpipe import EchoRunner, LedgerError, LLMConfigError, LLMError, RunConfig, compose
@@ -222,6 +223,19 @@ def test_no_directory_table_or_log_of_a_sweep_has_a_value(rows: Path, tmp_path: 
     assert len(list((tmp_path / "sweep").glob("*/report.html"))) == 2
     assert "a ${oc.env:SECRET}" in done.stdout.replace("\\", "")
     check_hidden(tmp_path, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("value", ["a ${oc.env:SECRET}", "\\${oc.env:SECRET}", "${prompt.template}"])
+def test_no_sweep_over_the_environment_is_written_out(value: str, place: Path, said: Said) -> None:
+    (place / "mine.yaml").write_text(
+        "defaults: [config, _self_]\nprompt: {template: '${oc.env:SECRET}'}\n"
+        f"hydra: {{mode: MULTIRUN, sweeper: {{params: {{seed: '1,2', prompt.system: '{value}'}}}}}}\n"
+    )
+    chosen = ["--config-dir=.", "--config-name=mine", "backend=echo", "dataset.path=rows.jsonl"]
+    code, error = said(*chosen, "hydra.sweep.dir=sweep")
+    assert code == 1 and error.count("\n") == 1 and not (place / "sweep").exists(), error
+    assert f"hydra.sweeper.params.prompt.system={value!r} is not allowed; it must be on the command line" in error
+    check_hidden(error)
 
 
 LEAKY = """

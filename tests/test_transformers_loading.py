@@ -21,13 +21,15 @@ import transformers as hf
 from families import COMMON, GROUPED
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 
 from llmpipe import LLMConfigError, LLMInitializationError
 from llmpipe.cli import main
+from llmpipe.config import TransformersConfig
 from llmpipe.exceptions import MissingDependencyError
 from llmpipe.runners import trials
 from llmpipe.runners.transformers import TransformersRunner, loading
+from llmpipe.runners.transformers.loading import refuse_kernels
 from llmpipe.runners.transformers.trial import try_tokenizer
 from llmpipe.runners.weights import BUNDLED_DIR
 
@@ -467,6 +469,16 @@ def test_no_file_of_a_checkpoint_leads_to_one_elsewhere(
     assert "names '" in text and ("does not lie beside it" in text or "is no safetensors" in text)
 
 
+def test_a_config_for_a_version_of_transformers_leads_to_no_pickle(checkpoint: Path) -> None:
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "adapter_model.bin")
+    shutil.copy(checkpoint / "config.json", checkpoint / "config.4.0.0.json")
+    edit(checkpoint, configuration_files=["config.4.0.0.json"])
+    file = checkpoint / "config.4.0.0.json"
+    for chosen, why in (("adapter_model.bin", "is no safetensors"), ("../w.safetensors", "does not lie beside it")):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "transformers_weights": chosen}))
+        assert f"config.4.0.0.json names {chosen!r}, which {why}" in refusal(checkpoint)
+
+
 def test_where_a_checkpoint_came_from_may_be_told(checkpoint: Path, tmp_path: Path, expected: list[str]) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     edit(checkpoint, _name_or_path=str(tmp_path / "tokenizer.json"))
@@ -506,6 +518,31 @@ def test_an_attention_from_the_hub_is_code_and_is_not_chosen_by_a_config(
     assert "chooses an attention from the hub (somebody/kernels), which is code" in refusal(checkpoint)
     with load(checkpoint, attn_implementation="eager") as runner:
         assert answers(runner) == expected
+
+
+def test_an_attention_from_the_hub_is_not_chosen_for_a_part_of_a_model() -> None:
+    model_config = Gemma3Config(attn_implementation={"": "sdpa", "vision_config": "somebody/kernels"})
+    assert model_config.vision_config._attn_implementation == "somebody/kernels"
+    with pytest.raises(LLMInitializationError, match="chooses an attention from the hub .somebody/kernels"):
+        refuse_kernels(TransformersConfig(), model_config)
+    refuse_kernels(TransformersConfig(attn_implementation="sdpa"), model_config)
+    assert model_config.vision_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"peft_type": "XLORA", "hidden_size": 256, "adapters": {"0": "pickled"}, "use_trainable_adapters": False},
+        {"peft_type": "SHADOW", "shadow_model": "pickled"},
+    ],
+    ids=lambda asked: asked["peft_type"],
+)
+def test_an_adapter_that_loads_others_is_refused(asked: dict[str, Any], checkpoint: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "a")
+    (adapter / "adapter_config.json").write_text(json.dumps({"task_type": "CAUSAL_LM", **asked}))
+    edit(checkpoint, use_cache=False)
+    text = refusal(checkpoint, lora=[str(adapter)])
+    assert f"an adapter of the type {asked['peft_type']} loads others, wherever they are" in text
 
 
 def test_an_adapters_files_lead_to_none_elsewhere(tmp_path: Path) -> None:

@@ -126,6 +126,17 @@ def test_a_group_cannot_have_a_model_run_code(option: str, place: Path, said: Sa
     assert getattr(compose(["backend=evil", f"backend.{option}=true"], "my").backend, option)
 
 
+def test_a_group_has_not_the_last_word_on_what_a_primary_config_says_of_code(place: Path, said: Said) -> None:
+    flags, experiment, _, rows = write_group(place, {"backend": {"trust_remote_code": True}})
+    chosen = [flags, "--config-name=mine", experiment, rows, "backend.model=./nowhere", "hydra.run.dir=out"]
+    for wanted, why in (("false", "is not for a config group to set"), ("true", "does not exist")):
+        (place / "my" / "mine.yaml").write_text(
+            f"defaults: [config, override backend: transformers, _self_]\nbackend: {{trust_remote_code: {wanted}}}\n"
+        )
+        code, error = said(*chosen)
+        assert code == 1 and why in error
+
+
 def test_a_group_cannot_put_trust_into_a_sweep(place: Path, said: Said) -> None:
     params = {"trusted_modules": "[evilmodule]", "backend._target_": "evilmodule.Handler"}
     chosen = write_group(place, {"hydra": {"sweeper": {"params": params}}})
@@ -149,8 +160,10 @@ def test_what_a_person_trusts_runs(place: Path, said: Said) -> None:
     assert (place / "owned").is_dir()
     (place / "owned").rmdir()
     (place / "my" / "mine.yaml").write_text("defaults: [config, _self_]\ntrusted_modules: [joblib]\n")
-    assert said(*chosen, "--config-name=mine", "hydra.run.dir=again")[0] == 0
-    assert (place / "owned").is_dir()
+    for name in ("mine", "mine.yaml"):
+        assert said(*chosen, f"--config-name={name}", f"hydra.run.dir=by-{name}")[0] == 0
+        assert (place / "owned").is_dir()
+        (place / "owned").rmdir()
     assert "trusted_modules must be a list" in said(*chosen, "trusted_modules=joblib")[1]
 
 

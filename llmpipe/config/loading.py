@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import hydra._internal.hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from llmpipe.config.checks import check
-from llmpipe.config.reading import conf_dir
-from llmpipe.config.trust import DESCRIPTIVE, TAKES_TRUST, check_composed, check_group, key_of, trusted_modules
+from llmpipe.config.reading import conf_dir, references_of
+from llmpipe.config.trust import DESCRIPTIVE, TAKES_TRUST, check_composed, check_group, key_of, leaves, trusted_modules
 from llmpipe.exceptions import LLMConfigError
 
 _TRUSTED_PLACES = ("structured:", "pkg://hydra.", "pkg://hydra_plugins.")
 """Where what Python code has registered, Hydra and its plugins have their config files."""
+
+_SWEPT = ("params", "search_space", "parametrization")
+"""Where sweepers are told what to sweep over."""
 
 
 class CheckedLoader(ConfigLoaderImpl):
@@ -30,11 +35,16 @@ class CheckedLoader(ConfigLoaderImpl):
         """Compose a configuration.
 
         Raises:
-            LLMConfigError: it names code that is not trusted, or a group says what only a person may say.
+            LLMConfigError: it names code that is not trusted, or a group says what only a person may say; or it sweeps
+                over what the environment has.
         """
         composed = super().load_configuration(config_name, overrides, *args, **kwargs)
         trusted = trusted_modules(overrides, config_name, composed.hydra.runtime.config_sources)
-        check_composed(_written(composed), trusted)
+        written = _written(composed)
+        check_composed(written, trusted)
+        # Where Hydra only asks for the mode, it takes a refusal for a run that is no sweep.
+        if composed.hydra.mode is RunMode.MULTIRUN and kwargs.get("validate_sweep_overrides", True):
+            _check_sweep(composed.hydra, written["hydra"])
         return composed
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
@@ -56,6 +66,25 @@ class CheckedLoader(ConfigLoaderImpl):
         if not (own and ".." not in default.config_path) and not default.primary:
             check_group(_written(loaded.config), f"{loaded.path}/{default.config_path}.yaml")
         return loaded
+
+
+def _check_sweep(node: Any, written: dict[str, Any]) -> None:
+    """Refuse a sweep over what came from the environment: the sweeper resolves it, and writes it as a job's argument.
+
+    Args:
+        node: Hydra's node.
+        written: The same as plain values.
+
+    Raises:
+        LLMConfigError: says how each job reads it by itself.
+    """
+    for group in ("launcher", "sweeper"):
+        for name, raw in (written[group] or {}).items():
+            asking = {path: text for path, text in leaves(raw, ("hydra", group, name)) if "oc.env" in str(text)}
+            with suppress(OmegaConfBaseException):  # what only a job can tell
+                asking |= references_of(node[group], {name: raw}, ("hydra", group))
+            for path, text in asking.items() if name in _SWEPT else ():
+                check(False, ".".join(path), text, "on the command line: -m 'KEY=${oc.env:ONE},${oc.env:TWO}'")
 
 
 def _written(config: Any) -> Any:

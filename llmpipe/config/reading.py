@@ -16,7 +16,7 @@ from llmpipe.config.backends import BACKENDS
 from llmpipe.config.checks import naming, reject_unknown
 from llmpipe.config.escapes import read_escapes
 from llmpipe.config.run import RunConfig
-from llmpipe.config.trust import check_options, said_by_user, trusted_modules
+from llmpipe.config.trust import check_options, is_said_by_user, trusted_modules
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.redaction import Place, below, conceal
 
@@ -87,19 +87,19 @@ def to_run_config(
     target = OmegaConf.select(composed, "backend._target_", default=None)
     foreign = target is not None and not str(target).startswith("llmpipe.")
     _refuse_added_keys(composed, but=["backend"] if foreign else [])
-    references = dict(_references(composed, OmegaConf.to_container(composed, resolve=False)))
+    references = dict(references_of(composed, OmegaConf.to_container(composed, resolve=False)))
     with naming(below(references, "sampling") | references):  # whose checks leave the group out: rows have it, too
         config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)
     config.trusted_modules = trusted_modules(overrides, primary, sources)
-    check_options(config.backend, lambda key: said_by_user(key, overrides, primary, sources))
+    check_options(config.backend, lambda key, value: is_said_by_user(key, value, overrides, primary, sources))
     if foreign:
         config.backend = OmegaConf.to_container(composed.backend, resolve=True, enum_to_str=True)
     config.references = references
     return config
 
 
-def _references(node: Any, raw: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
+def references_of(node: Any, raw: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
     """Yield what is written where values come from the environment, directly or by way of other keys and resolvers.
 
     Args:
@@ -114,7 +114,7 @@ def _references(node: Any, raw: Any, place: Place = ()) -> Iterator[tuple[Place,
         here = (*place, str(key))
         if not OmegaConf.is_interpolation(node, key):
             if isinstance(text, (dict, list)):
-                yield from _references(node[key], text, here)
+                yield from references_of(node[key], text, here)
             continue
         asked: set[str] = set()
         token = _asked.set(asked)

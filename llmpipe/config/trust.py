@@ -173,19 +173,19 @@ def leaves(values: Any, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
         yield from leaves(value, (*path, name))
 
 
-def check_options(backend: Any, said: Callable[[str], Any]) -> None:
+def check_options(backend: Any, is_said: Callable[[str, Any], bool]) -> None:
     """Refuse a backend's options that run code of a model, unless a person has asked for them.
 
     Args:
         backend: A backend's config.
-        said: Tells what the command line or the primary config says of a key.
+        is_said: Says whether the command line or the primary config sets a key to a value.
 
     Raises:
         LLMConfigError: names the option, and says where it may stand.
     """
     for field in fields(backend) if is_dataclass(backend) else ():
         key, value = f"backend.{field.name}", getattr(backend, field.name)
-        if key in TAKES_TRUST and brings_code(value) and said(key) is None:
+        if key in TAKES_TRUST and brings_code(value) and not is_said(key, value):
             raise LLMConfigError(
                 f"{key}={value} is not for a config group to set: it runs code that comes with a model. "
                 f"If you trust the model, set it on the command line or in your primary config"
@@ -200,6 +200,26 @@ def brings_code(value: Any) -> bool:
 def key_of(override: str) -> str:
     """Return the key, or the group, of an override as it is typed."""
     return override.partition("=")[0].lstrip("+~")
+
+
+def is_said_by_user(
+    key: str, value: Any, overrides: Sequence[str], config_name: str | None, sources: Sequence[Any]
+) -> bool:
+    """Say whether the command line, which has the last word, or the primary config file itself sets a key to a value.
+
+    What the primary config says need not be what was composed: groups chosen on the command line may stand above it.
+
+    Args:
+        key: The key.
+        value: What was composed of it.
+        overrides: As in `said_by_user`.
+        config_name: As in `said_by_user`.
+        sources: As in `said_by_user`.
+    """
+    if key in map(key_of, overrides):
+        return True
+    said = said_by_user(key, (), config_name, sources)
+    return said == value or str(said).lower() == str(value).lower()  # the environment's true is text
 
 
 def said_by_user(key: str, overrides: Sequence[str], config_name: str | None, sources: Sequence[Any]) -> Any:
@@ -218,7 +238,7 @@ def said_by_user(key: str, overrides: Sequence[str], config_name: str | None, so
         if key_of(override) == key:
             return OverridesParser.create().parse_override(override).value()
     for source in sources if config_name else ():
-        primary = Path(source.path) / f"{config_name}.yaml"
+        primary = Path(source.path) / f"{str(config_name).removesuffix('.yaml')}.yaml"
         if source.schema == "file" and primary.is_file():
             return OmegaConf.select(OmegaConf.load(primary), key)
     return None

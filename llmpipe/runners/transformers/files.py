@@ -17,6 +17,8 @@ from llmpipe.exceptions import LLMInitializationError
 
 TOLD_ONLY = frozenset({"_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_file"})
 """Where a file came from, which is read by nobody; for `tokenizer_file`, transformers puts the one beside it."""
+LOADS_OTHERS = ("XLORA", "SHADOW")
+"""Types of adapters that name others, or models, which peft would load from anywhere, pickled or not."""
 PART = "shard-"
 """What the names of files begin with that transformers takes for parts of a distributed program's weights."""
 
@@ -36,10 +38,15 @@ def refuse_strangers(name: str, path: str, source: Mapping[str, Any], allow_pick
     files = Files(name, path, source)
     indexes = ["model.safetensors.index.json", *(["pytorch_model.bin.index.json"] if allow_pickle else [])]
     ending = "" if allow_pickle else ".safetensors"
-    chosen = files.read("config.json").get("transformers_weights")  # instead of the usual ones
-    if chosen is not None:
-        files.check("config.json", chosen, ending and (ending, f"{ending}.index.json"))
-        indexes += [chosen] if chosen.endswith(".index.json") else []
+    configs = ["config.json"]
+    for other in files.read("config.json").get("configuration_files") or ():  # of which one is read instead
+        files.check("config.json", other)
+        configs.append(other)
+    for config in configs:
+        chosen = files.read(config).get("transformers_weights")  # instead of the usual ones
+        if chosen is not None:
+            files.check(config, chosen, ending and (ending, f"{ending}.index.json"))
+            indexes += [chosen] if chosen.endswith(".index.json") else []
     for index in indexes:
         listed = files.read(index).get("weight_map")
         for weights in {str(name): name for name in listed.values()}.values() if isinstance(listed, dict) else ():
@@ -48,7 +55,10 @@ def refuse_strangers(name: str, path: str, source: Mapping[str, Any], allow_pick
     for key in ("fast_tokenizer_files", "init_inputs"):
         for other in tokenizer.get(key) or ():
             files.check("tokenizer_config.json", other)
-    for file in ("config.json", "tokenizer_config.json", "adapter_config.json", "generation_config.json"):
+    kind = files.read("adapter_config.json").get("peft_type")
+    if kind in LOADS_OTHERS:
+        raise LLMInitializationError(f"{name}: an adapter of the type {kind} loads others, wherever they are")
+    for file in (*configs, "tokenizer_config.json", "adapter_config.json", "generation_config.json"):
         for text in _texts(files.read(file)):
             if os.path.isfile(text) and Path(text).resolve().parent != Path(path).resolve():
                 raise files.stranger(file, text)

@@ -121,7 +121,7 @@ class Checkpoint:
                 refuse_adapter(config.model, path, self.source)
                 refuse_strangers(config.model, path, self.source, config.allow_pickle)
             if not config.trust_remote_code:
-                _refuse_kernels(config, self.config)
+                refuse_kernels(config, self.config)
             _settle_rope(self.config.get_text_config(), config.context)
             try_tokenizer(config.model, self.path, self.source)
             self.tokenizer = AutoTokenizer.from_pretrained(self.path, **self.source)
@@ -206,13 +206,13 @@ def _refuse_what_does_not_generate(name: str, model_config: Any) -> None:
         raise LLMInitializationError(f"{name} ({kind}) keeps rows' states in its modules, so rows would mix")
 
 
-def _refuse_kernels(config: TransformersConfig, model_config: Any) -> None:
+def refuse_kernels(config: TransformersConfig, model_config: Any) -> None:
     """Refuse a checkpoint that chooses an attention from the hub, which is code, unless the user chooses another.
 
     Raises:
         LLMInitializationError: names it.
     """
-    for part in (model_config, model_config.get_text_config()):
+    for part in (*_parts(model_config), model_config.get_text_config()):
         if "/" not in str(part._attn_implementation):
             continue
         if config.attn_implementation is None:
@@ -221,6 +221,14 @@ def _refuse_kernels(config: TransformersConfig, model_config: Any) -> None:
                 f"backend.attn_implementation=sdpa, or backend.trust_remote_code=true if you trust it"
             )
         part._attn_implementation = config.attn_implementation
+
+
+def _parts(model_config: Any) -> Iterator[Any]:
+    """Yield a config and those inside of it, as of a model that also sees."""
+    yield model_config
+    for name in model_config.sub_configs:
+        if (inner := getattr(model_config, name, None)) is not None:
+            yield from _parts(inner)
 
 
 def _refuse_what_would_be_random(name: str, model: Any, missing: Sequence[str]) -> None:
