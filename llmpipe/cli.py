@@ -248,6 +248,9 @@ class Program:
             raise Interrupted(error) from error
         except (LLMError, OSError) as error:
             log.error("llmpipe: %s", one_line(error))
+        except Exception as error:  # the command shows it: another process, perhaps, that was never told what to hide
+            error.args = redacted(error.args)
+            raise
         if job.mode is RunMode.MULTIRUN:
             return Found(found or {}, job.job.num, Outcome(self._exit_code, typed(job), metrics))
         return found

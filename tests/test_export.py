@@ -262,6 +262,25 @@ def test_an_export_replaces_nothing_that_llmpipe_did_not_write(
     assert not [file for file in tmp_path.rglob("*.tmp")]
 
 
+def test_a_pipe_in_the_place_of_a_file_holds_nobody_up(write_jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    config = llmpipe.compose(["backend=echo", f"dataset.path={write_jsonl({'prompt': 'hi'})}"])
+    llmpipe.run(config, tmp_path / "out")
+    export(config, tmp_path / "out")
+    for name in ("metrics.json", ".partial.jsonl.llmpipe"):
+        (tmp_path / "out" / name).unlink()
+        os.mkfifo(tmp_path / "out" / name)
+    program = (
+        "import llmpipe; from llmpipe.export import export\n"
+        f"config = llmpipe.compose(['backend=echo', 'dataset.path={config.dataset.path}'])\n"
+        "for work in (llmpipe.run, export):\n"
+        "    try: work(config, 'out')\n"
+        "    except llmpipe.LLMError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert "metrics.json: it is no regular file; move it away" in done.stdout, done.stderr
+    assert "partial.jsonl is there already, and llmpipe did not write it" in done.stdout
+
+
 def test_an_earlier_export_that_the_run_reads_is_not_replaced_and_no_file_is_added_to_a_dataset(
     two_runs: list[RunConfig], tmp_path: Path, echo_config: Callable[..., RunConfig]
 ) -> None:

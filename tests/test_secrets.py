@@ -300,6 +300,16 @@ def test_a_backend_of_someone_elses_leaks_nothing_that_it_was_given(
     check_hidden(tmp_path / "out", done.stdout, done.stderr)
 
 
+def test_what_a_job_fails_with_goes_without_values_to_whoever_shows_it(place: Path, said: Said) -> None:
+    (place / "leaky.py").write_text(LEAKY)
+    (place / "backend").mkdir()
+    (place / "backend" / "leaky.yaml").write_text("_target_: leaky.Leaky\nkey: ${oc.env:SECRET}\nmodel: info\n")
+    chosen = ["--config-dir=.", "backend=leaky", "dataset.path=rows.jsonl", "trusted_modules=[leaky]"]
+    with pytest.raises(RuntimeError, match=r"no word of \$\{oc.env:SECRET\}") as failed:
+        said(*chosen, "hydra.run.dir=out")
+    check_hidden(str(failed.value))
+
+
 @pytest.mark.parametrize("isolation", ["true", "false"])
 def test_a_refusal_of_the_chat_template_is_not_cut_within_a_value(
     isolation: str, tmp_path: Path, write_jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,7 @@ from traps import Said, check_refused
 
 from llmpipe import LLMConfigError, compose
 from llmpipe.config import conf_dir
+from llmpipe.config.trust import check_group
 
 LOAD = {"_target_": "joblib.load", "filename": "evil.pkl"}
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -102,6 +103,13 @@ def test_a_group_runs_no_code(name: str, place: Path, said: Said) -> None:
 )
 def test_a_group_runs_no_code_whatever_is_asked_for(name: str, command: list[str], place: Path, said: Said) -> None:
     check_refused(place, said(*command, *write_group(place, HOSTILE[name])))
+
+
+@pytest.mark.parametrize("values", [{"comment": "a\ntouch owned"}, {"additional_parameters": {"a\ntouch owned\n": 1}}])
+def test_a_group_gives_a_launchers_script_no_lines_of_its_own(values: dict[str, Any]) -> None:
+    check_group({"hydra": {"launcher": {"comment": "a trial", "additional_parameters": {"a": 1}}}}, "evil.yaml")
+    with pytest.raises(LLMConfigError, match="is not for a config group to set"):
+        check_group({"hydra": {"launcher": values}}, "evil.yaml")
 
 
 def test_a_file_outside_of_the_config_directories_is_nobodys_own(place: Path, said: Said) -> None:

@@ -147,7 +147,10 @@ def _is_harmless(path: tuple[str, ...], value: Any) -> bool:
         return _is_harmless_in_logging(path, text)
     if "${" in _REFERENCE.sub("", text):  # it could become anything after it was looked at
         return False
-    return path[0] not in ("launcher", "sweeper") or not text or not _TEXTS.isdisjoint(path)
+    if path[0] not in ("launcher", "sweeper"):
+        return True
+    # Slurm's launcher writes names and texts into the comments of a script, which a line break would end.
+    return all(map(str.isprintable, (*path, text))) and (not text or not _TEXTS.isdisjoint(path))
 
 
 def _is_harmless_in_logging(path: tuple[str, ...], text: str) -> bool:

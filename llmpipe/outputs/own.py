@@ -64,6 +64,8 @@ def refuse_foreign(path: Path, of: Mapping[str, Any], force: bool = False) -> li
 
 def _noted(path: Path) -> tuple[list[str], dict[str, Any]]:
     """Return the digests that a file may have, and what it was written for; nothing where there is no note."""
+    if not note_of(path).is_file():  # it may be a pipe, which nobody writes to
+        return [], {}
     try:
         note = json.loads(note_of(path).read_bytes())
         return list(note["digests"]), dict(note["of"])
