@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import IO
 
 import filelock
 import pytest
@@ -51,6 +53,22 @@ def test_a_refused_or_planned_run_leaves_no_copy(tmp_path: Path) -> None:
     for given, *options in ((b"{bad\n{bad\n",), (TEXT, "plan=true")):
         run_llmpipe(*ECHO, *options, cwd=tmp_path, given=given)
         assert not [file.name for file in (tmp_path / "out").iterdir() if "input" in file.name]
+
+
+@pytest.mark.parametrize("end", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
+def test_a_copy_that_could_not_be_finished_is_not_left_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException
+) -> None:
+    def copy_some(stream: IO[bytes], written: IO[bytes], length: int) -> None:
+        written.write(b"some")
+        raise end
+
+    monkeypatch.setattr("llmpipe.datasets.inputs.shutil.copyfileobj", copy_some)
+    os.mkfifo(tmp_path / "pipe")
+    feed(tmp_path / "pipe", TEXT)
+    with pytest.raises((DatasetError, KeyboardInterrupt), match="No space left|^$"):
+        llmpipe.run(llmpipe.compose([ECHO[0], f"dataset.path={tmp_path / 'pipe'}"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sweep_is_told_that_standard_input_can_be_read_once(tmp_path: Path) -> None:

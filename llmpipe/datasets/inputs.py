@@ -62,7 +62,9 @@ class Inputs:
             if copy.is_file() or not _is_stream(path):
                 return copy if copy.is_file() else None
             raise DatasetError(f"{copy} is gone, the copy of what was read from dataset.path={path!r}")
-        new = self._read(path, copy.with_name(f"{copy.name}.tmp"))
+        new = copy.with_name(f"{copy.name}.tmp")
+        self._made.append(new)  # of which nothing is left where the disk is full, or somebody has had enough
+        self._read(path, new)
         if not self._begun:
             self._made.append(copy)
             os.replace(new, copy)
@@ -76,7 +78,7 @@ class Inputs:
             )
         return copy
 
-    def _read(self, path: str, file: Path) -> Path:
+    def _read(self, path: str, file: Path) -> None:
         if path in _spent:
             raise DatasetError(
                 f"dataset.path={path!r} has been read, and can be read only once: save it as a file first"
@@ -94,7 +96,6 @@ class Inputs:
         if _OPEN_FILE.fullmatch(path):
             _spent.add(path)
         log.info("dataset.path=%s: %.1f MB read", path, file.stat().st_size / 1e6)
-        return file
 
     def keep(self) -> None:
         """Leave the copies where they are: the run has begun."""
