@@ -246,7 +246,7 @@ class Program:
                 logging.shutdown()
                 os._exit(128 + error.signum)
             raise Interrupted(error) from error
-        except (LLMError, OSError) as error:
+        except (LLMError, OSError, OmegaConfBaseException) as error:
             log.error("llmpipe: %s", one_line(error))
         except Exception as error:  # the command shows it: another process, perhaps, that was never told what to hide
             error.args = redacted(error.args)
@@ -339,8 +339,8 @@ def resumed(arguments: list[str]) -> list[str]:
     Raises:
         LedgerError: the directory holds no run.
     """
-    places = [i for i, argument in enumerate(arguments) if argument.startswith(("resume=", "export="))]
-    verb, _, name = arguments[places[-1]].partition("=") if places else ("", "", "null")
+    places = [i for i, text in enumerate(arguments) if text.lstrip("+").startswith(("resume=", "export="))]
+    verb, _, name = arguments[places[-1]].lstrip("+").partition("=") if places else ("", "", "null")
     if not name:
         raise LLMConfigError(f"{verb}= names no run directory")
     if name == "null":

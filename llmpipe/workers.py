@@ -6,7 +6,6 @@ otherwise, the workers notice, and stop as they would after a signal: none goes 
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -17,8 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
-
-import psutil
 
 from llmpipe.signals import SIGNALS, TWICE
 
@@ -80,6 +77,8 @@ def _put_back() -> None:
 
 
 def _on_signal(signum: int, frame: FrameType | None) -> None:
+    import psutil
+
     for number in _handlers:
         signal.signal(number, signal.SIG_DFL)  # a second one ends the command at once
     workers = []
@@ -119,11 +118,15 @@ def become_worker(command: int) -> None:
         signal.signal(signum, signal.SIG_DFL)
     TWICE.add(signal.SIGTERM)  # from the command, and from whoever sent one to all processes
     if sys.platform == "linux":  # at once, and also where native code never lets Python run
+        import ctypes
+
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     threading.Thread(target=_watch, name="llmpipe-command", daemon=True).start()
 
 
 def _watch() -> None:
+    import psutil
+
     while os.getppid() == _command and psutil.pid_exists(_command):
         time.sleep(LOOK_EVERY_S)
     signal.raise_signal(signal.SIGTERM) if os.name == "nt" else os.kill(os.getpid(), signal.SIGTERM)

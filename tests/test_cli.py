@@ -478,3 +478,15 @@ def test_the_command_that_goes_on_can_be_pasted_into_a_shell(place: Path, write_
     pasted = shlex.split(error.partition("to go on with the rows after them: ")[2])
     assert pasted == ["llmpipe", f"resume={directory}", "max_error_rate=null"]
     assert said(*pasted[1:])[0] == 3
+
+
+@pytest.mark.parametrize("key", ["dataset.path", "prompt.template", "hydra.run.dir"])
+@pytest.mark.parametrize(
+    ("reference", "why"),
+    [("oc.env:NOT_SET", "Environment variable 'NOT_SET' not found"), ("a.b", "Interpolation key 'a.b' not found")],
+)
+def test_a_reference_that_leads_nowhere_is_said_in_a_line(
+    key: str, reference: str, why: str, place: Path, said: Said
+) -> None:
+    asked = ["dataset.path=rows.jsonl", "hydra.run.dir=out", f"{key}=${{{reference}}}"]
+    assert said("backend=echo", *asked) == (1, f"llmpipe: {key}: {why}\n")

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from llmpipe.config.backends import BACKENDS
 from llmpipe.config.checks import unknown_name
@@ -20,6 +20,7 @@ from llmpipe.redaction import redacted
 
 FIELDS = "__dataclass_fields__"
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(\S+?)=(.*)'$", re.MULTILINE)
+_RAISED = re.compile(r"""^\w+ raised while resolving interpolation: ["']?(.*?)["']?$""")
 
 
 def one_line(error: Exception) -> str:
@@ -66,12 +67,14 @@ def _of_key(error: OmegaConfBaseException) -> str:
     """Return what is wrong with one key of a configuration."""
     parent = error.parent_node
     known = list(parent) if isinstance(parent, DictConfig) and not parent._is_missing() else []
-    if known and error.key not in known:
+    said = redacted(error.msg or str(error)).splitlines()[0]
+    if isinstance(error, InterpolationResolutionError):  # what is wrong is what the value refers to, not its key
+        said = _RAISED.sub(r"\1", said)
+    elif known and error.key not in known:
         where = str(error.full_key).rpartition(".")[0]
         if not where and (deeper := _deeper(str(error.key))):
             return f"unknown key {error.key!r}; did you mean {' or '.join(deeper)}?"
         return unknown_name(error.key, map(str, known), f"key in {where}" if where else "key")
-    said = redacted(error.msg or str(error)).splitlines()[0]
     if "is not a ListConfig" in said:
         return f"{error.full_key} must be a list, such as {error.full_key}=[a,b]"
     return f"{error.full_key}: {said}"
