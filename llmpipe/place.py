@@ -10,13 +10,16 @@ import os
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 
+from llmpipe.config import RunConfig
 from llmpipe.exceptions import LLMError
 from llmpipe.ledger import FILE
 
 IN_PLACE = (FILE, f"{FILE}-wal", f"{FILE}-shm", f"{FILE}-journal", ".lock")
 INPUTS = ".input-*"
+_KEYS = {field.name for field in fields(RunConfig)}
 
 
 def check_place(directory: Path, files: Iterable[Path] = (), within: Path | None = None) -> None:
@@ -64,6 +67,7 @@ def check_configs(file: Path) -> None:
         LLMError: names the file.
     """
     with suppress(OSError):  # not there, or whoever opens it will say what is wrong
-        text = file.read_text(encoding="utf-8", errors="replace")
-        if not all(f"\n{key}:" in f"\n{text}" for key in ("backend", "sampling", "trusted_modules")):
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        # Of a beginning that was killed, any first part is there; its last line may end anywhere.
+        if not all(line[:1] in ("", " ", "-") or line.partition(":")[0] in _KEYS for line in lines):
             raise LLMError(f"{file} is another program's, and would be written over: choose another directory")

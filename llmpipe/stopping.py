@@ -212,7 +212,7 @@ class Stops:
             signal.pthread_kill(threading.main_thread().ident, NUDGE)  # type: ignore[arg-type]
 
     def _on_nudge(self, signum: int, frame: FrameType | None) -> None:
-        if self._interrupt is not None:
+        if self._interrupt is not None and not _is_called_by_native_code(frame):  # then the next nudge will do
             self.pulls_no_more()  # for the reason why
             self._interrupt = None  # once is enough: what cleans up is left in peace
             raise WaitingIsOver
@@ -241,3 +241,12 @@ class Stops:
             return RunStopped(directory, f"on_error=stop, and there is an error: {last}")
         why = f"{self._errors} of {self._asked} rows are errors, over max_error_rate={self._config.max_error_rate}"
         return RunStopped(directory, f"{why}; the last: {last}", "max_error_rate=null")
+
+
+def _is_called_by_native_code(frame: FrameType | None) -> bool:
+    """Say whether native code, which drops exceptions, waits for what runs in a frame."""
+    while frame is not None:
+        if frame.f_globals.get("CALLED_BY_NATIVE_CODE"):
+            return True
+        frame = frame.f_back
+    return False

@@ -383,7 +383,10 @@ LONG_NAME = "x" * 300
         ([f"dataset.path={LONG_NAME}"], "cannot be read: File name too long"),
         (["dataset.path=loop"], "dataset.path='loop' does not exist"),
         (["dataset.path=dangling"], "dataset.path='dangling' does not exist"),
-        (["dataset.path='~nobody-knows/x'"], "dataset.path='~nobody-knows/x' is no name of a file"),
+        (
+            ["dataset.path='~nobody-knows/x'"],
+            "dataset.path='~nobody-knows/x' is not allowed; it must be a name of a file",
+        ),
         (["prompt.tools=locked"], "prompt.tools='locked' cannot be read: Permission denied"),
         (["prompt.tools=folder"], "prompt.tools='folder' cannot be read: Is a directory"),
         ([f"prompt.tools={LONG_NAME}"], "cannot be read: File name too long"),

@@ -20,6 +20,7 @@ import pytest
 
 import llmpipe
 from llmpipe import LLMError, LLMInitializationError, LLMRunnerFactory, compose
+from llmpipe.place import check_configs
 from llmpipe.runners.weights import BUNDLED_DIR
 
 SEED = int(os.environ.get("LLMPIPE_FUZZ_SEED", random.randrange(2**32)))
@@ -404,6 +405,9 @@ def test_the_configs_of_another_program_are_not_written_over(tmp_path: Path, wri
     refused = run_llmpipe(*asked, "prompt.template='{nothing}'", cwd=tmp_path)  # it leaves its own there
     assert refused.returncode == 1 and theirs.exists()
     assert run_llmpipe(*asked, cwd=tmp_path).returncode == 0
+    for text in (theirs.read_text()[:begun] for begun in (0, 3, 40, 400)):  # as a beginning that is killed leaves them
+        theirs.write_text(text)
+        check_configs(theirs)
 
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b[31m\x9b31m\x08\r"

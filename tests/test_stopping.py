@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import llmpipe
 from llmpipe import BaseLLMRunner, LedgerError, LLMInferenceError, LLMRunnerFactory, RunConfig
 from llmpipe.exceptions import RunInterrupted
 from llmpipe.ledger import LedgerSnapshot
+from llmpipe.stopping import Stops, WaitingIsOver
 
 LONG = ["sampling.max_tokens=15000", "backend.context=20000", "backend.threads=1"]
 BACKENDS = {
@@ -226,6 +228,25 @@ def test_a_signal_ends_a_step_of_llama_cpp_that_takes_long(tmp_path: Path) -> No
     signal_after(2, signal.SIGTERM)
     check_ended(RunInterrupted, config, tmp_path / "run", 2 + SECOND)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGURG), signal.set_wakeup_fd(-1)) == before
+
+
+def test_a_nudge_waits_for_the_end_of_what_native_code_has_called() -> None:
+    """What is raised there is dropped, and the run would go on."""
+    from llmpipe.runners.llama_cpp.log import _callback, log
+
+    class Nudged(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            signal.raise_signal(signal.SIGURG)
+
+    stops, handler = Stops(llmpipe.compose(["backend=echo"]), rows=1), Nudged()
+    log.addHandler(handler)
+    with stops, pytest.raises(WaitingIsOver), stops.watching(lambda: None):
+        try:
+            _callback(3, b"something\n", None)  # by way of C
+        finally:
+            log.removeHandler(handler)
+        signal.raise_signal(signal.SIGURG)
+        pytest.fail("it goes on")
 
 
 def foreign(tmp_path: Path, *prompts: str, **options: Any) -> list[str]:

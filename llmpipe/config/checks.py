@@ -66,7 +66,7 @@ def readable(name: str, got: object, error: type[LLMError] = LLMConfigError) -> 
     except (ValueError, RuntimeError) as fault:
         if not re.search("null byte|null character|home directory", str(fault)):
             raise
-        raise error(f"{name}={quoted(got)} is no name of a file: {fault}") from fault
+        raise error(f"{name}={quoted(got)} is not allowed; it must be a name of a file: {fault}") from fault
 
 
 def number(name: str, value: object, low: float, high: float, allowed: str, *, open_low: bool = False) -> None:

@@ -13,6 +13,8 @@ log = logging.getLogger("llmpipe.llama_cpp")
 # it leads to, so the log shows it to those only who ask for details; so do the pages that it says about a model.
 _ERROR = 4
 _LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, _ERROR: logging.DEBUG}
+CALLED_BY_NATIVE_CODE = True
+"""What is raised while `_callback` runs goes nowhere; whoever raises something from a signal can wait until it ends."""
 _errors: deque[str] = deque(maxlen=20)
 _line = ""
 _level = 1
