@@ -36,7 +36,7 @@ from llmpipe.config.messages import one_line
 from llmpipe.exceptions import LedgerError, LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
 from llmpipe.ledger import begun
-from llmpipe.place import check_configs, check_link, check_place
+from llmpipe.place import check_configs, check_place
 from llmpipe.records import harmless
 from llmpipe.redaction import RedactedFormatter, redacted
 from llmpipe.replay import composed_from, replayed, typed
@@ -316,8 +316,6 @@ def check_local(arguments: list[str]) -> None:
         key, _, value = argument.partition("=")
         if key.lstrip("+") in LOCAL and is_remote(value.strip("\"'")):
             raise LLMConfigError(f"{argument} is not supported yet: it must be on this machine; copy it from there")
-        if key.lstrip("+") == "hydra.sweep.dir":  # in which Hydra writes before there is a job
-            check_link(Path(value.strip("\"'")) / "multirun.yaml")
 
 
 def flags_first(arguments: list[str]) -> list[str]:
