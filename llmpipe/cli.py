@@ -38,7 +38,7 @@ from llmpipe.config.trust import key_of
 from llmpipe.exceptions import LedgerError, LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
 from llmpipe.ledger import begun
-from llmpipe.place import check_configs, check_link, check_place
+from llmpipe.place import check_configs, check_place
 from llmpipe.records import harmless
 from llmpipe.redaction import RedactedFormatter, redacted
 from llmpipe.replay import composed_from, replayed, typed
@@ -318,8 +318,6 @@ def check_local(arguments: list[str]) -> None:
         key = key_of(argument)
         if key in LOCAL and is_remote(text_of(argument)):
             raise LLMConfigError(f"{argument} is not supported yet: it must be on this machine; copy it from there")
-        if key == "hydra.sweep.dir":  # in which Hydra writes before there is a job
-            check_link(Path(text_of(argument)) / "multirun.yaml")
 
 
 def texts(arguments: list[str]) -> dict[str, str]:

@@ -112,6 +112,13 @@ def test_a_group_gives_a_launchers_script_no_lines_of_its_own(values: dict[str, 
         check_group({"hydra": {"launcher": values}}, "evil.yaml")
 
 
+def test_a_group_leads_no_sweep_through_a_link(place: Path, said: Said) -> None:
+    chosen = write_group(place, {"hydra": {"sweep": {"dir": "my/sweep"}}})
+    (place / "my" / "sweep").mkdir()
+    (place / "my" / "sweep" / "multirun.yaml").symlink_to(place / "precious")
+    check_refused(place, said("-m", *chosen, "seed=1,2"))
+
+
 def test_a_file_outside_of_the_config_directories_is_nobodys_own(place: Path, said: Said) -> None:
     (place / "evil.yaml").write_text("# @package _global_\nhydra: {job: {env_set: {LD_PRELOAD: /tmp/evil.so}}}\n")
     away = os.path.relpath(place / "evil", conf_dir() / "experiment")
