@@ -164,7 +164,9 @@ def entered(directory: str, change: Any) -> Any:
     job = HydraConfig.get()
     place, configs = Path(directory), []
     if job.output_subdir is not None:
-        configs = [place / job.output_subdir / f"{name}.yaml" for name in ("config", "hydra", "overrides")]
+        # The pickles are written by a callback of Hydra's own, which any group may choose.
+        names = ("config.yaml", "hydra.yaml", "overrides.yaml", "config.pickle", "job_return.pickle")
+        configs = [place / job.output_subdir / name for name in names]
     logging_config: Any = OmegaConf.to_container(job.job_logging, resolve=True)
     handlers = (logging_config or {}).get("handlers", {}).values()
     logs = [Path(handler["filename"]).absolute() for handler in handlers if handler.get("filename")]

@@ -119,6 +119,27 @@ def test_a_group_leads_no_sweep_through_a_link(place: Path, said: Said) -> None:
     check_refused(place, said("-m", *chosen, "seed=1,2"))
 
 
+def test_a_sweep_replaces_no_configuration_of_another_program(place: Path, said: Said) -> None:
+    asked = ["-m", "backend=echo", "dataset.path=rows.jsonl", "seed=1,2", "hydra.sweep.dir=sweep"]
+    (place / "sweep").mkdir()
+    (place / "sweep" / "multirun.yaml").write_text("db: mysql\n")
+    check_refused(place, said(*asked))
+    assert (place / "sweep" / "multirun.yaml").read_text() == "db: mysql\n"
+    (place / "sweep" / "multirun.yaml").unlink()
+    assert [said(*asked)[0] for _ in range(2)] == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["config.pickle", "job_return.pickle"])
+def test_a_callback_of_hydras_writes_through_no_link(name: str, place: Path, said: Said) -> None:
+    callback = {"_target_": "hydra.experimental.callbacks.PickleJobInfoCallback"}
+    chosen = write_group(place, {"hydra": {"callbacks": {"x": callback}, "run": {"dir": "my/run"}}})
+    (place / "my" / "run" / ".hydra").mkdir(parents=True)
+    (place / "my" / "run" / ".hydra" / name).symlink_to(place / "precious")
+    code, error = said(*chosen)
+    assert (place / "precious").read_bytes() == b"mine"
+    assert code == 1 and f"{name} is a symlink" in error
+
+
 def test_a_file_outside_of_the_config_directories_is_nobodys_own(place: Path, said: Said) -> None:
     (place / "evil.yaml").write_text("# @package _global_\nhydra: {job: {env_set: {LD_PRELOAD: /tmp/evil.so}}}\n")
     away = os.path.relpath(place / "evil", conf_dir() / "experiment")

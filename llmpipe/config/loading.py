@@ -19,7 +19,7 @@ from llmpipe.config.checks import check
 from llmpipe.config.reading import conf_dir, references_of
 from llmpipe.config.trust import DESCRIPTIVE, TAKES_TRUST, check_composed, check_group, key_of, leaves, trusted_modules
 from llmpipe.exceptions import LLMConfigError
-from llmpipe.place import check_link
+from llmpipe.place import check_configs, check_link
 
 _TRUSTED_PLACES = ("structured:", "pkg://hydra.", "pkg://hydra_plugins.")
 """Where what Python code has registered, Hydra and its plugins have their config files."""
@@ -39,7 +39,7 @@ class CheckedLoader(ConfigLoaderImpl):
         Raises:
             LLMConfigError: it names code that is not trusted, or a group says what only a person may say; or it sweeps
                 over what the environment has.
-            LLMError: a link leads elsewhere from where Hydra would write a sweep's configuration.
+            LLMError: where Hydra would write a sweep's configuration is a link, or another program's file.
         """
         composed = super().load_configuration(config_name, overrides, *args, **kwargs)
         trusted = trusted_modules(overrides, config_name, composed.hydra.runtime.config_sources)
@@ -49,7 +49,9 @@ class CheckedLoader(ConfigLoaderImpl):
         if composed.hydra.mode is RunMode.MULTIRUN and kwargs.get("validate_sweep_overrides", True):
             _check_sweep(composed.hydra, written["hydra"])
             with suppress(OmegaConfBaseException):  # Hydra will say what is wrong with it
-                check_link(Path(composed.hydra.sweep.dir) / "multirun.yaml")  # before there is a job that looks there
+                multirun = Path(composed.hydra.sweep.dir) / "multirun.yaml"  # before there is a job that looks there
+                check_link(multirun)
+                check_configs(multirun)
         return composed
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
