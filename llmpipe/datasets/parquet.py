@@ -19,8 +19,9 @@ from llmpipe.records import Row
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BATCH_ROWS, BATCH_BYTES = 1024, 2**24
-"""So many rows are read together, or rows of about so many bytes."""
+BATCH_ROWS, BATCH_BYTES = 64, 2**24
+"""So many rows are read together, or rows of about so many bytes. More rows would hardly be faster, and how large they
+are is only known once they are read: a long text that many have in common stands in the file once."""
 
 
 def read_parquet(path: Path, config: DatasetConfig = DEFAULTS) -> Iterator[Row]:
