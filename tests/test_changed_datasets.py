@@ -163,7 +163,7 @@ RUNS = st.fixed_dictionaries(
 
 
 @given(RUNS, CHANGES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_whatever_is_changed_whenever_a_run_holds_answers_to_the_text_it_began_with_and_can_be_finished(
     tmp_path_factory: pytest.TempPathFactory, echo: llmpipe.RunConfig, options: dict[str, Any], changes: Changes
 ) -> None:

@@ -203,14 +203,28 @@ def replace_weights(file: Path) -> None:
 FILES = {"llama_cpp": "tiny-chat.gguf", "transformers": "model.safetensors"}
 
 
+def with_weights(backend: str, file: Path) -> RunConfig:
+    options = [f"backend={backend}", "device=cpu"] + [f"backend.model={file}"] * (backend == "llama_cpp")
+    return config_of(file.parent, *options)
+
+
+@pytest.fixture(scope="module", params=FILES)
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
+    """Run a backend; return its name and the answers."""
+    backend, directory = request.param, tmp_path_factory.mktemp("undisturbed")
+    llmpipe.run(with_weights(backend, BUNDLED_DIR / FILES[backend]), directory)
+    return backend, answers(directory)
+
+
 @pytest.mark.parametrize("how", ["in place", "put back", "replaced"])
-@pytest.mark.parametrize("backend", FILES)
-def test_answers_of_a_model_that_is_changed_meanwhile_do_not_count(backend: str, how: str, tmp_path: Path) -> None:
+def test_answers_of_a_model_that_is_changed_meanwhile_do_not_count(
+    undisturbed: tuple[str, list[str]], how: str, tmp_path: Path
+) -> None:
+    backend, expected = undisturbed
     model = Path(shutil.copytree(BUNDLED_DIR, tmp_path / "model"))
     file, directory = model / FILES[backend], tmp_path / "run"
     shutil.copy2(file, tmp_path / "whole")
-    options = [f"backend={backend}", "device=cpu"] + [f"backend.model={file}"] * (backend == "llama_cpp")
-    config = config_of(model, *options)
+    config = with_weights(backend, file)
 
     def change() -> None:
         if how == "replaced":
@@ -237,8 +251,7 @@ def test_answers_of_a_model_that_is_changed_meanwhile_do_not_count(backend: str,
     assert not (directory / "outputs.jsonl").exists()
     shutil.copy2(tmp_path / "whole", file)
     assert llmpipe.run(config, directory)["rows_ok"] == 24
-    llmpipe.run(config, tmp_path / "undisturbed")
-    assert answers(directory) == answers(tmp_path / "undisturbed")
+    assert answers(directory) == expected
 
 
 def test_a_model_that_was_replaced_is_not_answered_from_when_the_backend_is_started_again(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -99,18 +100,18 @@ def test_a_full_output_is_said_and_fails_only_what_was_to_be_printed(
 
 
 SWEEP = "-m seed=1,2 hydra.sweep.dir=sweep"
+JOBLIB = f"{SWEEP} hydra/launcher=joblib hydra.launcher.n_jobs=2"
+STREAMS = [">&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | head -0", "2>/dev/full"]
+ASKED = ["hydra.run.dir=out", JOBLIB, SWEEP, "hydra.run.dir=out plan=true", "hydra.run.dir=out max_error_rate=0.1"]
+AT_ONCE = [*((ASKED[0], streams) for streams in STREAMS), (JOBLIB, STREAMS[0])]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-@pytest.mark.parametrize("streams", [">/dev/full 2>/dev/full", ">&- 2>&-", "2>&1 | head -0", "2>/dev/full"])
 @pytest.mark.parametrize(
-    "asked",
+    ("asked", "streams"),
     [
-        "hydra.run.dir=out",
-        f"{SWEEP} hydra/launcher=joblib hydra.launcher.n_jobs=2",
-        pytest.param(SWEEP, marks=pytest.mark.slow),
-        pytest.param("hydra.run.dir=out plan=true", marks=pytest.mark.slow),
-        pytest.param("hydra.run.dir=out max_error_rate=0.1", marks=pytest.mark.slow),
+        pytest.param(*case, marks=[] if case in AT_ONCE else pytest.mark.slow)
+        for case in itertools.product(ASKED, STREAMS)
     ],
 )
 def test_what_a_command_does_does_not_depend_on_its_streams(

@@ -23,7 +23,7 @@ TEXT = "one two three"
 WITHIN_S = 30
 
 
-@pytest.fixture(params=["echo", "isolated"])
+@pytest.fixture(scope="module", params=["echo", "isolated"])
 def echo(request: pytest.FixtureRequest) -> Iterator[BaseLLMRunner]:
     with LLMRunnerFactory.create_runner({"backend": "echo", "isolation": request.param == "isolated"}) as runner:
         yield runner
@@ -183,6 +183,7 @@ def test_closing_and_reloading_wait_for_a_stream_that_is_read_and_close_one_that
                 list(stream)
     with pytest.raises(LLMInferenceError, match=r"closed: call reload\(\) first"):
         echo.generate_text(TEXT)
+    echo.reload()
 
 
 def test_a_cancelled_task_gives_the_turn_back(echo: BaseLLMRunner) -> None:
