@@ -85,7 +85,10 @@ def file_digest(path: Path) -> str:
         LLMError: the file cannot be read.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would be to wait for whoever writes to it
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(
+            mode
+        ):  # to open a pipe would be to wait for whoever writes to it
             raise LLMError(f"cannot read {path}: it is no regular file; move it away")
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

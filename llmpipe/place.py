@@ -19,7 +19,7 @@ from llmpipe.ledger import FILE
 
 IN_PLACE = (FILE, f"{FILE}-wal", f"{FILE}-shm", f"{FILE}-journal", ".lock")
 INPUTS = ".input-*"
-_KEYS = {field.name for field in fields(RunConfig)}
+_KEYS = {"hydra", *(field.name for field in fields(RunConfig))}
 
 
 def check_place(directory: Path, files: Iterable[Path] = (), within: Path | None = None) -> None:

@@ -643,7 +643,7 @@ def signal_midway(process: subprocess.Popen[str], directory: Path, signum: int) 
 @pytest.fixture(scope="module")
 def many_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("many") / "rows.jsonl.gz"
-    lines = (b'{"id": "r%d", "prompt": "row %d"}\n' % (i, i) if i % 100 else b"{bad\n" for i in range(30_000))
+    lines = (b'{"id": "r%d", "prompt": "row %d"}\n' % (i, i) if i % 100 else b"{bad\n" for i in range(12_000))
     path.write_bytes(gzip.compress(b"".join(lines), 1))
     return path
 
@@ -652,7 +652,7 @@ def many_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uninterrupted(many_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("whole")
     metrics = llmpipe.run(llmpipe.compose(["backend=echo", f"dataset.path={many_rows}"]), directory)
-    assert (metrics["rows"], metrics["rows_error"]) == (30_000, 300)
+    assert (metrics["rows"], metrics["rows_error"]) == (12_000, 120)
     return rows_of(directory)
 
 
@@ -662,7 +662,7 @@ def test_a_run_ended_by_a_signal_resumes_to_what_an_uninterrupted_one_gives(
 ) -> None:
     process = start(many_rows, tmp_path / "run")
     count = signal_midway(process, tmp_path / "run", signum)
-    assert 0 < count < 30_000
+    assert 0 < count < 12_000
     assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum)
     assert not (tmp_path / "run" / "outputs.jsonl").exists()
     code, said = resume(tmp_path / "run")
