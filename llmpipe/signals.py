@@ -9,3 +9,11 @@ HANGUP = getattr(signal, "SIGHUP", None)
 SIGNALS = [signum for signum in (signal.SIGINT, signal.SIGTERM, HANGUP) if signum is not None]
 TWICE = {HANGUP}
 """Those that come twice for one wish: a terminal that is closed says so by itself, and through the shell."""
+
+
+def heeded() -> list[int]:
+    """Return those to be handled: all, but that nohup has a hangup ignored, so that a run outlives its terminal.
+
+    A shell that starts a command in the background has Ctrl-C ignored, for it is not meant; one that is sent to it is.
+    """
+    return [signum for signum in SIGNALS if signum != HANGUP or signal.getsignal(signum) is not signal.SIG_IGN]

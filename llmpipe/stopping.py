@@ -26,7 +26,7 @@ from llmpipe.datasets import Dataset
 from llmpipe.exceptions import LLMInferenceError, RunInterrupted, RunStopped
 from llmpipe.quoting import how_to_resume
 from llmpipe.records import Completion
-from llmpipe.signals import HANGUP, SIGNALS, TWICE
+from llmpipe.signals import SIGNALS, TWICE, heeded
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +79,7 @@ class Stops:
         self._thread = threading.Thread(target=self._watch, name="llmpipe-stops", daemon=True)
         self._thread.start()
         if threading.current_thread() is threading.main_thread():  # elsewhere Python delivers no signals
-            for signum in SIGNALS:
-                if signum == HANGUP and signal.getsignal(signum) is signal.SIG_IGN:
-                    continue  # by nohup: the run is to outlive its terminal
+            for signum in heeded():
                 self._handlers[signum] = signal.signal(signum, self._on_signal)
             if NUDGE is not None:
                 self._handlers[NUDGE] = signal.signal(NUDGE, self._on_nudge)

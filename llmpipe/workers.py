@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from llmpipe.signals import SIGNALS, TWICE
+from llmpipe.signals import SIGNALS, TWICE, heeded
 
 PR_SET_PDEATHSIG = 1
 LOOK_EVERY_S = 0.5
@@ -50,9 +50,8 @@ def passing_on() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    for signum in SIGNALS:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            _handlers[signum] = signal.signal(signum, _on_signal)
+    for signum in heeded():
+        _handlers[signum] = signal.signal(signum, _on_signal)
     try:
         yield
     finally:

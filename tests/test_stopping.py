@@ -23,6 +23,7 @@ from llmpipe import BaseLLMRunner, LedgerError, LLMInferenceError, LLMRunnerFact
 from llmpipe.exceptions import RunInterrupted
 from llmpipe.ledger import LedgerSnapshot
 from llmpipe.stopping import Stops, WaitingIsOver
+from llmpipe.workers import passing_on
 
 LONG = ["sampling.max_tokens=15000", "backend.context=20000", "backend.threads=1"]
 BACKENDS = {
@@ -247,6 +248,19 @@ def test_a_nudge_waits_for_the_end_of_what_native_code_has_called() -> None:
             log.removeHandler(handler)
         signal.raise_signal(signal.SIGURG)
         pytest.fail("it goes on")
+
+
+@pytest.mark.parametrize("at_work", [passing_on, lambda: Stops(llmpipe.compose(["backend=echo"]), rows=1)])
+def test_of_ignored_signals_a_run_and_a_sweep_leave_the_hangup_alone(at_work: Callable[[], Any]) -> None:
+    signums = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(signum, signal.SIG_IGN) for signum in signums]
+    try:
+        with at_work():
+            ignored = [signal.getsignal(signum) is signal.SIG_IGN for signum in signums]
+    finally:
+        for signum, handler in zip(signums, before, strict=True):
+            signal.signal(signum, handler)
+    assert ignored == [False, False, True]
 
 
 def foreign(tmp_path: Path, *prompts: str, **options: Any) -> list[str]:
