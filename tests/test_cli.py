@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run_llmpipe
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from traps import Said
 
@@ -24,17 +25,6 @@ from llmpipe.cli import Interrupted
 from llmpipe.config import BACKENDS, ColumnsConfig, RunConfig, SamplingConfig, conf_dir, field_docs
 from llmpipe.config.escapes import as_override, text_of
 from llmpipe.exceptions import RunInterrupted
-
-
-def run_llmpipe(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "llmpipe", *arguments],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture

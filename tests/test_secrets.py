@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run_llmpipe
 from traps import Said
 
 import llmpipe
@@ -53,17 +52,6 @@ def check_hidden(*texts: Any) -> None:
         else:
             data = (text if isinstance(text, str) else json.dumps(text)).encode()
             assert not [trace for trace in TRACES if trace in data], text
-
-
-def run_llmpipe(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "llmpipe", *arguments],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 # --- every option -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any
 import gguf_models
 import numpy as np
 import pytest
+from commands import run_llmpipe
 
 import llmpipe
 from llmpipe import LLMError, LLMInitializationError, LLMRunnerFactory, compose
@@ -36,17 +37,6 @@ SMALL = {"threads": 1, "slots": 2, "context": 64, "device": "cpu"}
 def chance() -> random.Random:
     print(f"LLMPIPE_FUZZ_SEED={SEED}")  # pytest shows it where the test has failed
     return random.Random(SEED)
-
-
-def run_llmpipe(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "llmpipe", *arguments],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 # --- damaged model files ----------------------------------------------------------------------------------------------
