@@ -142,6 +142,7 @@ def test_an_item_that_is_no_row_is_an_error_row_between_unchanged_neighbours(tmp
         (PRETTY[:-1], r"line \d+: ',' is missing at the end"),
         ('[\n{"prompt": "a"}\n{"prompt": "b"}\n]', "line 3: ',' is missing before '{'"),
         ('[\n{"prompt": "a},\n{"prompt": "b"}\n]', "line 2: a quote is never closed"),
+        ("{\n\0\n}", "line 2: Expecting value where a key should stand"),
     ],
 )
 def test_json_whose_rows_cannot_be_told_apart_is_refused_with_file_and_line(
@@ -152,7 +153,21 @@ def test_json_whose_rows_cannot_be_told_apart_is_refused_with_file_and_line(
 
 
 @pytest.mark.parametrize(
-    "bad", ['{"prompt": "x"', "{bad", '{"prompt": "x', "[1, 2]", "[[[", '{"a": {', "5", "{" * 9999]
+    "bad",
+    [
+        '{"prompt": "x"',
+        "{bad",
+        '{"prompt": "x',
+        "[1, 2]",
+        "[[[",
+        '{"a": {',
+        "5",
+        "{" * 9999,
+        "{",
+        "[",
+        "[{",
+        '{"a": 1,',
+    ],
 )
 def test_a_damaged_first_line_does_not_make_jsonl_anything_else(tmp_path: Path, bad: str) -> None:
     rows = read(write(tmp_path / "a.jsonl", bad + "\n" + LINES))

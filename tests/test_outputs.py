@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import llmpipe
@@ -45,9 +45,9 @@ from llmpipe.records import Completion, Row, failed
 PLAIN = Layout("", "id", adds_id=True, sample=False, truncated=False, scorers=())
 
 
-def write(directory: Path, *files: Path, format: str = "jsonl", layout: Layout = PLAIN) -> Path:
+def write(directory: Path, *files: Path, format: str = "jsonl", layout: Layout = PLAIN, read_as: str = "auto") -> Path:
     """Answer each row of some files with `answer N`, rows that cannot be read with an error, and write the outputs."""
-    dataset = Dataset(DatasetConfig(path=[str(file) for file in files]))
+    dataset = Dataset(DatasetConfig(path=[str(file) for file in files], format=read_as))
 
     def answered() -> Iterator[Answered]:
         for row in dataset.rows():
@@ -405,18 +405,36 @@ def test_any_json_object_survives_jsonl_and_parquet(
 ODD_LINES = [b'{"prompt": "p"}', b"", b" \t", b"\xef\xbb\xbf", b'{"a":"\xed\xa0\x80"}', b'{"a":1}\r', b"[]", b"NaN"]
 
 
+LINES = st.lists(st.one_of(st.binary(max_size=20), st.sampled_from(ODD_LINES)), max_size=6)
+
+
 @quick
-@given(st.lists(st.one_of(st.binary(max_size=20), st.sampled_from(ODD_LINES)), max_size=6))
+@given(LINES)
+@example([b"{", b"{"])
+@example([b"{", b"\0"])
+@example([b"{", b"}"])
 def test_any_bytes_give_one_output_row_per_line_that_is_not_blank(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]
 ) -> None:
-    directory = tmp_path_factory.mktemp("bytes")
+    _one_output_row_per_line(tmp_path_factory.mktemp("bytes"), lines, read_as="jsonl")
+
+
+@quick
+@given(st.sampled_from([line for line in ODD_LINES if line.strip(b" \t\xef\xbb\xbf")]), LINES)
+def test_a_first_line_that_is_whole_makes_any_bytes_rows_by_line(
+    tmp_path_factory: pytest.TempPathFactory, first: bytes, lines: list[bytes]
+) -> None:
+    _one_output_row_per_line(tmp_path_factory.mktemp("bytes"), [first, *lines], read_as="auto")
+
+
+def _one_output_row_per_line(directory: Path, lines: list[bytes], read_as: str) -> None:
     path = directory / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
     text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     expected = sum(1 for line in text.split(b"\n") if line.strip(b" \t\r"))
-    assert len(lines_of(write(directory / "j", path))) == expected
-    assert pq.read_table(write(directory / "p", path, format="parquet")).num_rows == expected
+    assert len(lines_of(write(directory / "j", path, read_as=read_as))) == expected
+    table = pq.read_table(write(directory / "p", path, format="parquet", read_as=read_as))
+    assert table.num_rows == expected
     errors = lines_of(directory / "j" / "errors.jsonl")
     assert len(errors) == sum(row["error"] is not None for row in lines_of(directory / "j" / "outputs.jsonl"))
 

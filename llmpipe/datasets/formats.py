@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmpipe.config import DatasetConfig
 from llmpipe.datasets.csv import read_csv
-from llmpipe.datasets.json import HEAD_BYTES, field_of, holds_lines, read_json
+from llmpipe.datasets.json import HEAD_BYTES, field_of, has_a_row_on_a_line, has_no_end, holds_lines, read_json
 from llmpipe.datasets.jsonl import read_jsonl
 from llmpipe.datasets.opening import COMPRESSIONS, open_bytes
 from llmpipe.datasets.parquet import read_parquet
@@ -101,6 +101,8 @@ def _json_reader(file: Path, suffix: str, config: DatasetConfig) -> Reader:
     alone = suffix == ".json" and (b"\n" not in head.strip() or head.lstrip().startswith(b"["))
     if config.field is None and not alone and holds_lines(head, whole=len(head) < HEAD_BYTES):
         return partial(read_jsonl, config=config)
+    if config.field is None and suffix != ".json" and has_a_row_on_a_line(head) and has_no_end(file, config):
+        return partial(read_jsonl, config=config)  # the first line is damaged, or nothing could be read
     field = field_of(file, config)
     if field is not None and field != config.field:
         log.info("%s: its rows are the list %r", file, field)

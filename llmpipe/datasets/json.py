@@ -111,6 +111,28 @@ def holds_lines(head: bytes, whole: bool) -> bool:
     return more or (text[0] == "{" and not line[end:].strip())
 
 
+def has_no_end(path: Path, config: DatasetConfig) -> bool:
+    """Say whether the first value of a file of JSON is open to the end of the file, or to a quote that never closes."""
+    with open_bytes(path) as file:
+        try:
+            _Text(file, config.max_row_bytes).value(keep=False)
+        except ValueError:
+            return True
+    return False
+
+
+def has_a_row_on_a_line(head: bytes) -> bool:
+    """Say whether a line of JSON text after the first is an object of its own."""
+    for line in head.splitlines()[1:]:
+        if line.startswith(b"{") and line.rstrip().endswith(b"}"):
+            try:
+                json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            return True
+    return False
+
+
 def field_of(path: Path, config: DatasetConfig) -> str | None:
     """Return the field of a file's only object that holds the rows; None where the file's values are rows themselves.
 
@@ -162,7 +184,11 @@ def _keys(text: _Text) -> Iterator[str]:
     """Yield the keys of an object; whoever asks passes over their values."""
     text.expect(b"{")
     while text.peek() != ord("}"):
-        key = json.loads(text.value().decode("utf-8", "replace"))
+        line, raw = text.line, text.value()
+        try:
+            key = json.loads(raw.decode("utf-8", "replace"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {line}: {error.msg} where a key should stand") from None
         text.expect(b":")
         yield str(key)
         if text.peek() != ord("}"):
