@@ -405,7 +405,11 @@ def test_any_json_object_survives_jsonl_and_parquet(
 ODD_LINES = [b'{"prompt": "p"}', b"", b" \t", b"\xef\xbb\xbf", b'{"a":"\xed\xa0\x80"}', b'{"a":1}\r', b"[]", b"NaN"]
 
 
-LINES = st.lists(st.one_of(st.binary(max_size=20), st.sampled_from(ODD_LINES)), max_size=6)
+PACKED = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
+"""What files of gzip and of zstd begin with: their bytes are no lines."""
+LINES = st.lists(st.one_of(st.binary(max_size=20), st.sampled_from(ODD_LINES)), max_size=6).filter(
+    lambda lines: not b"\n".join(lines).startswith(PACKED)
+)
 
 
 @quick
