@@ -1,7 +1,7 @@
 # make run    virtual environment, install, the main job
 # make test   the test suite
 # make check  lint, format, types
-# make slow   the tests that take minutes
+# make slow   the tests that take minutes, and new examples for those that draw them
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,6 +22,7 @@ check: $(INSTALLED)
 
 slow: $(INSTALLED)
 	$(BIN)/pytest -m slow
+	HYPOTHESIS_PROFILE=new $(BIN)/pytest --numprocesses auto --dist loadfile
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmpipe needs Python 3.11 or newer; try make PYTHON=python3.11")'

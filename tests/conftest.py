@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from traps import Said, lay
 
 from llmpipe import BaseLLMRunner, LLMRunnerFactory, RunConfig, compose
 
 BACKENDS = ["llama_cpp", "transformers"]
+
+# The same examples each time, so that a change is judged by itself; `make slow` looks for new ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("new", derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture(scope="session", autouse=True)
