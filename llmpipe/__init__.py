@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmpipe.config import BackendType, DeviceType, ModelConfig, RunConfig, SamplingConfig, compose
+    from llmpipe.config import BackendType, DeviceType, ModelConfig, RunConfig, SamplingConfig, SamplingOptions, compose
     from llmpipe.exceptions import (
         DatasetError,
         LedgerError,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         LLMRunnerFactory,
         TransformersRunner,
     )
+    from llmpipe.runners.openai_format import ChatCompletion, ChatCompletionChunk
 
 _HOME = {
     "BackendType": "config",
@@ -37,6 +38,7 @@ _HOME = {
     "ModelConfig": "config",
     "RunConfig": "config",
     "SamplingConfig": "config",
+    "SamplingOptions": "config",
     "compose": "config",
     "DatasetError": "exceptions",
     "LedgerError": "exceptions",
@@ -55,12 +57,16 @@ _HOME = {
     "LlamaCppRunner": "runners",
     "LLMRunnerFactory": "runners",
     "TransformersRunner": "runners",
+    "ChatCompletion": "runners.openai_format",
+    "ChatCompletionChunk": "runners.openai_format",
 }
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendType",
     "BaseLLMRunner",
+    "ChatCompletion",
+    "ChatCompletionChunk",
     "Chunk",
     "Completion",
     "DatasetError",
@@ -78,6 +84,7 @@ __all__ = [
     "Request",
     "RunConfig",
     "SamplingConfig",
+    "SamplingOptions",
     "TransformersRunner",
     "__version__",
     "compose",

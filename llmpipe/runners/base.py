@@ -6,6 +6,7 @@ yields chunks as they are made, or, where one prompt at a time is all it can do,
 lifecycle.py      the other half of the contract, how a model is loaded; and what follows: reload, close, turns
 conveniences.py   requests, completions and text, over `stream`
 openai_chat.py    the same in OpenAI's format
+asynchronous.py   all of these for asyncio
 """
 
 from __future__ import annotations
@@ -20,22 +21,24 @@ from llmpipe.chats import parse_messages, parse_template_kwargs, parse_tools
 from llmpipe.config import SamplingConfig
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Chunk, Completion, Message, Request, Tick, complete, no_tick
+from llmpipe.runners.asynchronous import AsyncConveniences
 from llmpipe.runners.chat import ChatTemplate
 from llmpipe.runners.decoding import StopStrings
 from llmpipe.runners.facts import Facts
 from llmpipe.runners.lifecycle import one_line
-from llmpipe.runners.openai_chat import OpenAIChat
 
 log = logging.getLogger(__name__)
 
 _DEFAULT_SAMPLING = SamplingConfig()
 
 
-class BaseLLMRunner(OpenAIChat):
+class BaseLLMRunner(AsyncConveniences):
     """A loaded model that answers requests. How it is made and closed is told by `Lifecycle`."""
 
     ticks: ClassVar[bool] = False
     """Whether `stream` calls `tick` by itself, at each of its steps; otherwise that is done after each chunk."""
+    joinable: ClassVar[bool] = False
+    """Whether requests may join a running `stream`: it takes None among them for "none just now", and asks again."""
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
         """Answer `requests`, pulling the next when there is room, and yield chunks as they are made, in any order.
@@ -65,6 +68,9 @@ class BaseLLMRunner(OpenAIChat):
     def tick(self) -> None:
         """Let whoever drives the stream look at the clock and at signals; what this raises is to end the stream."""
         self._tick()
+
+    def cancel(self, request_id: int) -> None:  # noqa: B027  a request that runs on does no harm
+        """Give up a request of the running stream, where that can be done; called from any thread."""
 
     def interrupt(self) -> None:  # noqa: B027  most steps are short
         """Give up the step of `stream` that is being computed, where that can be done; the stream may raise anything.

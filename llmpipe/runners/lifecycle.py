@@ -17,6 +17,7 @@ from llmpipe.config import BackendConfig, DeviceConfig, DeviceType, ModelConfig,
 from llmpipe.exceptions import LLMError, LLMInferenceError, LLMInitializationError
 from llmpipe.records import Tick, no_tick
 from llmpipe.runners.rendering import ChatRenderer
+from llmpipe.runners.stepper import Stepper
 from llmpipe.runners.turns import Stream, Turns
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Lifecycle(ABC):
         self.load_s = 0.0
         self.is_loaded = False
         self._turns = Turns()
+        self._stepper = Stepper(self._turns)
         self._tick: Tick = no_tick
         self.now = datetime.now().astimezone()
         """The time that chat templates are told; of a run, its start, so that it has the same prompts when resumed."""
@@ -119,6 +121,7 @@ class Lifecycle(ABC):
 
     def close(self) -> None:
         """Give the model's memory back. A closed runner can be reloaded; closing twice is fine."""
+        self._stepper.end(LLMInferenceError("the runner was closed before the answer was complete"))
         with self._turns.turn(ends=True):
             self._unload()
 
@@ -172,7 +175,7 @@ class Lifecycle(ABC):
         """Yield `items` while holding the runner, `tick` being its tick; closing what is returned closes `items`."""
 
         def held(stream: weakref.ref[Stream[T]]) -> Generator[T]:
-            with self._turns.turn(stream) as holder:
+            with self._turns.turn(stream, tick=tick) as holder:
                 self._check_loaded()
                 self._tick = tick
                 try:

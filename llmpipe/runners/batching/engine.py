@@ -110,7 +110,7 @@ class Engine:
         """Seconds spent computing."""
         return self._decode_s + (self.context.decode_s if self.context is not None else 0.0)
 
-    def stream(self, requests: Iterable[Request], encode: Encode, tick: Tick = no_tick) -> Iterator[Chunk]:
+    def stream(self, requests: Iterable[Request | None], encode: Encode, tick: Tick = no_tick) -> Iterator[Chunk]:
         """Answer `requests`, with a `tick` before each step; see `BaseLLMRunner.stream`."""
         self._tick = tick
         # Sharing a prefix computes a prompt in other pieces, whose sums may round otherwise.
@@ -129,7 +129,7 @@ class Engine:
                         yield from self._prefill()
                     elif self._rows:
                         yield from self._decode()
-                    elif not ahead.waiting:
+                    elif ahead.exhausted and not ahead.waiting:
                         return
                 except LLMOutOfMemoryError as error:
                     yield from self._shrink(str(error))
@@ -174,7 +174,7 @@ class Engine:
         held = self.context.plan.tokens if self.context is not None else 0
         samples = [*(row.sample for row in self._suspended), *ahead.waiting]
         free = self._executor.free_bytes()
-        wanted = sizing.plan(self._config, self._executor.footprint, samples, self.limit, held, free)
+        wanted = sizing.plan(self._config, self._executor.footprint, samples, self.limit, held, free, ahead.is_live)
         return wanted if self._cap is None else wanted.within(self._cap)
 
     def _fit(self, plan: Plan) -> None:

@@ -45,30 +45,37 @@ class LookAhead:
     """Pulls requests in blocks and hands out their samples in the order in which they are best run.
 
     Args:
-        requests: Where samples come from.
+        requests: Where samples come from; None among them says that there is none just now.
         encode: Tokenises a request.
         limit: Most tokens of prompt and completion that a sample may have.
         share: Whether prompts are searched for common prefixes.
     """
 
-    def __init__(self, requests: Iterable[Request], encode: Encode, limit: int, share: bool) -> None:
+    def __init__(self, requests: Iterable[Request | None], encode: Encode, limit: int, share: bool) -> None:
         self._source = iter(requests)
         self._encode = encode
         self._limit = limit
         self._share = share
-        self._exhausted = False
+        self.exhausted = False
+        """Whether all there will ever be was pulled."""
+        self.is_live = False
+        """Whether requests come at any time."""
         self.waiting: list[Sample] = []
 
     def fill(self, count: int) -> Iterator[Chunk]:
         """Pull until `count` samples wait, if there are so many; yield the chunks of requests that cannot be run."""
-        if self._exhausted or len(self.waiting) >= count:
+        if self.exhausted or len(self.waiting) >= count:
             return
         block: dict[tuple[int, ...], list[Sample]] = {}
         pulled = 0
         while len(self.waiting) + pulled < count:
-            request = next(self._source, None)
+            try:
+                request = next(self._source)
+            except StopIteration:
+                self.exhausted = True
+                break
             if request is None:
-                self._exhausted = True
+                self.is_live = True
                 break
             try:
                 prompt, truncated = self._encode(request)
@@ -84,10 +91,15 @@ class LookAhead:
         self.waiting = self._order(list(block.values())) + self.waiting
 
     def next(self, room: int) -> Sample | None:
-        """Take the sample to run next, of those that need no more than `room` tokens; None if none does."""
+        """Take the sample to run next, of those that need no more than `room` tokens; None if none does.
+
+        Of a live source nobody overtakes one that needs more: there might always be another one.
+        """
         for i in range(len(self.waiting) - 1, -1, -1):
             if self.waiting[i].need <= room:
                 return self.waiting.pop(i)
+            if self.is_live:
+                break
         return None
 
     def take_longest(self) -> list[Sample]:

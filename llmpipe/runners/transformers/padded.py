@@ -75,7 +75,7 @@ class PaddedEngine:
         self._is_recurrent = "cache_params" in parameters
         self._cache_name = "cache_params" if self._is_recurrent else "past_key_values"
 
-    def stream(self, requests: Iterable[Request], encode: Encode, tick: Tick = no_tick) -> Iterator[Chunk]:
+    def stream(self, requests: Iterable[Request | None], encode: Encode, tick: Tick = no_tick) -> Iterator[Chunk]:
         """Answer `requests`, with a `tick` before each forward pass; see `BaseLLMRunner.stream`."""
         self._tick = tick
         ahead = LookAhead(requests, encode, self.limit, share=False)
@@ -84,7 +84,9 @@ class PaddedEngine:
             if len(ahead.waiting) < self._most:
                 yield from ahead.fill(self._most * LOOK_AHEAD)
             if not ahead.waiting:
-                return
+                if ahead.exhausted:
+                    return
+                continue
             count = min(self._most, len(ahead.waiting))
             yield from self._run([self._row(ahead.waiting.pop()) for _ in range(count)])
             self._grow()

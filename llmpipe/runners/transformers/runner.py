@@ -69,6 +69,7 @@ class TransformersRunner(BaseLLMRunner):
 
     config_type = TransformersConfig
     ticks = True
+    joinable = True
     config: TransformersConfig
     _model: Any = None
     _tokenizer: Any = None
@@ -168,7 +169,7 @@ class TransformersRunner(BaseLLMRunner):
         if self._engine is not None:
             self._engine.cancelled.add(request_id)
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
+    def stream(self, requests: Iterable[Request | None]) -> Iterator[Chunk]:
         """Answer `requests`, `backend.slots` rows at a time; see `BaseLLMRunner.stream`."""
         self._check_loaded()
         assert self._engine is not None
