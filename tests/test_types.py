@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -12,7 +12,6 @@ import pytest
 from mypy import api
 from openai.types import chat, completion_usage
 from openai.types.chat import chat_completion, chat_completion_chunk
-from pydantic import TypeAdapter
 
 from llmpipe import BaseLLMRunner, SamplingConfig
 from llmpipe.config import SamplingOptions
@@ -69,7 +68,7 @@ BAD = {
     'runner.create_chat_completion(chat)["choises"]': 'has no key "choises"',
     'runner.create_chat_completion(chat)["choices"][0]["delta"]': 'has no key "delta"',
     'next(runner.create_chat_completion(chat, stream=True))["choices"][0]["message"]': 'has no key "message"',
-    "next(runner.create_chat_completion(chat))": "incompatible type",
+    "next(runner.create_chat_completion(chat))": 'No overload variant of "next"',
 }
 
 
@@ -81,7 +80,11 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     files = {f"program_{i}.py": code for i, code in enumerate(programs)}
     for name, code in files.items():
         (place / name).write_text(HEAD + programs[code])
-    options = ["--strict", f"--config-file={ROOT / 'pyproject.toml'}", f"--cache-dir={ROOT / '.mypy_cache' / 'programs'}"]
+    options = [
+        "--strict",
+        f"--config-file={ROOT / 'pyproject.toml'}",
+        f"--cache-dir={ROOT / '.mypy_cache' / 'programs'}",
+    ]
     out, errors, _ = api.run([*options, *(str(place / name) for name in files)])
     assert not errors, errors
     found: dict[str, list[str]] = {code: [] for code in programs}
@@ -103,8 +106,6 @@ def test_a_type_checker_refuses_what_would_not(code: str, said: dict[str, list[s
 
 def test_sampling_options_are_the_fields_of_the_configuration() -> None:
     assert list(get_type_hints(SamplingOptions)) == [f.name for f in fields(SamplingConfig)]
-    defaults = asdict(SamplingConfig(logit_bias={5: -1.0}, stop=["x"], stop_token_ids=[3], seed=1))
-    assert TypeAdapter(SamplingOptions).validate_python(defaults, strict=True) == defaults
     hints, own = get_type_hints(SamplingOptions), get_type_hints(SamplingConfig)
     scalars = {name: hint for name, hint in own.items() if hint in (int, float, bool, int | None)}
     assert scalars.items() <= hints.items()
@@ -131,14 +132,3 @@ def test_request_options_are_the_parameters_of_request() -> None:
 def test_the_types_of_answers_are_openais(ours: Any, theirs: Any) -> None:
     required = {name for name, field in theirs.model_fields.items() if field.is_required()}
     assert required <= set(get_type_hints(ours)) <= set(theirs.model_fields)
-
-
-def test_chat_completions_are_what_their_types_say(llama_cpp_runner: BaseLLMRunner) -> None:
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    response = llama_cpp_runner.create_chat_completion(messages, n=2, max_tokens=3)
-    assert TypeAdapter(openai_format.ChatCompletion).validate_python(response, strict=True) == response
-    chunks = TypeAdapter(openai_format.ChatCompletionChunk)
-    for chunk in llama_cpp_runner.create_chat_completion(
-        messages, stream=True, stream_options={"include_usage": True}, max_tokens=3
-    ):
-        assert chunks.validate_python(chunk, strict=True) == chunk
