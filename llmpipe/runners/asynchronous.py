@@ -7,7 +7,6 @@ from abc import abstractmethod
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import replace
-from itertools import takewhile
 from typing import ClassVar, Literal, Unpack, overload
 
 from llmpipe.records import Chunk, Completion, Request, Stopwatch, Tick
@@ -20,7 +19,7 @@ from llmpipe.runners.openai_format import (
     StreamOptions,
     chat_completion,
 )
-from llmpipe.runners.turns import Stream
+from llmpipe.runners.turns import Holder, Stream
 
 
 class AsyncConveniences(OpenAIChat):
@@ -134,7 +133,7 @@ class AsyncConveniences(OpenAIChat):
         def give(chunk: Chunk | BaseException) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, chunk)
 
-        call = self._stepper.submit(request, give, self.cancel, self._open)
+        call = self._stepper.submit(self, request, give)
         try:
             ends = len(request.samples)
             while ends:
@@ -144,12 +143,8 @@ class AsyncConveniences(OpenAIChat):
                 ends -= chunk.finish_reason is not None
                 yield replace(chunk, request_id=request.id)
         finally:
-            self._stepper.leave(call)
+            self._stepper.leave(self, call)
 
-    def _open(self, requests: Iterator[Request | None], tick: Tick) -> Stream[Chunk]:
-        """Open a stream of requests that come at any time; one that others cannot join ends with those there are."""
-        if self.joinable:
-            chunks = self.stream(requests)  # type: ignore[arg-type]  # such a runner takes None, too
-        else:
-            chunks = self.stream(request for request in takewhile(bool, requests) if request is not None)
-        return self._exclusively(chunks, tick)
+    def open_stream(self, requests: Iterator[Request | None], tick: Tick, place: Holder) -> Stream[Chunk]:
+        """Open a stream for the stepper; see `Source`."""
+        return self._exclusively(self.stream(requests), tick, place)  # type: ignore[arg-type]  # None if `joinable`

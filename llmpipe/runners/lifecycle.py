@@ -18,7 +18,7 @@ from llmpipe.exceptions import LLMError, LLMInferenceError, LLMInitializationErr
 from llmpipe.records import Tick, no_tick
 from llmpipe.runners.rendering import ChatRenderer
 from llmpipe.runners.stepper import Stepper
-from llmpipe.runners.turns import Stream, Turns
+from llmpipe.runners.turns import Holder, Stream, Turns
 
 if TYPE_CHECKING:
     from llmpipe.runners.preview import Preview
@@ -171,11 +171,11 @@ class Lifecycle(ABC):
         if not self.is_loaded:
             raise LLMInferenceError("this runner is closed: call reload() first")
 
-    def _exclusively(self, items: Iterator[T], tick: Tick = no_tick) -> Stream[T]:
+    def _exclusively(self, items: Iterator[T], tick: Tick = no_tick, place: Holder | None = None) -> Stream[T]:
         """Yield `items` while holding the runner, `tick` being its tick; closing what is returned closes `items`."""
 
         def held(stream: weakref.ref[Stream[T]]) -> Generator[T]:
-            with self._turns.turn(stream, tick=tick) as holder:
+            with self._turns.turn(stream, tick=tick, place=place) as holder:
                 self._check_loaded()
                 self._tick = tick
                 try:

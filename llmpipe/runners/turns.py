@@ -16,7 +16,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from llmpipe.exceptions import LLMInferenceError
@@ -114,12 +114,16 @@ class Stream(Iterator[T]):
 
 
 class Holder:
-    """Who has a turn: a stream, or a call where there is none."""
+    """Who has a turn or waits for one: a stream, or a call where there is none."""
 
-    def __init__(self, stream: weakref.ref[Stream[Any]] | None) -> None:
-        self._stream = stream
+    def __init__(self) -> None:
+        self._stream: weakref.ref[Stream[Any]] | None = None
         self._process = os.getpid()
         self._thread = weakref.ref(this_thread())
+
+    def begin(self, stream: weakref.ref[Stream[Any]] | None) -> None:
+        """Be this stream, or a call, of the calling thread."""
+        self._stream, self._thread = stream, weakref.ref(this_thread())
 
     def go_on(self) -> None:
         """Note that the calling thread is the one that goes on.
@@ -174,9 +178,25 @@ class Turns:
         holder = self._current()
         return holder is not None and holder.is_here
 
+    def queue(self) -> Holder:
+        """Take a place in the queue; it must come to a turn, or be left."""
+        holder = Holder()
+        self._queue.append(holder)
+        return holder
+
+    def leave(self, place: Holder) -> None:
+        """Give up a place in the queue, if it is there."""
+        with self._changed, suppress(ValueError):
+            self._queue.remove(place)
+            self._changed.notify_all()
+
     @contextmanager
     def turn(
-        self, stream: weakref.ref[Stream[Any]] | None = None, ends: bool = False, tick: Tick = no_tick
+        self,
+        stream: weakref.ref[Stream[Any]] | None = None,
+        ends: bool = False,
+        tick: Tick = no_tick,
+        place: Holder | None = None,
     ) -> Iterator[Holder]:
         """Wait for the turn and have it while the block lasts.
 
@@ -184,20 +204,19 @@ class Turns:
             stream: What has it then; None for a call.
             ends: Close a stream that is idle instead of waiting for it.
             tick: Called now and then; what it raises ends the wait.
+            place: One in the queue that was taken before.
 
         Raises:
             LLMInferenceError: the calling thread would wait for itself.
         """
-        holder, wait = Holder(stream), Wait(ends)
-        self._queue.append(holder)
+        holder, wait = place or self.queue(), Wait(ends)
+        holder.begin(stream)
         try:
             while not self._take(holder, wait.timeout_s):
                 tick()
                 wait.look_at(self._current())
         finally:
-            with self._changed:
-                self._queue.remove(holder)
-                self._changed.notify_all()
+            self.leave(holder)
         try:
             yield holder
         finally:
@@ -214,7 +233,7 @@ class Turns:
 
     def _first(self) -> Holder:
         """Return who has waited longest; a fork takes along those who wait, but not their threads."""
-        return next(holder for holder in self._queue if not holder.is_gone)
+        return next(holder for holder in self._queue if not holder.is_elsewhere)
 
     def _current(self) -> Holder | None:
         return self._holder() if self._holder is not None else None
