@@ -128,7 +128,7 @@ class Stepper:
             try:
                 with closing(source.open_stream(self._requests(source.joinable), self._tick, place)) as chunks:
                     for chunk in chunks:
-                        self._take(chunk)
+                        self._take(source, chunk)
                         self._tick()
                 for call in self._open.values():
                     self._give(call, LLMInferenceError(NO_ANSWER))
@@ -163,7 +163,7 @@ class Stepper:
             most = None if most is None else most - 1
             yield call.request
 
-    def _take(self, chunk: Chunk) -> None:
+    def _take(self, source: Source, chunk: Chunk) -> None:
         call = self._open.get(chunk.request_id)
         if call is None:
             return
@@ -172,7 +172,10 @@ class Stepper:
             if not call.samples:
                 with self._lock:
                     del self._open[chunk.request_id]
-        self._give(call, chunk)
+        if not call.is_left:
+            self._give(call, chunk)
+            if call.is_left:
+                source.cancel(chunk.request_id)
 
     def _give(self, call: Call, what: Chunk | BaseException) -> None:
         if not call.is_left:
