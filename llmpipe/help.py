@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from llmpipe.config import BACKENDS, BackendConfig, RunConfig, conf_dir, field_docs
+from llmpipe.verbs import VERBS
 
 
 def help_text() -> str:
@@ -13,12 +14,15 @@ def help_text() -> str:
     lines = [
         "llmpipe: an offline batch runner for language models.",
         "",
+        *(f"  {f'{name} {verb.takes}':<43}  {verb.summary}" for name, verb in VERBS.items()),
+        "",
+        "llmpipe VERB --help explains one. Some commands:",
+        "",
         "  llmpipe backend=transformers device=cuda",
         "  llmpipe dataset.path=prompts.jsonl sampling.max_tokens=100 output=parquet",
         "  llmpipe -m sampling.temperature=0,0.7,1.2",
-        "  llmpipe plan=true dataset.path=prompts.jsonl",
-        "  llmpipe resume=outputs/2026-01-31/12-00-00",
-        "  llmpipe export=outputs/2026-01-31/12-00-00 export_to=so-far.parquet",
+        "  llmpipe resume outputs/2026-01-31/12-00-00",
+        "  llmpipe export outputs/2026-01-31/12-00-00 --to so-far.parquet",
         "",
         "Choose one option per group (group=option):",
         "",
@@ -34,7 +38,7 @@ def help_text() -> str:
         "'KEY=${oc.env:NAME}' takes a value from the environment; all that is written has this reference instead.",
         "hydra.run.dir=DIR chooses the run directory. --cfg job prints the config, --hydra-help Hydra's flags.",
     ]
-    return "\n".join(lines).replace("$", "$$") + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _help_of(owner: type[Any], name: str, prefix: str = "") -> list[str]:

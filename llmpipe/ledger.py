@@ -307,7 +307,7 @@ class Ledger:
         if _identity(self.path) != self._file:  # SQLite would go on, in a file that is elsewhere, or nowhere
             raise LedgerError(
                 f"{self.path.parent} was moved, replaced or deleted while the run went on; where it is now, it "
-                f"continues with llmpipe resume="
+                f"continues with llmpipe resume"
             )
         with self._turn, _faults_named(self.path):
             self._db.execute("BEGIN IMMEDIATE")
