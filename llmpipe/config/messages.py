@@ -15,8 +15,8 @@ from llmpipe.config.checks import unknown_name
 from llmpipe.config.run import RunConfig
 from llmpipe.exceptions import MOST_CHARACTERS
 from llmpipe.quoting import shortened
-from llmpipe.records import harmless
 from llmpipe.redaction import redacted
+from llmpipe.text import harmless
 
 FIELDS = "__dataclass_fields__"
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(\S+?)=(.*)'$", re.MULTILINE)

@@ -33,13 +33,15 @@ from llmpipe.config import (
     reject_unknown,
 )
 from llmpipe.exceptions import LLMConfigError, LLMError, LLMInferenceError, LLMInitializationError
-from llmpipe.records import Chunk, Completion, Message, Request, Tick, complete, derive_seed, failed, no_tick
+from llmpipe.records import Chunk, Completion, Message, Request, failed
 from llmpipe.runners.chat import ChatTemplate
 from llmpipe.runners.decoding import StopStrings
 from llmpipe.runners.facts import Facts
 from llmpipe.runners.openai_format import chat_chunks, chat_completion
 from llmpipe.runners.rendering import ChatRenderer
 from llmpipe.runners.turns import Stream, Turns
+from llmpipe.seeds import derive_seed
+from llmpipe.stopwatch import Tick, complete, no_tick
 
 if TYPE_CHECKING:
     from llmpipe.runners.preview import Preview

@@ -24,12 +24,13 @@ from dataclasses import dataclass, field
 
 from llmpipe.config import BatchingConfig
 from llmpipe.exceptions import LLMInitializationError, LLMOutOfMemoryError
-from llmpipe.records import Chunk, Request, Tick, no_tick
+from llmpipe.records import Chunk, Request
 from llmpipe.runners.batching import sizing
 from llmpipe.runners.batching.executor import NO_NUMBERS, Context, Executor, Sampler, Text
 from llmpipe.runners.batching.lookahead import Encode, LookAhead, Sample, Tokens
 from llmpipe.runners.batching.sizing import Plan
 from llmpipe.runners.decoding import Answer
+from llmpipe.stopwatch import Tick, no_tick
 
 log = logging.getLogger(__name__)
 

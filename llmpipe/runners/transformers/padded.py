@@ -17,13 +17,14 @@ import torch
 from transformers import DynamicCache
 
 from llmpipe.exceptions import LLMOutOfMemoryError
-from llmpipe.records import Chunk, Request, Tick, no_tick
+from llmpipe.records import Chunk, Request
 from llmpipe.runners.batching import NO_NUMBERS
 from llmpipe.runners.batching.lookahead import Encode, LookAhead, Sample
 from llmpipe.runners.decoding import Answer
 from llmpipe.runners.transformers import memory
 from llmpipe.runners.transformers.sampler import Sampler, choose
 from llmpipe.runners.transformers.text import TokenText
+from llmpipe.stopwatch import Tick, no_tick
 
 log = logging.getLogger(__name__)
 
