@@ -33,7 +33,7 @@ from llmpipe.config import (
     reject_unknown,
 )
 from llmpipe.exceptions import LLMConfigError, LLMError, LLMInferenceError, LLMInitializationError
-from llmpipe.records import Chunk, Completion, Message, Request, failed
+from llmpipe.records import Chunk, Completion, Message, Request, error_chunk, error_chunks, failed
 from llmpipe.runners.chat import ChatTemplate
 from llmpipe.runners.decoding import StopStrings
 from llmpipe.runners.facts import Facts
@@ -149,7 +149,7 @@ class BaseLLMRunner(ABC):
                     yield from self._stream_simply(request, sample, prompt)
                 except Exception as error:  # whatever befalls one prompt, the next one may fare better
                     log.debug("request %d failed", request.id, exc_info=True)
-                    yield Chunk(request.id, sample, finish_reason="error", error=_one_line(error))
+                    yield error_chunk(request.id, _one_line(error), sample)
 
     def tick(self) -> None:
         """Let whoever drives the stream look at the clock and at signals; what this raises is to end the stream."""
@@ -572,12 +572,6 @@ def backend_config(
     if isinstance(config, Mapping):
         config = cast(BackendConfig, build(config_type, config, "backend option"))
     return config
-
-
-def error_chunks(request: Request, reason: str) -> Iterator[Chunk]:
-    """Yield the chunks that end every sample of a request that cannot be run."""
-    for sample in request.samples:
-        yield Chunk(request.id, sample, finish_reason="error", error=reason)
 
 
 def _one_line(error: BaseException) -> str:

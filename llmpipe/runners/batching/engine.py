@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from llmpipe.config import BatchingConfig
 from llmpipe.exceptions import LLMInitializationError, LLMOutOfMemoryError
-from llmpipe.records import Chunk, Request
+from llmpipe.records import Chunk, Request, error_chunk
 from llmpipe.runners.batching import sizing
 from llmpipe.runners.batching.executor import NO_NUMBERS, Context, Executor, Sampler, Text
 from llmpipe.runners.batching.lookahead import Encode, LookAhead, Sample, Tokens
@@ -263,7 +263,7 @@ class Engine:
         for row in [row for row in (*self._rows, *self._suspended) if row.sample.request.id in ids]:
             self._leave(row)
             gone.append(row.sample)
-        yield from (refused(sample, "cancelled") for sample in gone)
+        yield from (error_chunk(sample.request.id, "cancelled", sample.number) for sample in gone)
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
@@ -310,7 +310,7 @@ class Engine:
             yield row.answer.fail(reason)
             self._leave(row)
         if not most:
-            yield from (refused(sample, reason) for sample in ahead.take_longest())
+            yield from (error_chunk(sample.request.id, reason, sample.number) for sample in ahead.take_longest())
 
     def _spoil(self) -> None:
         """Let no row begin in this context any more: a row of NaN was in it."""
@@ -428,11 +428,6 @@ class Engine:
         if row.answer.finished:
             self._leave(row)
         return chunk
-
-
-def refused(sample: Sample, reason: str) -> Chunk:
-    """Return the only chunk of a sample that is not run."""
-    return Chunk(sample.request.id, sample.number, finish_reason="error", error=reason)
 
 
 def _begins(tokens: Tokens, start: Tokens) -> int:
