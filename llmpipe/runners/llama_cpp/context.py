@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from llmpipe.config import LlamaCppConfig, RopeScaling, Switch
 from llmpipe.exceptions import LLMInferenceError, LLMInitializationError
-from llmpipe.runners.batching import Batch, Plan
+from llmpipe.runners.batching import Batch, Sizes
 from llmpipe.runners.llama_cpp import log
 from llmpipe.runners.llama_cpp.abort import Abort
 from llmpipe.runners.llama_cpp.model import Model
@@ -51,7 +51,7 @@ class LlamaContext:
     Args:
         model: The loaded model.
         config: Arithmetic and batch sizes.
-        plan: How many sequences of which length.
+        sizes: How many sequences of which length.
         threads: CPU threads.
         on_gpu: Whether a GPU may take part.
         abort: Ends what it computes.
@@ -61,16 +61,16 @@ class LlamaContext:
     """
 
     def __init__(
-        self, model: Model, config: LlamaCppConfig, plan: Plan, threads: int, on_gpu: bool, abort: Abort
+        self, model: Model, config: LlamaCppConfig, sizes: Sizes, threads: int, on_gpu: bool, abort: Abort
     ) -> None:
-        self.plan = plan
+        self.sizes = sizes
         self._model = model
         # In reproducible mode a row is never decoded alone, see the engine.
-        sequences = max(plan.slots + plan.prefixes, 2 if config.reproducible else 1)
+        sequences = max(sizes.slots + sizes.prefixes, 2 if config.reproducible else 1)
         params = llama_cpp.llama_context_default_params()
         params.n_seq_max = sequences
-        params.n_ctx = sequences * plan.context
-        params.n_batch = max(min(plan.batch_tokens, params.n_ctx), sequences)
+        params.n_ctx = sequences * sizes.context
+        params.n_batch = max(min(sizes.batch_tokens, params.n_ctx), sequences)
         params.n_ubatch = max(min(config.micro_batch_tokens, params.n_batch), sequences)
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = FLASH_ATTENTION[Switch.off if config.reproducible else config.flash_attention]
@@ -87,7 +87,7 @@ class LlamaContext:
         self._handle: Any = llama_cpp.llama_init_from_model(model.handle, params)
         if not self._handle:
             raise LLMInitializationError(
-                f"llama.cpp cannot make {sequences} slots of {plan.context} tokens: "
+                f"llama.cpp cannot make {sequences} slots of {sizes.context} tokens: "
                 f"{log.last_errors() or 'no reason given'}; try a smaller backend.slots or backend.context"
             )
         self._memory = llama_cpp.llama_get_memory(self._handle)

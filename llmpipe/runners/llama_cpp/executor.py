@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmpipe.config import LlamaCppConfig
-from llmpipe.runners.batching import Footprint, Plan, Sample
+from llmpipe.runners.batching import Footprint, Sample, Sizes
 from llmpipe.runners.decoding import Utf8Stream
 from llmpipe.runners.llama_cpp import devices
 from llmpipe.runners.llama_cpp.abort import Abort
@@ -46,9 +46,9 @@ class LlamaExecutor:
             state_bytes=model.state_bytes,
         )
 
-    def context(self, plan: Plan) -> LlamaContext:
+    def context(self, sizes: Sizes) -> LlamaContext:
         """Make a context; see `LlamaContext`."""
-        return LlamaContext(self._model, self._config, plan, self._threads, self._offload, self._abort)
+        return LlamaContext(self._model, self._config, sizes, self._threads, self._offload, self._abort)
 
     def free_bytes(self) -> int | None:
         """Return the GPUs' free memory where all of the cache goes there, else None."""
@@ -65,16 +65,16 @@ class LlamaExecutor:
         request = sample.request
         return Sampler(request.sampling, request.seed_of(sample.number), self._model, sample.prompt, sample.need)
 
-    def text(self, sample: Sample) -> PieceText:
+    def detokenizer(self, sample: Sample) -> Detokenizer:
         """Return what joins the bytes of tokens to text."""
-        return PieceText(self._model)
+        return Detokenizer(self._model)
 
     def is_end(self, token: int) -> bool:
         """Say whether `token` ends a generation."""
         return self._model.is_end(token)
 
 
-class PieceText:
+class Detokenizer:
     """Tokens → text: every token stands for some bytes, whatever is beside it."""
 
     def __init__(self, model: Model) -> None:
