@@ -28,6 +28,11 @@ MOST_CHARACTERS = 4000
 """Of a message, whatever of the user's it quotes; then it is cut in the middle."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return what an error says, as one line; the name of its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class LLMError(Exception):
     """Base of every error that llmpipe raises on purpose. No message has what came from the environment."""
 

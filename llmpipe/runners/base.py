@@ -32,7 +32,7 @@ from llmpipe.config import (
     check,
     reject_unknown,
 )
-from llmpipe.exceptions import LLMConfigError, LLMError, LLMInferenceError, LLMInitializationError
+from llmpipe.exceptions import LLMConfigError, LLMError, LLMInferenceError, LLMInitializationError, one_line
 from llmpipe.records import Chunk, Completion, Message, Request, Tick, complete, derive_seed, failed, no_tick
 from llmpipe.runners.chat import ChatTemplate
 from llmpipe.runners.decoding import StopStrings
@@ -147,7 +147,7 @@ class BaseLLMRunner(ABC):
                     yield from self._stream_simply(request, sample, prompt)
                 except Exception as error:  # whatever befalls one prompt, the next one may fare better
                     log.debug("request %d failed", request.id, exc_info=True)
-                    yield Chunk(request.id, sample, finish_reason="error", error=_one_line(error))
+                    yield Chunk(request.id, sample, finish_reason="error", error=one_line(error))
 
     def tick(self) -> None:
         """Let whoever drives the stream look at the clock and at signals; what this raises is to end the stream."""
@@ -526,7 +526,7 @@ class BaseLLMRunner(ABC):
             raise
         except Exception as error:
             self._release_model()
-            message = f"{type(self).__name__} cannot load {self.config.model!r}: {_one_line(error)}"
+            message = f"{type(self).__name__} cannot load {self.config.model!r}: {one_line(error)}"
             raise LLMInitializationError(message) from error
         self.load_s = time.perf_counter() - started
         self.is_loaded = weights
@@ -576,7 +576,3 @@ def error_chunks(request: Request, reason: str) -> Iterator[Chunk]:
     """Yield the chunks that end every sample of a request that cannot be run."""
     for sample in request.samples:
         yield Chunk(request.id, sample, finish_reason="error", error=reason)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
