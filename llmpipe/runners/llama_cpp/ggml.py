@@ -1,4 +1,4 @@
-"""Number formats as ggml, the library of tensors under llama.cpp, has them; llama-cpp-python does not bind these calls."""
+"""Number formats as ggml, the tensor library under llama.cpp, has them; llama-cpp-python does not bind these calls."""
 
 from __future__ import annotations
 
