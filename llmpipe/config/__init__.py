@@ -46,7 +46,7 @@ from llmpipe.config.choices import (
     RopeScaling,
     Switch,
 )
-from llmpipe.config.model import ModelConfig
+from llmpipe.config.model import ModelConfig, backend_config
 from llmpipe.config.options import field_docs, option
 from llmpipe.config.reading import compose, conf_dir, data_dir, register_schemas, to_run_config
 from llmpipe.config.run import (
@@ -96,6 +96,7 @@ __all__ = [
     "TransformersConfig",
     "answer_fields",
     "auto_or_bool",
+    "backend_config",
     "build",
     "check",
     "check_trusted",

@@ -16,8 +16,8 @@ from llmpipe.config.options import default_of
 from llmpipe.config.run import RunConfig
 from llmpipe.exceptions import MOST_CHARACTERS, one_line
 from llmpipe.quoting import shortened
-from llmpipe.records import harmless
 from llmpipe.redaction import redacted
+from llmpipe.text import harmless
 
 FIELDS = "__dataclass_fields__"
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(\S+?)=(.*)'$", re.MULTILINE)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
-from llmpipe.config.backends import BUNDLED
-from llmpipe.config.checks import check
+from llmpipe.config.backends import BUNDLED, BackendConfig
+from llmpipe.config.checks import check, reject_unknown
 from llmpipe.config.choices import BackendType, DeviceType
 from llmpipe.config.options import option
 from llmpipe.config.run import DeviceConfig
 from llmpipe.config.sampling import SamplingConfig
+from llmpipe.config.values import build
 
 
 @dataclass
@@ -57,3 +58,20 @@ class ModelConfig(SamplingConfig):
     def sampling(self) -> SamplingConfig:
         """The sampling options alone."""
         return SamplingConfig(**{f.name: getattr(self, f.name) for f in fields(SamplingConfig)})
+
+
+def backend_config(
+    config: BackendConfig | ModelConfig | Mapping[str, Any], config_type: type[BackendConfig]
+) -> BackendConfig:
+    """Return the options of a backend, in whichever form they come.
+
+    Raises:
+        LLMConfigError: an option is unknown, of the wrong type or out of range.
+    """
+    if isinstance(config, ModelConfig):
+        own = [f.name for f in fields(config_type)]
+        reject_unknown(config.options, own, "option", extra=[f.name for f in fields(ModelConfig)])
+        config = {"model": config.model_path, **config.options}
+    if isinstance(config, Mapping):
+        config = cast(BackendConfig, build(config_type, config, "backend option"))
+    return config
