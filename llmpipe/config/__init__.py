@@ -35,6 +35,7 @@ from llmpipe.config.checks import auto_or_bool, check, reject_unknown, unknown_n
 from llmpipe.config.choices import (
     BackendType,
     Batching,
+    CacheType,
     ControlTokens,
     DeviceType,
     Dtype,
@@ -59,7 +60,7 @@ from llmpipe.config.run import (
     RunConfig,
 )
 from llmpipe.config.sampling import MAX_SAMPLES, SamplingConfig
-from llmpipe.config.trust import check_trusted
+from llmpipe.config.trust import check_trusted, is_own
 from llmpipe.config.values import answer_fields, build, describe
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "BackendType",
     "Batching",
     "BatchingConfig",
+    "CacheType",
     "ColumnsConfig",
     "ControlTokens",
     "CsvConfig",
@@ -103,6 +105,7 @@ __all__ = [
     "data_dir",
     "describe",
     "field_docs",
+    "is_own",
     "option",
     "register_schemas",
     "reject_unknown",
