@@ -21,6 +21,7 @@ from llmpipe import machine
 from llmpipe.config import unknown_name
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Completion
+from llmpipe.version import __version__
 
 Scorer = Callable[[str, str], float]
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
@@ -210,10 +211,8 @@ def utc_now() -> str:
 
 def environment() -> dict[str, Any]:
     """Say what the run ran on: of cores and memory, what it may use."""
-    import llmpipe
-
     return {
-        "llmpipe": llmpipe.__version__,
+        "llmpipe": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_cores": machine.cores().physical,
