@@ -11,13 +11,14 @@ from llmpipe.config import (
     BackendType,
     DeviceConfig,
     ModelConfig,
+    backend_config,
     build,
     check_trusted,
     describe,
     unknown_name,
 )
 from llmpipe.exceptions import LLMConfigError
-from llmpipe.runners.base import BaseLLMRunner, backend_config
+from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.isolated import IsolatedRunner
 from llmpipe.runners.targets import import_class
 

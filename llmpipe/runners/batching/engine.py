@@ -29,6 +29,7 @@ from llmpipe.runners.batching import sizing
 from llmpipe.runners.batching.executor import NO_NUMBERS, Context, Executor, Sampler, Text
 from llmpipe.runners.batching.lookahead import Encode, LookAhead, Sample, Tokens
 from llmpipe.runners.batching.sizing import Plan
+from llmpipe.runners.batching.throughput import Throughput
 from llmpipe.runners.decoding import Answer
 from llmpipe.stopwatch import Tick, no_tick
 
@@ -83,6 +84,7 @@ class Engine:
         """Most rows that were in flight at once."""
         self.reasons: list[str] = []
         """Why the sizes are what they are."""
+        self.throughput = Throughput()
         self.context_s = 0.0
         """Seconds spent making contexts."""
         self.device_bytes = 0
@@ -118,6 +120,7 @@ class Engine:
         ahead = LookAhead(requests, encode, self.limit, share=not self._config.reproducible)
         count = sizing.look_ahead(sizing.wanted_slots(self._config, self._executor.footprint))
         self.cancelled.clear()
+        self.throughput = Throughput()
         try:
             while True:
                 if len(ahead.waiting) <= count // 2:
@@ -359,16 +362,17 @@ class Engine:
         for start in range(done, len(tokens), batch.capacity):
             batch.clear()
             batch.add(tokens[start : start + batch.capacity], start, prefix.slot, False)
-            self._compute()
+            self._compute(is_prefill=True)
         prefix.tokens = tokens
 
     # --- computing ------------------------------------------------------------------------------------------------
 
-    def _compute(self) -> None:
+    def _compute(self, is_prefill: bool) -> None:
         """Compute the batch; every step of the engine is one call of this."""
         assert self.context is not None
         self._tick()
-        self.context.decode()
+        with self.throughput.step(self.context.batch.size, is_prefill):
+            self.context.decode()
 
     def _prefill(self) -> Iterator[Chunk]:
         """Compute one batch of tokens of new rows; those that lack none get the next one."""
@@ -385,10 +389,10 @@ class Engine:
             row.cached += len(part)
             if done:
                 outputs.append(row)
-        self._compute()
+        self._compute(is_prefill=True)
         for row in outputs:
             self._prefilling.remove(row)
-        yield from self._sample(outputs)
+        yield from self._sample(outputs, is_prefill=True)
 
     def _decode(self) -> Iterator[Chunk]:
         """Compute one token for every row."""
@@ -400,18 +404,19 @@ class Engine:
         if company:  # any token will do, and it is forgotten again
             tokens, positions, slots = [*tokens, tokens[0]], [*positions, 0], [*slots, slots[0] + 1]
         self.context.batch.set_columns(tokens, positions, slots)
-        self._compute()
+        self._compute(is_prefill=False)
         if company:
             self.context.forget(slots[-1])
         for row in rows:
             row.cached += 1
-        yield from self._sample(rows)
+        yield from self._sample(rows, is_prefill=False)
 
-    def _sample(self, rows: list[Row]) -> Iterator[Chunk]:
+    def _sample(self, rows: list[Row], is_prefill: bool) -> Iterator[Chunk]:
         """Choose a token for each of `rows`, whose logits are the outputs of the batch, in this order."""
         assert self.context is not None
         # All tokens are taken before the first chunk is given out: whoever gets it may do as he likes meanwhile.
-        tokens = self.context.choose([row.sampler for row in rows])
+        with self.throughput.step(0, is_prefill):
+            tokens = self.context.choose([row.sampler for row in rows])
         chunks = [self._take(row, token) for row, token in zip(rows, tokens, strict=True)]
         yield from (chunk for chunk in chunks if chunk is not None)
 
