@@ -21,12 +21,13 @@ from llmpipe.config import OutputFormat, RunConfig, split_adapter
 from llmpipe.datasets import Inputs
 from llmpipe.exceptions import DatasetError, LLMConfigError, LLMError
 from llmpipe.fingerprint import backend_values, continued, fingerprint
-from llmpipe.ledger import FILE, Ledger, LedgerSnapshot, differences
+from llmpipe.ledger import FILE, LedgerSnapshot
 from llmpipe.outputs import ERRORS_FILE, WRITERS, Answered, is_same, layout_of, own_file, refuse_foreign
 from llmpipe.place import check_place
 from llmpipe.preflight import look_through
 from llmpipe.prompts import PromptBuilder
 from llmpipe.records import Completion, Row
+from llmpipe.redaction import differences
 from llmpipe.resumption import Before
 from llmpipe.scorers import scored
 
@@ -135,7 +136,7 @@ def _format_of(path: Path, directory: Path) -> OutputFormat:
     return OutputFormat(path.suffix.removeprefix("."))
 
 
-def _named(directory: Path, ledger: Ledger, path: Path) -> dict[str, Any]:
+def _named(directory: Path, ledger: LedgerSnapshot, path: Path) -> dict[str, Any]:
     """Return what tells a run from others, also once its dataset has grown, or it was moved with its export."""
     asked = {name: value for name, value in ledger.get("fingerprint").items() if name != "dataset"}
     return {

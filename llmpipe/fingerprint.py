@@ -18,8 +18,7 @@ from llmpipe.config import BACKENDS, BackendConfig, RunConfig, answer_fields, de
 from llmpipe.config.checks import check, readable
 from llmpipe.datasets import Scan, digest_of
 from llmpipe.exceptions import LedgerError, LLMConfigError, LLMInitializationError
-from llmpipe.ledger import differences
-from llmpipe.redaction import Place, as_written, below, redacted, sealed
+from llmpipe.redaction import Place, as_written, below, differences, redacted, sealed
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.digests import Witness, content_digest, model_digest
 from llmpipe.version import __version__
