@@ -12,6 +12,7 @@ from typing import Any
 from llmpipe.config import Batching, TransformersConfig
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
 from llmpipe.records import Chunk, Request
+from llmpipe.runners import decoding
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.batching import Engine, Sample, Sizes, sizing
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
@@ -25,7 +26,7 @@ try:
     import torch
     import transformers
 
-    from llmpipe.runners.transformers import loading, memory
+    from llmpipe.runners.transformers import loading, memory, sampler
     from llmpipe.runners.transformers.executor import SlotExecutor, UnsuitableModelError, refuse_unsuitable
     from llmpipe.runners.transformers.padded import PaddedEngine
     from llmpipe.runners.transformers.tokens import Tokens
@@ -69,6 +70,7 @@ class TransformersRunner(BaseLLMRunner):
 
     config_type = TransformersConfig
     ticks = True
+    honours = decoding.OPTIONS | sampler.OPTIONS
     config: TransformersConfig
     _model: Any = None
     _tokenizer: Any = None
@@ -180,6 +182,7 @@ class TransformersRunner(BaseLLMRunner):
         Raises:
             ValueError: the prompt is empty, exceeds the context, is no text, or the template refuses it.
         """
+        self.check_sampling(request.sampling)
         check_tokens(request.sampling, self._vocabulary)
         return fit_prompt(tokens_of(request, self.prompt_text, self._tokens), self._limit, request.truncate)
 
