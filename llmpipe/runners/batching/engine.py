@@ -12,12 +12,13 @@ from typing import Any
 
 from llmpipe.config import BatchingConfig
 from llmpipe.exceptions import LLMOutOfMemoryError
-from llmpipe.records import Chunk, Request, Tick, no_tick
+from llmpipe.records import Chunk, Request
 from llmpipe.runners.batching.executor import Executor
 from llmpipe.runners.batching.lookahead import Encode, LookAhead
 from llmpipe.runners.batching.scheduler import Scheduler
 from llmpipe.runners.batching.step import Step
 from llmpipe.runners.batching.throughput import Throughput
+from llmpipe.stopwatch import Tick, no_tick
 
 
 class Engine:

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from llmpipe.records import Chunk, Request
-from llmpipe.runners.base import error_chunks
+from llmpipe.records import Chunk, Request, error_chunk, error_chunks
 
 MIN_SHARED_TOKENS = 32
 """Prefixes shorter than this are computed again: copying a slot's cache is not free."""
@@ -40,9 +39,9 @@ class Sample:
     base: int = 0
     """How many of them it shares with samples of other prompts, too."""
 
-    def failed(self, reason: str) -> Chunk:
-        """Return the last chunk of its answer: there is none."""
-        return Chunk(self.request.id, self.number, finish_reason="error", error=reason)
+    def error_chunk(self, reason: str) -> Chunk:
+        """Return the chunk that ends it: it cannot be run, or not to its end."""
+        return error_chunk(self.request.id, reason, self.number)
 
 
 class LookAhead:

@@ -279,7 +279,7 @@ class Scheduler:
         """End the rows and waiting samples of cancelled requests."""
         ids = set(self.cancelled)
         self.cancelled -= ids
-        self._chunks += [sample.failed("cancelled") for sample in self._ahead.take_requests(ids)]
+        self._chunks += [sample.error_chunk("cancelled") for sample in self._ahead.take_requests(ids)]
         for sequence in [*self._running, *self._suspended]:
             if sequence.sample.request.id in ids:
                 self._fail(sequence, "cancelled")
@@ -350,7 +350,7 @@ class Scheduler:
     def _refuse_longest(self, reason: str) -> None:
         """End the samples that need the most tokens."""
         if not self._suspended:
-            self._chunks += [sample.failed(reason) for sample in self._ahead.take_longest()]
+            self._chunks += [sample.error_chunk(reason) for sample in self._ahead.take_longest()]
             return
         most = max(sequence.sample.need for sequence in self._suspended)
         for sequence in [sequence for sequence in self._suspended if sequence.sample.need == most]:

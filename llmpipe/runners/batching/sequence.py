@@ -58,7 +58,7 @@ class Sequence:
     def fail(self, reason: str) -> Chunk:
         """Return the last chunk: the answer cannot be finished."""
         self.finished = True
-        return self.sample.failed(reason)
+        return self.sample.error_chunk(reason)
 
     @property
     def _generated(self) -> int:

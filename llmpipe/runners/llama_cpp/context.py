@@ -15,10 +15,10 @@ from llmpipe.exceptions import LLMInferenceError, LLMInitializationError
 from llmpipe.runners.batching import Batch, Sizes
 from llmpipe.runners.llama_cpp import log
 from llmpipe.runners.llama_cpp.abort import Abort
+from llmpipe.runners.llama_cpp.ggml import number_format
 from llmpipe.runners.llama_cpp.model import Model
 from llmpipe.runners.llama_cpp.sampler import Sampler
 
-CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
 FLASH_ATTENTION = {Switch.auto: -1, Switch.off: 0, Switch.on: 1}
 REASONS = {1: "no room in the KV cache", 2: "it was interrupted"}
 ROPE_SCALING = {RopeScaling.model: -1, RopeScaling.none: 0, RopeScaling.linear: 1, RopeScaling.yarn: 2}
@@ -73,7 +73,8 @@ class LlamaContext:
         params.n_ubatch = max(min(config.micro_batch_tokens, params.n_batch), sequences)
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = FLASH_ATTENTION[Switch.off if config.reproducible else config.flash_attention]
-        params.type_k, params.type_v = CACHE_TYPES[config.cache_type_k], CACHE_TYPES[config.cache_type_v]
+        params.type_k = number_format(config.cache_type_k).type
+        params.type_v = number_format(config.cache_type_v).type
         params.rope_scaling_type = ROPE_SCALING[config.rope_scaling]
         params.rope_freq_base, params.rope_freq_scale = config.rope_freq_base, config.rope_freq_scale
         params.yarn_orig_ctx = config.yarn_original_context

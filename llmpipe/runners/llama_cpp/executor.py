@@ -10,12 +10,11 @@ from llmpipe.runners.decoding import Utf8Stream
 from llmpipe.runners.llama_cpp import devices
 from llmpipe.runners.llama_cpp.abort import Abort
 from llmpipe.runners.llama_cpp.context import LlamaContext
+from llmpipe.runners.llama_cpp.ggml import number_format
 from llmpipe.runners.llama_cpp.model import Model
 from llmpipe.runners.llama_cpp.sampler import Sampler
 
 GPU_SLOTS = 32
-BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32}
-BYTES_PER_VALUE |= {"q4_1": 20 / 32, "q4_0": 18 / 32}
 
 
 class LlamaExecutor:
@@ -40,7 +39,8 @@ class LlamaExecutor:
         self._offload = offload
         self._abort = abort
         keys, values = model.cache_values_per_token
-        per_token = keys * BYTES_PER_VALUE[config.cache_type_k] + values * BYTES_PER_VALUE[config.cache_type_v]
+        of_key, of_value = number_format(config.cache_type_k), number_format(config.cache_type_v)
+        per_token = keys * of_key.bytes_per_value + values * of_value.bytes_per_value
         self.footprint = Footprint(
             parameters=model.parameters,
             cache_bytes_per_token=int(per_token),
