@@ -20,7 +20,7 @@ from types import TracebackType
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from llmpipe.config.messages import one_line
+from llmpipe.config.messages import in_words
 from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
 from llmpipe.redaction import redacted
 from llmpipe.streams import lost, usable_streams
@@ -68,7 +68,7 @@ def command(arguments: list[str]) -> int:
 
 def refused(error: Exception, code: int = REFUSED) -> int:
     """Say in a line what is wrong, and return the exit code."""
-    print(f"llmpipe: {one_line(error)}", file=sys.stderr)
+    print(f"llmpipe: {in_words(error)}", file=sys.stderr)
     return code
 
 

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 
-from llmpipe import __version__
 from llmpipe.config.checks import is_remote, readable, unknown_name
 from llmpipe.config.escapes import as_override
 from llmpipe.exceptions import LedgerError, LLMConfigError
@@ -22,6 +21,7 @@ from llmpipe.quoting import quoted, shell_command
 from llmpipe.replay import replayed
 from llmpipe.verbs import VERBS
 from llmpipe.verbs.former import refuse_former
+from llmpipe.version import __version__
 
 MODES = ("run", "multirun", "cfg", "shell_completion", "info")
 """Flags that say what Hydra is to do, of which it can do one."""

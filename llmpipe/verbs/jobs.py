@@ -27,11 +27,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmpipe.config import RunConfig, conf_dir, register_schemas, to_run_config
 from llmpipe.config.escapes import text_of
-from llmpipe.config.loading import checked
-from llmpipe.config.messages import one_line
+from llmpipe.config.loading import check_configs, checked
+from llmpipe.config.messages import in_words
 from llmpipe.config.trust import key_of
 from llmpipe.exceptions import LLMError, RunInterrupted
-from llmpipe.place import check_configs, check_place
+from llmpipe.place import check_place
 from llmpipe.redaction import RedactedFormatter, redacted
 from llmpipe.replay import composed_from, find_files, typed, with_files
 from llmpipe.streams import usable_streams
@@ -131,7 +131,21 @@ def look_first(log_config: DictConfig, verbose_config: bool | str | Sequence[str
     Raises:
         LLMError: something there leads elsewhere, or is another program's.
     """
-    job: Any = HydraConfig.get()
+    if HydraConfig.initialized():  # a launcher calls this too, between jobs
+        check_directory(HydraConfig.get(), log_config)
+    configure_log(log_config, verbose_config)
+
+
+def check_directory(job: Any, log_config: DictConfig) -> None:
+    """Refuse links, and what is another program's, where Hydra is going to write for a job.
+
+    Args:
+        job: The job's node of Hydra's.
+        log_config: Its loggers.
+
+    Raises:
+        LLMError: names what is there.
+    """
     place, configs = Path(job.runtime.output_dir), []
     if job.output_subdir is not None:
         # The pickles are written by a callback of Hydra's own, which any group may choose.
@@ -144,7 +158,6 @@ def look_first(log_config: DictConfig, verbose_config: bool | str | Sequence[str
     check_place(place, [*configs, *logs], within)
     if configs:
         check_configs(configs[0])
-    configure_log(log_config, verbose_config)
 
 
 class Outcome(NamedTuple):
@@ -215,7 +228,7 @@ class Program:
                 os._exit(128 + error.signum)
             raise Interrupted(error) from error
         except (LLMError, OSError, OmegaConfBaseException) as error:
-            log.error("llmpipe: %s", one_line(error))
+            log.error("llmpipe: %s", in_words(error))
         except Exception as error:  # the command shows it: another process, perhaps, that was never told what to hide
             error.args = redacted(error.args)
             raise

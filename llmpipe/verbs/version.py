@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmpipe import __version__
 from llmpipe.verbs.arguments import Parser
+from llmpipe.version import __version__
 
 
 def main(arguments: Sequence[str]) -> None:
