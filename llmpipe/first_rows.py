@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import islice
 
-from llmpipe.config import RunConfig
+from llmpipe.config import RunConfig, is_own
 from llmpipe.datasets import Dataset, Scan
 from llmpipe.exceptions import DatasetError, UnusableText
 from llmpipe.fingerprint import backend_values
@@ -42,7 +42,7 @@ def refuse_hopeless(config: RunConfig, dataset: Dataset, scan: Scan) -> None:
     _refuse(dataset, build)
     # A template takes one question: only what is more of a chat is worth reading the model's vocabulary for.
     chats = [request.messages for request in requests if request is not None and request.messages is not None]
-    if not _is_own(config) or all([message["role"] for message in chat] == ["user"] for chat in chats):
+    if not _is_own_and_here(config) or all([message["role"] for message in chat] == ["user"] for chat in chats):
         return
     with LLMRunnerFactory.from_target(config.backend, config.device, weights=False) as runner:
         runner.renderer.silent = True
@@ -56,10 +56,10 @@ def _render(runner: BaseLLMRunner, request: Request | None) -> None:
         runner.prompt_text(request)
 
 
-def _is_own(config: RunConfig) -> bool:
+def _is_own_and_here(config: RunConfig) -> bool:
     """Say whether the backend is one of llmpipe's, and is to run in this process."""
     values = backend_values(config)
-    return str(values.get("_target_")).startswith("llmpipe.") and not values.get("isolation")
+    return is_own(values.get("_target_")) and not values.get("isolation")
 
 
 def _refuse(dataset: Dataset, attempt: Callable[[Row], None]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from llmpipe import machine
 from llmpipe.records import Completion
+from llmpipe.version import __version__
 
 TIMES = ("queue_s", "first_token_s", "latency_s")
 _times_of = attrgetter(*TIMES)
@@ -109,10 +110,8 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
 
 def environment() -> dict[str, Any]:
     """Say what the run ran on: of cores and memory, what it may use."""
-    import llmpipe
-
     return {
-        "llmpipe": llmpipe.__version__,
+        "llmpipe": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_cores": machine.cores().physical,

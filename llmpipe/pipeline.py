@@ -10,9 +10,16 @@ from typing import Any
 from filelock import BaseFileLock
 
 from llmpipe.attempt import Attempt, utc_now
-from llmpipe.config import RunConfig, describe
+from llmpipe.config import RunConfig, describe, is_own
 from llmpipe.datasets import Dataset, Inputs, Scan
-from llmpipe.exceptions import LedgerError, LLMConfigError, LLMError, LLMInferenceError, LLMInitializationError
+from llmpipe.exceptions import (
+    LedgerError,
+    LLMConfigError,
+    LLMError,
+    LLMInferenceError,
+    LLMInitializationError,
+    one_line,
+)
 from llmpipe.fingerprint import compare_facts, continued, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
 from llmpipe.ledger import Ledger, held
@@ -167,10 +174,10 @@ def generate(
         except (LLMInferenceError, LLMInitializationError) as error:  # in the middle of it: what was there is lost
             raise LLMInferenceError(f"{error}; {safe}") from error
         except Exception as error:
-            if isinstance(error, LLMError) or type(runner).__module__.startswith("llmpipe."):
+            if isinstance(error, LLMError) or is_own(type(runner).__module__):
                 raise
             log.exception("%s failed", type(runner).__name__)  # its author wants to see where
-            why = " ".join(str(error).split()) or type(error).__name__
+            why = one_line(error)
             raise LLMInferenceError(f"{type(runner).__name__} failed: {why}; {safe}") from error
         finally:
             completions.close()  # type: ignore[attr-defined]

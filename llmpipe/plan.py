@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmpipe.config import RunConfig
+from llmpipe.config import RunConfig, is_own
 from llmpipe.datasets import Inputs, Scan
-from llmpipe.exceptions import LLMError, LLMInitializationError
+from llmpipe.exceptions import LLMError, LLMInitializationError, one_line
 from llmpipe.fingerprint import compare_facts, continued, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
 from llmpipe.histogram import bars
@@ -102,9 +102,9 @@ def _planned(config: RunConfig, directory: Path, inputs: Inputs, before: Before)
         except LLMError:
             raise
         except Exception as error:
-            if runner.preview is not None or type(runner).__module__.startswith("llmpipe."):
+            if runner.preview is not None or is_own(type(runner).__module__):
                 raise
-            why = " ".join(str(error).split()) or type(error).__name__
+            why = one_line(error)
             raise LLMInitializationError(
                 f"{type(runner).__name__} cannot be planned for: without its weights it fails ({why}); "
                 f"it can have a method _preview_model"

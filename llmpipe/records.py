@@ -147,3 +147,13 @@ class Completion:
 def failed(request_id: int, reason: str, sample: int = 0) -> Completion:
     """Return the completion of a sample that could not be run."""
     return Completion(request_id, sample, text=None, finish_reason="error", error=presentable(reason))
+
+
+def error_chunk(request_id: int, reason: str, sample: int = 0) -> Chunk:
+    """Return the chunk that ends a sample which cannot be run, or not to its end."""
+    return Chunk(request_id, sample, finish_reason="error", error=reason)
+
+
+def error_chunks(request: Request, reason: str) -> list[Chunk]:
+    """Return the chunks that end every sample of a request that cannot be run."""
+    return [error_chunk(request.id, reason, sample) for sample in request.samples]
