@@ -28,22 +28,22 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llmpipe import __version__
 from llmpipe.config import conf_dir, register_schemas, to_run_config
 from llmpipe.config.checks import is_remote, readable
 from llmpipe.config.escapes import as_override, text_of
-from llmpipe.config.loading import checked
+from llmpipe.config.loading import check_configs, checked
 from llmpipe.config.messages import in_words
 from llmpipe.config.trust import key_of
 from llmpipe.exceptions import LedgerError, LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
 from llmpipe.ledger import begun
-from llmpipe.place import check_configs, check_place
+from llmpipe.place import check_place
 from llmpipe.redaction import RedactedFormatter, redacted
 from llmpipe.replay import composed_from, replayed, typed
 from llmpipe.streams import lost, usable_streams
 from llmpipe.temporary import temporary_directory
 from llmpipe.text import harmless
+from llmpipe.version import __version__
 from llmpipe.workers import become_worker, in_this_process, is_worker, passing_on
 
 log = logging.getLogger("llmpipe")

@@ -13,16 +13,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmpipe import __version__
 from llmpipe.chats import read_tools
 from llmpipe.config import BACKENDS, BackendConfig, RunConfig, answer_fields, describe, is_own
 from llmpipe.config.checks import check, readable
 from llmpipe.datasets import Scan, digest_of
 from llmpipe.exceptions import LedgerError, LLMConfigError, LLMInitializationError
-from llmpipe.ledger import differences
-from llmpipe.redaction import Place, as_written, below, redacted, sealed
+from llmpipe.redaction import Place, as_written, below, differences, redacted, sealed
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.digests import Witness, content_digest, model_digest
+from llmpipe.version import __version__
 
 log = logging.getLogger(__name__)
 

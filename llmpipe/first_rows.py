@@ -9,9 +9,10 @@ from collections.abc import Callable
 from itertools import islice
 
 from llmpipe.config import RunConfig, is_own
-from llmpipe.datasets import Dataset
+from llmpipe.datasets import Dataset, Scan
 from llmpipe.exceptions import DatasetError, UnusableText
 from llmpipe.fingerprint import backend_values
+from llmpipe.preflight import runs_chats
 from llmpipe.prompts import PromptBuilder
 from llmpipe.records import Request, Row
 from llmpipe.runners.base import BaseLLMRunner
@@ -20,13 +21,13 @@ from llmpipe.runners.factory import LLMRunnerFactory
 FIRST_ROWS = 128
 
 
-def refuse_hopeless(config: RunConfig, dataset: Dataset, runs_chats: Callable[[BaseLLMRunner], bool]) -> None:
+def refuse_hopeless(config: RunConfig, dataset: Dataset, scan: Scan) -> None:
     """Refuse a run of which the first rows all fail, by what they are or by what the model's template takes.
 
     Args:
         config: The run.
         dataset: Its rows.
-        runs_chats: Says whether plain prompts become chats.
+        scan: What is in them.
 
     Raises:
         DatasetError: they do; gives the reason for the first one.
@@ -45,7 +46,7 @@ def refuse_hopeless(config: RunConfig, dataset: Dataset, runs_chats: Callable[[B
         return
     with LLMRunnerFactory.from_target(config.backend, config.device, weights=False) as runner:
         runner.renderer.silent = True
-        chat = runs_chats(runner)
+        chat = runs_chats(config, scan, runner)
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         _refuse(dataset, lambda row: _render(runner, prompts.build(row)))
 

@@ -113,7 +113,7 @@ def test_the_size_of_a_gguf_model_is_that_of_the_loaded_one(options: dict[str, A
     config = LlamaCppConfig(threads=1, **options)
     with LlamaCppRunner(config, "cpu") as loaded, LlamaCppRunner(config, "cpu", weights=False) as preview:
         assert preview.preview is not None
-        assert preview.preview.footprint == engine_of(loaded)._executor.footprint
+        assert preview.preview.footprint == engine_of(loaded).executor.footprint
         assert preview.preview.context == engine_of(loaded).limit
 
 
@@ -126,7 +126,7 @@ def test_the_cache_per_token_of_other_kinds_of_gguf_models_is_told_or_bounded(
     config = LlamaCppConfig(model=str(path), threads=1)
     with LlamaCppRunner(config, "cpu") as loaded, LlamaCppRunner(config, "cpu", weights=False) as preview:
         assert preview.preview is not None
-        real = engine_of(loaded)._executor.footprint
+        real = engine_of(loaded).executor.footprint
         told = preview.preview.footprint.cache_bytes_per_token
         assert real.cache_bytes_per_token <= told <= most * real.cache_bytes_per_token
         assert preview.preview.context == engine_of(loaded).limit
@@ -137,7 +137,7 @@ def test_the_size_of_a_checkpoint_is_that_of_the_loaded_one(dtype: str) -> None:
     config = TransformersConfig(dtype=llmpipe.config.Dtype(dtype), threads=1)
     with TransformersRunner(config, "cpu") as loaded, TransformersRunner(config, "cpu", weights=False) as preview:
         assert preview.preview is not None
-        real, told = engine_of(loaded)._executor.footprint, preview.preview.footprint
+        real, told = engine_of(loaded).executor.footprint, preview.preview.footprint
         assert (told.parameters, told.cache_bytes_per_token) == (real.parameters, real.cache_bytes_per_token)
         assert told.mapped_bytes == sum(p.numel() * p.element_size() for p in loaded._model.parameters())
 
