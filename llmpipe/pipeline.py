@@ -260,7 +260,7 @@ def conclude(
             "output": output_file(config.output),
         }
         write_metrics(files, metrics)
-        files[REPORT_FILE].write(report.page(metrics, written))
+        files[REPORT_FILE].write(report.page(metrics, written, totals.times["latency_s"], totals.answer_tokens))
         # Known before they have their names, so that a run that is killed here knows them; until all have theirs,
         # those of before may stand there.
         new = {name: list(dict.fromkeys([digest, there.get(name, digest)])) for name, digest in seal(files).items()}

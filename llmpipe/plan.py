@@ -14,13 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llmpipe.config import RunConfig, is_own
 from llmpipe.datasets import Inputs, Scan
 from llmpipe.exceptions import LLMError, LLMInitializationError, one_line
 from llmpipe.fingerprint import compare_facts, continued, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
+from llmpipe.histogram import bars
 from llmpipe.ledger import LedgerSnapshot
 from llmpipe.metrics import percentiles
 from llmpipe.outputs import found_files, json_text, output_files, own_file, refuse_foreign
@@ -220,9 +219,10 @@ def histogram(counts: Sequence[int]) -> list[dict[str, int]]:
     """Return how many of the counts are `from` so many `to` so many, both included, in bins of equal width."""
     if not counts:
         return []
-    low, width = min(counts), (max(counts) - min(counts)) // BINS + 1
-    rows = np.bincount((np.asarray(counts) - low) // width).tolist()
-    return [{"from": low + i * width, "to": low + (i + 1) * width - 1, "rows": n} for i, n in enumerate(rows)]
+    low, high = min(counts), max(counts)
+    width = (high - low) // BINS + 1
+    edges = range(low, high + width + 1, width)
+    return [{"from": int(bar.start), "to": int(bar.end) - 1, "rows": bar.size} for bar in bars(counts, edges)]
 
 
 def what_it_takes(runner: BaseLLMRunner, survey: Survey) -> dict[str, Any]:
