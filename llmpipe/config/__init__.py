@@ -37,6 +37,7 @@ from llmpipe.config.checks import auto_or_bool, check, reject_unknown, unknown_n
 from llmpipe.config.choices import (
     BackendType,
     Batching,
+    CacheType,
     ControlTokens,
     DeviceType,
     Dtype,
@@ -62,7 +63,7 @@ from llmpipe.config.run import (
     RunConfig,
 )
 from llmpipe.config.sampling import MAX_SAMPLES, SamplingConfig
-from llmpipe.config.trust import check_trusted
+from llmpipe.config.trust import check_trusted, is_own
 from llmpipe.config.values import answer_fields, build, describe
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "BackendType",
     "Batching",
     "BatchingConfig",
+    "CacheType",
     "ColumnsConfig",
     "ControlTokens",
     "CsvConfig",
@@ -106,6 +108,7 @@ __all__ = [
     "data_dir",
     "describe",
     "field_docs",
+    "is_own",
     "option",
     "register_schemas",
     "reject_unknown",

@@ -15,7 +15,7 @@ from llmpipe.config.directories import conf_dir, data_dir
 from llmpipe.config.escapes import read_escapes
 from llmpipe.config.references import environment_variable, references_of
 from llmpipe.config.run import RunConfig
-from llmpipe.config.trust import check_options, is_said_by_user, trusted_modules
+from llmpipe.config.trust import check_options, is_own, is_said_by_user, trusted_modules
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.redaction import below
 
@@ -37,7 +37,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
     from omegaconf.errors import OmegaConfBaseException
 
     from llmpipe.config.loading import checked
-    from llmpipe.config.messages import one_line
+    from llmpipe.config.messages import in_words
 
     extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
@@ -45,7 +45,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
             register_schemas()
             return to_run_config(hydra.compose("config", [*overrides, *extra]), overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise LLMConfigError(one_line(error)) from error
+        raise LLMConfigError(in_words(error)) from error
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def to_run_config(
 
     read_escapes(composed, overrides)
     target = OmegaConf.select(composed, "backend._target_", default=None)
-    foreign = target is not None and not str(target).startswith("llmpipe.")
+    foreign = target is not None and not is_own(target)
     _refuse_added_keys(composed, but=["backend"] if foreign else [])
     references = dict(references_of(composed, OmegaConf.to_container(composed, resolve=False)))
     with naming(below(references, "sampling") | references):  # whose checks leave the group out: rows have it, too

@@ -13,25 +13,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any, ClassVar
 
 from llmpipe.chats import ChatInput, parse_messages, parse_template_kwargs, parse_tools
 from llmpipe.config import SamplingConfig
-from llmpipe.exceptions import LLMConfigError
+from llmpipe.exceptions import LLMConfigError, one_line
 from llmpipe.records import Chunk, Completion, Message, Request, error_chunk, error_chunks
 from llmpipe.runners.chat import ChatTemplate
 from llmpipe.runners.decoding import StopStrings
 from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.facts import Facts
-from llmpipe.runners.lifecycle import one_line
 from llmpipe.runners.openai_chat import OpenAIChat
 from llmpipe.runners.turns import Stream
 from llmpipe.stopwatch import complete
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_SAMPLING = SamplingConfig()
+_DEFAULTS = vars(SamplingConfig())
 
 
 class BaseLLMRunner(OpenAIChat):
@@ -39,6 +37,8 @@ class BaseLLMRunner(OpenAIChat):
 
     ticks: ClassVar[bool] = False
     """Whether `stream` calls `tick` by itself, at each of its steps; otherwise that is done after each chunk."""
+    honours: ClassVar[frozenset[str]] = frozenset({"temperature", "max_tokens", "stop", "n"})
+    """The sampling options that it honours, by default those that reach `_run_streaming`; see `check_sampling`."""
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
         """Answer `requests`, pulling the next when there is room, and yield chunks as they are made, in any order.
@@ -53,7 +53,7 @@ class BaseLLMRunner(OpenAIChat):
         """
         for request in requests:
             try:
-                self._check_simple(request.sampling)
+                self.check_sampling(request.sampling)
                 prompt = self.prompt_text(request)
             except (ValueError, RecursionError) as error:
                 yield from error_chunks(request, str(error))
@@ -85,14 +85,17 @@ class BaseLLMRunner(OpenAIChat):
         """Generate for one prompt and yield its tokens' text; for backends that do not override `stream`."""
         raise NotImplementedError(f"{type(self).__name__} must implement stream or _run_streaming")
 
-    def _check_simple(self, sampling: SamplingConfig) -> None:
-        """Refuse what `_run_streaming` would not be told of."""
-        taken = ("temperature", "max_tokens", "stop", "n")
-        for f in fields(SamplingConfig):
-            default, value = getattr(_DEFAULT_SAMPLING, f.name), getattr(sampling, f.name)
-            if f.name not in taken and value != default:
+    def check_sampling(self, sampling: SamplingConfig) -> None:
+        """Refuse a sampling option that is not one of `honours`, unless it has its default; `stream` asks it of each.
+
+        Raises:
+            LLMConfigError: names the option, and those that are honoured.
+        """
+        for name, default in _DEFAULTS.items():
+            if name not in self.honours and (value := getattr(sampling, name)) != default:
+                honoured = ", ".join(known for known in _DEFAULTS if known in self.honours)
                 raise LLMConfigError(
-                    f"{type(self).__name__} cannot honour sampling.{f.name}={value!r}: it takes {', '.join(taken)}"
+                    f"{type(self).__name__} cannot honour sampling.{name}={value!r}: it takes {honoured}"
                 )
 
     def _stream_simply(self, request: Request, sample: int, prompt: str) -> Iterator[Chunk]:
@@ -168,7 +171,7 @@ class BaseLLMRunner(OpenAIChat):
             ValueError: the request cannot be run.
         """
         if type(self).stream is BaseLLMRunner.stream:
-            self._check_simple(request.sampling)
+            self.check_sampling(request.sampling)
         self.prompt_text(request)
         return None
 

@@ -72,6 +72,10 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
+OPTIONS = frozenset({"max_tokens", "stop", "stop_token_ids", "ignore_eos", "n", "seed"})
+"""Sampling options that an `Answer` honours, and those of which its request has made samples and their seeds."""
+
+
 class Answer:
     """The answer to one sample as it grows, and the rules by which it ends.
 

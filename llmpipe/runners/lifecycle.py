@@ -11,10 +11,9 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-import psutil
-
+from llmpipe import memory
 from llmpipe.config import BackendConfig, DeviceConfig, DeviceType, ModelConfig, SamplingConfig, backend_config
-from llmpipe.exceptions import LLMError, LLMInferenceError, LLMInitializationError
+from llmpipe.exceptions import LLMError, LLMInferenceError, LLMInitializationError, one_line
 from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.rendering import ChatRenderer
 from llmpipe.runners.turns import Stream, Turns
@@ -133,7 +132,7 @@ class Lifecycle(ABC):
 
     def rss_bytes(self) -> int:
         """Return the resident memory of this process, and of another that the model may be in."""
-        return int(psutil.Process().memory_info().rss)
+        return memory.own_rss_bytes()
 
     def __enter__(self) -> Self:
         return self
@@ -186,8 +185,3 @@ class Lifecycle(ABC):
                         close()
 
         return Stream(held)
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an error says in one line; where it says nothing, what it is."""
-    return " ".join(str(error).split()) or type(error).__name__

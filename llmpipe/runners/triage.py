@@ -161,7 +161,7 @@ class Triage:
         return error_chunks(row, f"ended its run {ALONE_ATTEMPTS} times, without an answer")
 
     def begins(self, cohort: Cohort) -> None:
-        """Note an cohort, durably where it is at a row alone, before its rows go to the child."""
+        """Note a cohort, durably where it is at a row alone, before its rows go to the child."""
         self._count(cohort, 1)
 
     def withdraws(self, cohort: Cohort) -> None:
@@ -174,7 +174,7 @@ class Triage:
             self._note(self._suspects)
 
     def survives(self, cohort: Cohort) -> None:
-        """Note that an cohort came to its own end."""
+        """Note that a cohort came to its own end."""
         self._exhausted = self._exhausted or cohort.rows is self._source
 
     def acquits(self, cohort: Cohort) -> None:
@@ -183,7 +183,7 @@ class Triage:
             self._suspects.pop(answered, None)
 
     def blames(self, cohort: Cohort, death: ChildDied) -> list[Chunk]:
-        """Decide what becomes of an cohort's rows after their child's death; return what ends those that are given up.
+        """Decide what becomes of a cohort's rows after their child's death; return what ends those that are given up.
 
         Raises:
             LLMInferenceError: the child was lost too often, with no row to blame.
