@@ -145,22 +145,22 @@ class IsolatedRunner(BaseLLMRunner):
                 yield from given_up
                 continue
             child = self._living_child()
-            triage.begins(cohort)
+            triage.begin(cohort)
             try:
                 yield from self._run(child, cohort)
-                triage.survives(cohort)
+                triage.finish(cohort)
             except ChildDied as death:
                 yield from cohort.restarts()
                 held = cohort.held()
                 log.warning("%s %s, with %d in flight", "a row" if held else NO_ROW, death, len(held))
                 self.crashes += not isinstance(death, ChildKilled)
-                yield from triage.blames(cohort, death)
+                yield from triage.blame(cohort, death)
             except BaseException as end:
                 if not isinstance(end, Exception):  # somebody ends the run: that has nothing to do with the row
-                    triage.withdraws(cohort)
+                    triage.withdraw(cohort)
                 raise
             finally:
-                triage.acquits(cohort)
+                triage.acquit(cohort)
 
     def _run(self, child: Child, cohort: Cohort) -> Iterator[Chunk]:
         """Stream through the child, and keep account of what it holds.

@@ -60,7 +60,7 @@ class Losses:
 
 
 class Cohort:
-    """One go at some rows in a child: those that it has not pulled, those that it holds, and those that it answered.
+    """Rows that are run together in a child: those that it has not pulled, that it holds, and that it has answered.
 
     Args:
         rows: What the child pulls from.
@@ -108,7 +108,7 @@ class Cohort:
 
 
 class Triage:
-    """Orders the attempts at the rows of one stream.
+    """Divides the rows of one stream into cohorts, and judges them when their child dies.
 
     Args:
         requests: The rows.
@@ -129,7 +129,7 @@ class Triage:
         self._losses = losses
         self._source = self._unsuspected(requests)
         self._exhausted = False
-        """Whether the source has ended, and all that came of it."""
+        """Whether a child has come to the end of the source, rather than died."""
         self._apart: deque[list[Request]] = deque()
         """Groups to be run now."""
         self._last: deque[list[Request]] = deque()
@@ -154,18 +154,18 @@ class Triage:
         return Cohort(iter(group), alone=group[0] if len(group) == 1 else None)
 
     def given_up(self, cohort: Cohort) -> list[Chunk]:
-        """Return what ends a row that may not be run once more; nothing for other attempts."""
+        """Return what ends a row that may not be run alone once more; nothing where the cohort is to be run."""
         row = cohort.alone
         if row is None or self._suspects[row.id] < ALONE_ATTEMPTS:
             return []
         return error_chunks(row, f"ended its run {ALONE_ATTEMPTS} times, without an answer")
 
-    def begins(self, cohort: Cohort) -> None:
-        """Note a cohort, durably where it is at a row alone, before its rows go to the child."""
+    def begin(self, cohort: Cohort) -> None:
+        """Note that a cohort is about to run: durably where it is a row alone, before that goes to the child."""
         self._count(cohort, 1)
 
-    def withdraws(self, cohort: Cohort) -> None:
-        """Take back what `begins` has noted: the cohort was ended by somebody whom no row has made do so."""
+    def withdraw(self, cohort: Cohort) -> None:
+        """Take back what `begin` has noted: the run of the cohort was ended by what no row has to do with."""
         self._count(cohort, -1)
 
     def _count(self, cohort: Cohort, by: int) -> None:
@@ -173,16 +173,16 @@ class Triage:
             self._suspects[cohort.alone.id] += by
             self._note(self._suspects)
 
-    def survives(self, cohort: Cohort) -> None:
-        """Note that a cohort came to its own end."""
+    def finish(self, cohort: Cohort) -> None:
+        """Note that the child has come to the end of a cohort."""
         self._exhausted = self._exhausted or cohort.rows is self._source
 
-    def acquits(self, cohort: Cohort) -> None:
-        """Suspect the rows no longer that were answered, whatever became of the cohort."""
+    def acquit(self, cohort: Cohort) -> None:
+        """Suspect no longer the rows of a cohort that were answered, whatever became of the others."""
         for answered in cohort.answered:
             self._suspects.pop(answered, None)
 
-    def blames(self, cohort: Cohort, death: ChildDied) -> list[Chunk]:
+    def blame(self, cohort: Cohort, death: ChildDied) -> list[Chunk]:
         """Decide what becomes of a cohort's rows after their child's death; return what ends those that are given up.
 
         Raises:
@@ -192,7 +192,7 @@ class Triage:
         innocent = not held or isinstance(death, ChildKilled)
         if innocent:
             self._losses.add("a row" if held else NO_ROW, death)
-            self.withdraws(cohort)
+            self.withdraw(cohort)
         elif alone is not None and (isinstance(death, ChildHung) or self._suspects[alone.id] >= ALONE_ATTEMPTS):
             self._losses.forget()
             return error_chunks(held[0], str(death))
