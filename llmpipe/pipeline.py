@@ -47,8 +47,8 @@ from llmpipe.redaction import sealed
 from llmpipe.report import Report
 from llmpipe.resumption import Before, begun_with, note_asked
 from llmpipe.runners.digests import ModelChanged, Witness
+from llmpipe.runners.driver import Driver
 from llmpipe.runners.factory import LLMRunnerFactory
-from llmpipe.runners.isolated import IsolatedRunner
 from llmpipe.scorers import scored
 from llmpipe.stopping import Stops, WaitingIsOver
 
@@ -150,17 +150,14 @@ def generate(
         attempt = Attempt(ledger, runner, memory, config, prompt_format="chat" if chat else "raw")
         safe = f"what was finished is safe: {how_to_resume(directory)}"
         before, expected, tokens = ledger.count(), scan.rows * config.sampling.n, 0
-        if isinstance(runner, IsolatedRunner):
-            runner.suspects = dict(ledger.get("suspects") or [])
-            runner.note = ledger.note_suspects
-            runner.reloaded = ledger.before_commit
-            memory.rss_bytes = runner.rss_bytes
+        memory.watch(runner.rss_bytes)
 
         def tick() -> None:
             ledger.check()
             stops.check()
 
-        completions = runner.completions(_requests(dataset.blocks(), prompts, ledger, stops), tick)
+        driver = Driver(tick, dict(ledger.get("suspects") or []), ledger.note_suspects, reloaded=ledger.before_commit)
+        completions = runner.completions(_requests(dataset.blocks(), prompts, ledger, stops), driver)
         try:
             with stops.watching(runner.interrupt):
                 for completion in completions:
