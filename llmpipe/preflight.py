@@ -34,7 +34,7 @@ def look_through(
     Raises:
         LLMConfigError, DatasetError, MissingDependencyError: the run cannot start.
     """
-    dataset, types = Dataset(config.dataset, inputs), column_types(config.output.format)
+    dataset, types = Dataset(config.dataset, inputs), column_types(config.output)
     check_trusted(backend_values(config).get("_target_", "???"), config.trusted_modules)
     template = None if config.prompt.template is None else template_columns(config.prompt.template)
     also = {*all_names(config.output.prefix, config.metrics.scorers), *OTHER_NAMES}
