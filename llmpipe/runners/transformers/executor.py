@@ -17,6 +17,11 @@ from llmpipe.runners.transformers.detokenizer import Detokenizer
 from llmpipe.runners.transformers.sampler import Sampler
 
 GPU_SLOTS = 128
+"""Rows in flight on a GPU. Not measured.
+
+A step of few rows waits for the weights to come from the GPU's memory, and for kernels to start: until arithmetic takes
+longer than that, at some hundred rows, more rows are nearly free.
+"""
 PROBES = (7, 12)
 """Lengths of the two rows that show whether a model can be computed in slots."""
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
