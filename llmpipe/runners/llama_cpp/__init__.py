@@ -11,6 +11,10 @@ devices.py     the memory of GPUs
 log.py         llama.cpp's log → Python's logging
 """
 
-from llmpipe.runners.llama_cpp.runner import LlamaCppRunner
+from llmpipe.runners.threads import wait_briefly
+
+wait_briefly()
+
+from llmpipe.runners.llama_cpp.runner import LlamaCppRunner  # noqa: E402  which loads OpenMP
 
 __all__ = ["LlamaCppRunner"]

@@ -18,6 +18,7 @@ from llmpipe.runners.llama_cpp import log
 from llmpipe.runners.llama_cpp.abort import Abort
 from llmpipe.runners.llama_cpp.model import Model
 from llmpipe.runners.llama_cpp.sampler import Sampler
+from llmpipe.runners.threads import Threads
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
 FLASH_ATTENTION = {Switch.auto: -1, Switch.off: 0, Switch.on: 1}
@@ -61,10 +62,11 @@ class LlamaContext:
     """
 
     def __init__(
-        self, model: Model, config: LlamaCppConfig, plan: Plan, threads: int, on_gpu: bool, abort: Abort
+        self, model: Model, config: LlamaCppConfig, plan: Plan, threads: Threads, on_gpu: bool, abort: Abort
     ) -> None:
         self.plan = plan
         self._model = model
+        self._threads = threads
         # In reproducible mode a row is never decoded alone, see the engine.
         sequences = max(plan.slots + plan.prefixes, 2 if config.reproducible else 1)
         params = llama_cpp.llama_context_default_params()
@@ -72,7 +74,7 @@ class LlamaContext:
         params.n_ctx = sequences * plan.context
         params.n_batch = max(min(plan.batch_tokens, params.n_ctx), sequences)
         params.n_ubatch = max(min(config.micro_batch_tokens, params.n_batch), sequences)
-        params.n_threads = params.n_threads_batch = threads
+        params.n_threads = params.n_threads_batch = threads.now
         params.flash_attn_type = FLASH_ATTENTION[Switch.off if config.reproducible else config.flash_attention]
         params.type_k, params.type_v = CACHE_TYPES[config.cache_type_k], CACHE_TYPES[config.cache_type_v]
         params.rope_scaling_type = ROPE_SCALING[config.rope_scaling]
@@ -109,6 +111,8 @@ class LlamaContext:
         """
         batch = self.batch
         batch.struct.n_tokens = batch.size
+        if (threads := self._threads.look()) != llama_cpp.llama_n_threads(self._handle):
+            llama_cpp.llama_set_n_threads(self._handle, threads, threads)
         started = time.perf_counter()
         status = llama_cpp.llama_decode(self._handle, batch.struct)
         if status == 0 and batch.outputs[: batch.size].any():

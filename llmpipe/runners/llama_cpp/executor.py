@@ -10,6 +10,7 @@ from llmpipe.runners.llama_cpp.abort import Abort
 from llmpipe.runners.llama_cpp.context import LlamaContext
 from llmpipe.runners.llama_cpp.model import Model
 from llmpipe.runners.llama_cpp.sampler import Sampler
+from llmpipe.runners.threads import Threads
 
 GPU_SLOTS = 32
 BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32}
@@ -30,7 +31,7 @@ class LlamaExecutor:
     never_alone = True
     keeps_nan = True
 
-    def __init__(self, model: Model, config: LlamaCppConfig, threads: int, offload: bool, abort: Abort) -> None:
+    def __init__(self, model: Model, config: LlamaCppConfig, threads: Threads, offload: bool, abort: Abort) -> None:
         self._model = model
         self._config = config
         self._threads = threads

@@ -13,6 +13,10 @@ text.py       tokens → text as they come
 memory.py     running out of device memory, and how much there is
 """
 
-from llmpipe.runners.transformers.runner import TransformersRunner
+from llmpipe.runners.threads import wait_briefly
+
+wait_briefly()
+
+from llmpipe.runners.transformers.runner import TransformersRunner  # noqa: E402  which loads OpenMP
 
 __all__ = ["TransformersRunner"]
