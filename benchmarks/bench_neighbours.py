@@ -24,7 +24,7 @@ from harness import THREADS, Benchmark, Contestant, Figures, Line, Setting, main
 from models import SHAPES, checkpoint_path, gguf_path, write_checkpoint, write_gguf
 from workload import Job, letters
 
-ROWS, PROMPT, ANSWER = 8, 24, 24
+ROWS, PROMPT, ANSWER = 8, 24, 16
 BACKENDS = ("llama_cpp", "transformers")
 NEIGHBOURS = (0, 1, 2)
 SETTLE_S = 1.0

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,8 +15,9 @@ from hypothesis import strategies as st
 
 from llmpipe import BaseLLMRunner, machine
 from llmpipe.config import LlamaCppConfig
-from llmpipe.runners import threads
-from llmpipe.runners.threads import BRIEFLY, WAITING, Threads, beside
+from llmpipe.runners import openmp, threads
+from llmpipe.runners.openmp import BRIEFLY, VARIABLES
+from llmpipe.runners.threads import Threads, beside
 
 LOOKS_FOR = """
 import os, sys
@@ -34,7 +34,7 @@ sys.meta_path.insert(0, Looked())
 
 def when_first_imported(code: str, **user: str) -> list[str]:
     """Return the variables of OpenMP as they are when code first imports torch or llama_cpp."""
-    environment = {name: value for name, value in os.environ.items() if name not in WAITING} | user
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | user
     program = LOOKS_FOR.format(variables=list(BRIEFLY)) + code
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.split()
@@ -54,7 +54,7 @@ def test_threads_wait_briefly_however_a_backend_is_imported(code: str) -> None:
     assert when_first_imported(code) == list(BRIEFLY.values())
 
 
-@pytest.mark.parametrize("variable", WAITING)
+@pytest.mark.parametrize("variable", VARIABLES)
 def test_how_the_user_lets_threads_wait_stands(variable: str) -> None:
     expected = ["7" if name == variable else "None" for name in BRIEFLY]
     assert when_first_imported("from llmpipe import LlamaCppRunner", **{variable: "7"}) == expected
@@ -62,13 +62,42 @@ def test_how_the_user_lets_threads_wait_stands(variable: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere OpenMP is another one")
 def test_openmp_hears_of_it() -> None:
-    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environment["OMP_DISPLAY_ENV"] = "VERBOSE"
     code = "from llmpipe import LlamaCppRunner"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("llama.cpp is built without GNU's OpenMP here")
     assert f"GOMP_SPINCOUNT = '{BRIEFLY['GOMP_SPINCOUNT']}'" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere OpenMP is another one")
+@pytest.mark.parametrize(
+    ("user", "expected"), [({}, "True [0, 2, 2, 0, 2]"), ({"GOMP_SPINCOUNT": "9"}, "False [0, 0, 0, 0, 0]")]
+)
+def test_gnu_openmp_has_too_many_threads_for_as_long_as_they_are_to_sleep(user: dict[str, str], expected: str) -> None:
+    code = """
+import os, time
+import llmpipe.runners.llama_cpp
+from llmpipe.runners.openmp import _gnu_libraries, sleep_at_once
+if not _gnu_libraries():
+    print("none")
+    raise SystemExit
+processors = _gnu_libraries()[0].omp_get_num_procs()
+count = lambda: len(os.listdir("/proc/self/task"))
+before, told = count(), []
+for wanted in (False, True, True, False, True):
+    able, end = sleep_at_once(wanted, processors), time.monotonic() + 5
+    while able and count() - before != 2 * wanted and time.monotonic() < end:
+        time.sleep(0.01)
+    told.append(count() - before)
+print(able, told)
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | user
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    if done.stdout == "none\n":
+        pytest.skip("llama.cpp is built without GNU's OpenMP here")
+    assert done.stdout == f"{expected}\n"
 
 
 @pytest.mark.parametrize(
@@ -95,34 +124,56 @@ class Rooms:
 
 
 @pytest.fixture
-def four_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def asleep(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Have four cores, looked at in every step, and an OpenMP that cannot be told how to wait; list what it is told."""
+    told: list[bool] = []
     monkeypatch.setattr(machine, "cores", lambda: machine.Cores(4, 4, None))
     monkeypatch.setattr(threads, "LOOK_EVERY_S", 0.0)
-    yield
+    monkeypatch.setattr(openmp, "sleep_at_once", lambda wanted, _: told.append(wanted))
+    return told
 
 
-@pytest.mark.usefixtures("four_cores")
-def test_threads_give_way_and_come_back(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("asleep")
+def test_threads_that_cannot_sleep_become_fewer_and_come_back(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(machine, "Room", lambda: Rooms(4.0, 3.1, None, 2.9, 4.0, 2.8))
     with caplog.at_level("INFO", logger="llmpipe"):
         found = Threads(LlamaCppConfig())
         assert found.now == 4
         assert [found.look() for _ in range(6)] == [4, 3, 3, 3, 4, 3]
-    assert caplog.messages == ["threads: 3 of 4, as other processes leave 3.1 processors"]
+    assert caplog.messages == ["threads: 3 that give way to other processes, which leave 3.1 processors"]
 
 
-@pytest.mark.usefixtures("four_cores")
+def test_threads_that_can_sleep_all_stay_and_sleep_beside_others(
+    asleep: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "Room", lambda: Rooms(4.0, 3.1, None, 2.0, 3.8))
+    monkeypatch.setattr(openmp, "sleep_at_once", lambda wanted, _: asleep.append(wanted) or True)
+    found = Threads(LlamaCppConfig())
+    assert [found.look() for _ in range(5)] == [4] * 5
+    assert asleep == [False, True, True, False]
+
+
 @pytest.mark.parametrize(
-    ("options", "most", "expected"), [({"threads": 3}, 2, 3), ({"reproducible": True}, 9, 4), ({}, 1, 1)]
+    ("options", "most", "expected", "told"),
+    [({"threads": 3}, 2, 3, [True]), ({"reproducible": True}, 9, 4, [True]), ({}, 1, 1, [])],
+    ids=["by hand", "reproducible", "one"],
 )
 def test_threads_set_by_hand_or_for_equal_sums_stay(
-    options: dict[str, Any], most: int, expected: int, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
+    most: int,
+    expected: int,
+    told: list[bool],
+    asleep: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(machine, "Room", lambda: Rooms(0.5))
     assert Threads(LlamaCppConfig(**options), most).look() == expected
+    assert asleep == told
 
 
-@pytest.mark.usefixtures("four_cores")
+@pytest.mark.usefixtures("asleep")
 def test_a_system_that_does_not_count_leaves_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "Room", lambda: Rooms(None))
     assert Threads(LlamaCppConfig()).look() == 4

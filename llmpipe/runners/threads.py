@@ -1,47 +1,31 @@
-"""CPU threads: how many compute beside whatever else the machine does, and how they wait for each other.
+"""CPU threads: how many compute beside whatever else the machine does.
 
 A step is hundreds of small computations, at the end of each of which all threads wait for the last. Where another
-process keeps one of them from running, the others wait for it hundreds of times: fewer threads are faster then, and
-threads that sleep while they wait leave it their processors.
+process keeps one of them from running, the others wait for it hundreds of times: they had better sleep meanwhile, which
+leaves it their processors, or, where they cannot be told so, be fewer.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 
 from llmpipe import machine
 from llmpipe.config import BackendConfig
+from llmpipe.runners import openmp
 from llmpipe.runners.batching import sizing
 
 log = logging.getLogger(__name__)
 
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
-"""Variables by which OpenMP is told how to wait."""
-BRIEFLY = {"GOMP_SPINCOUNT": "60000", "KMP_BLOCKTIME": "2"}
-"""Some two milliseconds of waiting awake, for GNU's OpenMP and for LLVM's, whose own defaults are about 10 and 200.
-
-That is longer than what a thread alone does between two computations, and shorter than the turn of another process.
-"""
 LOOK_EVERY_S = 0.5
 
 
-def wait_briefly() -> None:
-    """Let threads that wait for others sleep soon; a user's own choice stands.
-
-    OpenMP reads its variables once, when it is loaded: to be called before a package is imported that brings it.
-    """
-    if not any(name in os.environ for name in WAITING):
-        os.environ.update(BRIEFLY)
-
-
 class Threads:
-    """How many threads compute: all that this process may use, or as many as others leave processors for.
+    """How many threads compute: all that this process may use, if they can sleep while they wait for each other.
 
-    At least half of them: where others want all processors, giving way further would only give away a fair share.
-    Set by hand they stand, and in reproducible mode they are always the same, as sums are split among them.
+    Else as many as others leave processors for; at least half of them, as giving way further would only give away a
+    fair share. Set by hand they stand, and in reproducible mode they are always the same: sums are split among them.
 
     Args:
         config: The backend's options.
@@ -50,23 +34,28 @@ class Threads:
 
     def __init__(self, config: BackendConfig, most: int = sys.maxsize) -> None:
         found = sizing.threads(config)
-        self.most = found if config.threads else min(found, most)
-        self.now = self.most
-        """How many compute now."""
-        self._adapts = config.threads is None and not config.reproducible and self.most > 1
-        self._fewest = self.most
+        self.most = self.now = found if config.threads else min(found, most)
+        """How many may compute, and how many do now."""
+        self._stay = config.threads is not None or config.reproducible
+        self._gave_way = False
         self._room, self._looked = machine.Room(), time.monotonic()
 
     def look(self) -> int:
         """Return how many threads should compute next; looks at the processors once in a while."""
-        if self._adapts and time.monotonic() - self._looked >= LOOK_EVERY_S:
+        if self.most > 1 and time.monotonic() - self._looked >= LOOK_EVERY_S:
             self._looked = time.monotonic()
             if (room := self._room.look()) is not None:
-                self.now = beside(room, self.most)
-            if self.now < self._fewest:
-                self._fewest = self.now
-                log.info("threads: %d of %d, as other processes leave %.1f processors", self.now, self.most, room)
+                self._give_way(room)
         return self.now
+
+    def _give_way(self, room: float) -> None:
+        """Give way to others where they leave less than all processors."""
+        fitting = beside(room, self.most)
+        sleeping = openmp.sleep_at_once(fitting < self.most, self.most)
+        self.now = self.most if sleeping or self._stay else fitting
+        if fitting < self.most and not self._gave_way:
+            self._gave_way = True
+            log.info("threads: %d that give way to other processes, which leave %.1f processors", self.now, room)
 
 
 def beside(room: float, most: int) -> int:

@@ -11,7 +11,7 @@ devices.py     the memory of GPUs
 log.py         llama.cpp's log → Python's logging
 """
 
-from llmpipe.runners.threads import wait_briefly
+from llmpipe.runners.openmp import wait_briefly
 
 wait_briefly()
 

@@ -13,7 +13,7 @@ text.py       tokens → text as they come
 memory.py     running out of device memory, and how much there is
 """
 
-from llmpipe.runners.threads import wait_briefly
+from llmpipe.runners.openmp import wait_briefly
 
 wait_briefly()
 
