@@ -27,8 +27,8 @@ from llmpipe.config import DatasetConfig, OutputFormat
 from llmpipe.datasets import Dataset, contents
 from llmpipe.export import export
 from llmpipe.ledger import FILE, LedgerSnapshot, saved
-from llmpipe.pipeline import look_through
 from llmpipe.plan import plan
+from llmpipe.preflight import look_through
 from llmpipe.records import Row
 
 Compose = Callable[..., llmpipe.RunConfig]
@@ -340,7 +340,7 @@ def test_the_copy_of_a_stream_is_compared_as_files_are(
         with pytest.raises(DatasetError, match=r"\.input-0 was changed while it was read"):
             llmpipe.run(config, run, progress=when(1, lambda: (run / ".input-0").write_bytes(text_of(OTHER))))
     (run / ".input-0").write_bytes(text_of(PROMPTS))
-    llmpipe.run(replace(config, resume=str(run)), run)
+    llmpipe.run(config, run, resumed=True)
     assert answers(run) == PROMPTS
 
 
