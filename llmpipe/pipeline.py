@@ -14,10 +14,7 @@ from llmpipe.attempt import Attempt, utc_now
 from llmpipe.conclusion import conclude
 from llmpipe.config import RunConfig
 from llmpipe.datasets import Dataset, Inputs, Scan
-from llmpipe.exceptions import (
-    LedgerError,
-    LLMConfigError,
-)
+from llmpipe.exceptions import LedgerError
 from llmpipe.fingerprint import compare_facts, continued, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
 from llmpipe.ledger import Ledger, held
@@ -44,7 +41,11 @@ Progress = Callable[[int, int, int], None]
 
 
 def run(
-    config: RunConfig, directory: str | Path, progress: Progress | None = None, arguments: Sequence[str] = ()
+    config: RunConfig,
+    directory: str | Path,
+    progress: Progress | None = None,
+    arguments: Sequence[str] = (),
+    resumed: bool = False,
 ) -> dict[str, Any]:
     """Run a dataset through a model, or continue where an earlier run in `directory` ended.
 
@@ -52,7 +53,8 @@ def run(
         config: The run; see `llmpipe.compose`.
         directory: Where outputs, metrics and ledger go.
         progress: Told of every completion.
-        arguments: The command line `config` was composed from; kept in the directory for `llmpipe resume=`.
+        arguments: The command line `config` was composed from; kept in the directory for `llmpipe resume`.
+        resumed: Of standard input and pipes, take the copies that the directory has, without a look at the streams.
 
     Returns:
         The content of `metrics.json`.
@@ -65,13 +67,9 @@ def run(
     """
     directory = Path(directory)
     config = config.replace({"prompt": settle_prompt(config.prompt)})
-    if config.plan or config.export is not None:
-        raise LLMConfigError("plan=true and export= generate nothing: call llmpipe.plan.plan or llmpipe.export.export")
-    if config.resume is not None and Path(config.resume).resolve() != directory.resolve():
-        raise LLMConfigError(f"resume={config.resume!r} is not allowed here: give that directory to run() itself")
     check_place(directory)
     with held(directory) as lock:
-        return begin_or_continue(config, directory, lock, progress, arguments)
+        return begin_or_continue(config, directory, lock, progress, arguments, resumed)
 
 
 def begin_or_continue(
@@ -80,10 +78,11 @@ def begin_or_continue(
     lock: BaseFileLock,
     progress: Progress | None,
     arguments: Sequence[str],
+    resumed: bool,
 ) -> dict[str, Any]:
     """Run, as `run`, in a directory that no other process works in."""
     before = Before.of(directory)
-    with Inputs(directory, before.begun, resumed=config.resume is not None) as inputs:
+    with Inputs(directory, before.begun, resumed) as inputs:
         dataset, scan, types = look_through(config, inputs, before)
         if not before.begun:  # a fresh run: it leaves nothing where it may not write at its end
             found_files(directory, output_files(config.output), {})

@@ -1,4 +1,4 @@
-"""`plan=true`: what a run would do and take, before any weights are loaded.
+"""What a run would do and take, before any weights are loaded.
 
 Every check of a real run is made, in its order and with its words; every row is read and becomes a request. Memory does
 not grow with the dataset: of a long one, tokens are counted in every k-th row only, and the plan says so. A directory
@@ -66,7 +66,7 @@ def plan(config: RunConfig, directory: str | Path) -> dict[str, Any]:
     before = Before.of(directory)
     if not before.begun:
         refuse_foreign(directory / PLAN_FILE, {})
-    with Inputs(directory if before.begun else None, before.begun, resumed=config.resume is not None) as inputs:
+    with Inputs(directory if before.begun else None, before.begun) as inputs:
         found: dict[str, Any] = redacted(_planned(config, directory, inputs, before))
     if not before.begun:
         write_plan(directory, found)

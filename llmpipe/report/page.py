@@ -18,8 +18,6 @@ TEMPLATE = Path(__file__).with_name("page.html.jinja")
 STYLE = Path(__file__).with_name("page.css")
 ERROR_ROWS = 20
 ANSWERS = 10
-COMMANDS = ("resume", "plan", "export", "export_to")
-"""Options that ask something of the program, and nothing of the model; they are not shown."""
 PATHS = 3
 """Files of the dataset that the page's head names."""
 
@@ -81,7 +79,7 @@ class Report:
             dataset=_dataset(config),
             m=metrics,
             runner=runner,
-            config={name: value for name, value in config.items() if name not in COMMANDS},
+            config=config,
             latency=log_bars(latency_s),
             tokens=even_bars(tokens),
             ticks=TICKS,
