@@ -82,7 +82,8 @@ class Attempt:
             type(self._runner).__name__,
         )
         if isinstance(error, (LLMInferenceError, LLMInitializationError)) and not isinstance(error, ModelChanged):
-            raise LLMInferenceError(f"{error}; {safe}") from error  # also where a model was loaded again, and could not
+            # A model that could not be loaded was loaded again, in the middle: the run had begun.
+            raise LLMInferenceError(f"{error}; {safe}") from error
         if not isinstance(error, LLMError) and not is_own(type(self._runner).__module__):
             log.error("%s failed", name, exc_info=error)  # its author wants to see where
             raise LLMInferenceError(f"{name} failed: {one_line(error)}; {safe}") from error

@@ -15,7 +15,7 @@ from llmpipe.conclusion import conclude
 from llmpipe.config import RunConfig
 from llmpipe.datasets import Dataset, Inputs, Scan
 from llmpipe.exceptions import LedgerError
-from llmpipe.fingerprint import compare_facts, continued, facts_of, fingerprint
+from llmpipe.fingerprint import compare_facts, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
 from llmpipe.ledger import Ledger, held
 from llmpipe.memory import MemorySampler
@@ -92,7 +92,7 @@ def begin_or_continue(
         facts = {**begun_with(arguments), "dataset_files": scan.contents}
         with (
             Ledger(
-                directory, continued(asked, before.fingerprint, scan), before.change(scan, config.dataset), facts, lock
+                directory, before.continued(asked, scan), before.change(scan, config.dataset), facts, lock
             ) as ledger,
             MemorySampler(config.metrics.memory_interval_s) as memory,
         ):
@@ -122,7 +122,7 @@ def generate(
         LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules) as runner,
         stops,
     ):
-        ledger.before_commit()  # what was loaded is what was digested
+        ledger.before_commit()  # the files were digested before they were loaded, and might have changed in between
         known, facts = ledger.get("facts"), facts_of(runner)
         compare_facts(known or facts, facts, runner.config.reproducible, directory)
         chat = runs_chats(config, scan, runner)
