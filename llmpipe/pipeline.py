@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -19,10 +18,7 @@ from llmpipe.fingerprint import compare_facts, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
 from llmpipe.ledger import Ledger, held
 from llmpipe.memory import MemorySampler
-from llmpipe.outputs import (
-    found_files,
-    output_files,
-)
+from llmpipe.outputs import found_files, output_files
 from llmpipe.place import check_place
 from llmpipe.preflight import look_through, mention_unread, runs_chats
 from llmpipe.prompts import PromptBuilder, settle_prompt
@@ -33,8 +29,6 @@ from llmpipe.runners.digests import Witness
 from llmpipe.runners.factory import LLMRunnerFactory
 from llmpipe.runners.isolated import IsolatedRunner
 from llmpipe.stopping import Stops
-
-log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, int], None]
 """Called with completions done, completions expected, and tokens generated so far."""
