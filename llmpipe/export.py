@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from llmpipe.config import RunConfig, split_adapter
 from llmpipe.datasets import Inputs
 from llmpipe.exceptions import DatasetError, LLMConfigError, LLMError
-from llmpipe.fingerprint import backend_values, continued, fingerprint
+from llmpipe.fingerprint import backend_values, fingerprint
 from llmpipe.ledger import FILE, LedgerSnapshot
 from llmpipe.outputs import ERRORS_FILE, WRITERS, Answered, is_same, layout_of, own_file, refuse_foreign, writer_of
 from llmpipe.place import check_place
@@ -65,10 +65,10 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
         run = _named(directory, ledger, path)
         refuse_foreign(path, run, force)  # before all is read
         _refuse_inputs(path, config)
-        before = Before.of(directory)
-        dataset, scan, types = look_through(config, inputs, before)
         asked = ledger.get("fingerprint")
-        asking = continued(fingerprint(config, scan, asked), asked, scan)["dataset"]
+        before = Before(True, asked, ledger.get("dataset_files"))
+        dataset, scan, types = look_through(config, inputs, before)
+        asking = before.continued(fingerprint(config, scan, asked), scan)["dataset"]
         if changes := "; ".join(differences(asked["dataset"], asking, "dataset")):
             changed = before.change(scan, config.dataset)
             raise DatasetError(
