@@ -39,11 +39,11 @@ from llmpipe.exceptions import LedgerError, LLMConfigError, LLMError, RunInterru
 from llmpipe.help import help_text
 from llmpipe.ledger import begun
 from llmpipe.place import check_configs, check_place
-from llmpipe.records import harmless
 from llmpipe.redaction import RedactedFormatter, redacted
 from llmpipe.replay import composed_from, replayed, typed
 from llmpipe.streams import lost, usable_streams
 from llmpipe.temporary import temporary_directory
+from llmpipe.text import harmless
 from llmpipe.workers import become_worker, in_this_process, is_worker, passing_on
 
 log = logging.getLogger("llmpipe")

@@ -26,12 +26,6 @@ from llmpipe.runners.digests import Witness, content_digest, model_digest
 
 log = logging.getLogger(__name__)
 
-ROUNDING_OPTIONS = (
-    *("n_gpu_layers", "main_gpu", "tensor_split", "batching", "batch_tokens", "micro_batch_tokens", "compile"),
-    *("device_map", "max_memory", "repack"),
-)
-"""Options that change an answer's last digits, and so count in reproducible mode only."""
-
 
 def fingerprint(
     config: RunConfig, scan: Scan, known: dict[str, Any] | None = None, witness: Witness | None = None
@@ -139,10 +133,9 @@ def _of_backend(config: RunConfig, witness: Witness | None) -> dict[str, Any]:
     if not str(values.get("_target_")).startswith("llmpipe."):  # nobody here knows what its options mean
         values = {name: value for name, value in values.items() if name not in ("isolation", "row_timeout_s")}
         return {"model": values.get("model"), "backend": values}
-    values = answer_fields(config.backend)
+    values = answer_fields(config.backend, last_digits=config.backend.reproducible)
     model = values.pop("model", None)
-    if values["reproducible"]:  # then the last digit counts, and these decide it
-        values |= {name: value for name, value in describe(config.backend).items() if name in ROUNDING_OPTIONS}
+    if config.backend.reproducible:
         values["device"] = str(config.device)
     for name in ("chat_template", "lora"):  # what is in the files counts, not what they are called
         with readable(f"backend.{name}", values.get(name), LLMInitializationError):

@@ -10,10 +10,10 @@ from itertools import islice
 
 from llmpipe.config import RunConfig
 from llmpipe.datasets import Dataset
-from llmpipe.exceptions import DatasetError
+from llmpipe.exceptions import DatasetError, UnusableText
 from llmpipe.fingerprint import backend_values
 from llmpipe.prompts import PromptBuilder
-from llmpipe.records import Request, Row, UnusableText
+from llmpipe.records import Request, Row
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.factory import LLMRunnerFactory
 

@@ -27,11 +27,12 @@ from llmpipe.outputs import found_files, json_text, output_files, own_file, refu
 from llmpipe.pipeline import Before, look_through, mention_unread, runs_chats, told
 from llmpipe.place import check_place
 from llmpipe.prompts import PromptBuilder, settle_prompt
-from llmpipe.records import Request, Row, harmless
+from llmpipe.records import Request, Row
 from llmpipe.redaction import redacted
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.batching.lookahead import LookAhead
 from llmpipe.runners.factory import LLMRunnerFactory
+from llmpipe.text import harmless
 
 PLAN_FILE = "plan.json"
 MOST_COUNTED = 100_000

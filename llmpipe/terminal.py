@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from llmpipe.records import harmless
+from llmpipe.text import harmless
 
 BAR_WIDTH = 40
 RATED_EVERY_S = 0.1

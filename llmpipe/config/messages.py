@@ -12,11 +12,12 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from llmpipe.config.backends import BACKENDS
 from llmpipe.config.checks import unknown_name
+from llmpipe.config.options import default_of
 from llmpipe.config.run import RunConfig
 from llmpipe.exceptions import MOST_CHARACTERS
 from llmpipe.quoting import shortened
-from llmpipe.records import harmless
 from llmpipe.redaction import redacted
+from llmpipe.text import harmless
 
 FIELDS = "__dataclass_fields__"
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(\S+?)=(.*)'$", re.MULTILINE)
@@ -82,6 +83,6 @@ def _of_key(error: OmegaConfBaseException) -> str:
 
 def _deeper(name: str) -> list[str]:
     """Return the keys of that name inside the groups."""
-    keys = [f"{f.name}.{name}" for f in fields(RunConfig) if name in getattr(f.default_factory, FIELDS, ())]
+    keys = [f"{f.name}.{name}" for f in fields(RunConfig) if name in getattr(default_of(f), FIELDS, ())]
     ours = any(name in getattr(schema, FIELDS) for schema in BACKENDS.values())
     return [*keys, *([f"backend.{name}"] if ours else [])]

@@ -11,8 +11,8 @@ from typing import Any
 
 from llmpipe.chats import parse_messages
 from llmpipe.config import EchoConfig
-from llmpipe.records import Chunk, Message, Request
-from llmpipe.runners.base import BaseLLMRunner, error_chunks
+from llmpipe.records import Chunk, Message, Request, error_chunks
+from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.decoding import StopStrings
 
 

@@ -4,6 +4,7 @@ engine.py      the schedule: slots, prefill, decode, shared prefixes, cancelling
 executor.py    what the engine asks of a backend: an `Executor`, its `Context`, its samplers
 lookahead.py   the rows that wait: order, and what their prompts share
 sizing.py      how many slots of how many tokens
+throughput.py  tokens and seconds, of prefill and of decode
 """
 
 from llmpipe.runners.batching.engine import Engine

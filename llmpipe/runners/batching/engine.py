@@ -24,12 +24,14 @@ from dataclasses import dataclass, field
 
 from llmpipe.config import BatchingConfig
 from llmpipe.exceptions import LLMInitializationError, LLMOutOfMemoryError
-from llmpipe.records import Chunk, Request, Tick, no_tick
+from llmpipe.records import Chunk, Request, error_chunk
 from llmpipe.runners.batching import sizing
 from llmpipe.runners.batching.executor import NO_NUMBERS, Context, Executor, Sampler, Text
 from llmpipe.runners.batching.lookahead import Encode, LookAhead, Sample, Tokens
 from llmpipe.runners.batching.sizing import Plan
+from llmpipe.runners.batching.throughput import Throughput
 from llmpipe.runners.decoding import Answer
+from llmpipe.stopwatch import Tick, no_tick
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ class Engine:
         """Most rows that were in flight at once."""
         self.reasons: list[str] = []
         """Why the sizes are what they are."""
+        self.throughput = Throughput()
         self.context_s = 0.0
         """Seconds spent making contexts."""
         self.device_bytes = 0
@@ -117,6 +120,7 @@ class Engine:
         ahead = LookAhead(requests, encode, self.limit, share=not self._config.reproducible)
         count = sizing.look_ahead(sizing.wanted_slots(self._config, self._executor.footprint))
         self.cancelled.clear()
+        self.throughput = Throughput()
         try:
             while True:
                 if len(ahead.waiting) <= count // 2:
@@ -262,7 +266,7 @@ class Engine:
         for row in [row for row in (*self._rows, *self._suspended) if row.sample.request.id in ids]:
             self._leave(row)
             gone.append(row.sample)
-        yield from (refused(sample, "cancelled") for sample in gone)
+        yield from (error_chunk(sample.request.id, "cancelled", sample.number) for sample in gone)
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
@@ -309,7 +313,7 @@ class Engine:
             yield row.answer.fail(reason)
             self._leave(row)
         if not most:
-            yield from (refused(sample, reason) for sample in ahead.take_longest())
+            yield from (error_chunk(sample.request.id, reason, sample.number) for sample in ahead.take_longest())
 
     def _spoil(self) -> None:
         """Let no row begin in this context any more: a row of NaN was in it."""
@@ -358,16 +362,17 @@ class Engine:
         for start in range(done, len(tokens), batch.capacity):
             batch.clear()
             batch.add(tokens[start : start + batch.capacity], start, prefix.slot, False)
-            self._compute()
+            self._compute(is_prefill=True)
         prefix.tokens = tokens
 
     # --- computing ------------------------------------------------------------------------------------------------
 
-    def _compute(self) -> None:
+    def _compute(self, is_prefill: bool) -> None:
         """Compute the batch; every step of the engine is one call of this."""
         assert self.context is not None
         self._tick()
-        self.context.decode()
+        with self.throughput.step(self.context.batch.size, is_prefill):
+            self.context.decode()
 
     def _prefill(self) -> Iterator[Chunk]:
         """Compute one batch of tokens of new rows; those that lack none get the next one."""
@@ -384,10 +389,10 @@ class Engine:
             row.cached += len(part)
             if done:
                 outputs.append(row)
-        self._compute()
+        self._compute(is_prefill=True)
         for row in outputs:
             self._prefilling.remove(row)
-        yield from self._sample(outputs)
+        yield from self._sample(outputs, is_prefill=True)
 
     def _decode(self) -> Iterator[Chunk]:
         """Compute one token for every row."""
@@ -399,18 +404,19 @@ class Engine:
         if company:  # any token will do, and it is forgotten again
             tokens, positions, slots = [*tokens, tokens[0]], [*positions, 0], [*slots, slots[0] + 1]
         self.context.batch.set_columns(tokens, positions, slots)
-        self._compute()
+        self._compute(is_prefill=False)
         if company:
             self.context.forget(slots[-1])
         for row in rows:
             row.cached += 1
-        yield from self._sample(rows)
+        yield from self._sample(rows, is_prefill=False)
 
-    def _sample(self, rows: list[Row]) -> Iterator[Chunk]:
+    def _sample(self, rows: list[Row], is_prefill: bool) -> Iterator[Chunk]:
         """Choose a token for each of `rows`, whose logits are the outputs of the batch, in this order."""
         assert self.context is not None
         # All tokens are taken before the first chunk is given out: whoever gets it may do as he likes meanwhile.
-        tokens = self.context.choose([row.sampler for row in rows])
+        with self.throughput.step(0, is_prefill):
+            tokens = self.context.choose([row.sampler for row in rows])
         chunks = [self._take(row, token) for row, token in zip(rows, tokens, strict=True)]
         yield from (chunk for chunk in chunks if chunk is not None)
 
@@ -427,11 +433,6 @@ class Engine:
         if row.answer.finished:
             self._leave(row)
         return chunk
-
-
-def refused(sample: Sample, reason: str) -> Chunk:
-    """Return the only chunk of a sample that is not run."""
-    return Chunk(sample.request.id, sample.number, finish_reason="error", error=reason)
 
 
 def _begins(tokens: Tokens, start: Tokens) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,7 @@ class LlamaCppRunner(BaseLLMRunner):
             "prefix_slots": context.plan.prefixes if context else None,
             "sizes": self._engine.reasons,
             "shrinks": self._engine.shrinks,
+            "engine": asdict(self._engine.throughput),
             "reproducible": self.config.reproducible and not self._caveat,
             "decode_s": self._engine.decode_s,
             "context_s": self._engine.context_s,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -228,6 +228,7 @@ class TransformersRunner(BaseLLMRunner):
             "context": engine.limit,
             "sizes": [*self._choices, *(engine.reasons if isinstance(engine, Engine) else [])],
             "shrinks": engine.shrinks,
+            "engine": asdict(engine.throughput),
             "decode_s": engine.decode_s if isinstance(engine, Engine) else None,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
