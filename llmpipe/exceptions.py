@@ -28,6 +28,11 @@ MOST_CHARACTERS = 4000
 """Of a message, whatever of the user's it quotes; then it is cut in the middle."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return what an error says, as one line; the name of its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def presentable(text: object) -> str:
     """Return what people may read of a text: nothing that came from the environment, and of a long one both ends."""
     return shortened(str(redacted(text)), MOST_CHARACTERS)

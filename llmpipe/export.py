@@ -22,11 +22,13 @@ from llmpipe.datasets import Inputs
 from llmpipe.exceptions import DatasetError, LLMConfigError, LLMError
 from llmpipe.fingerprint import backend_values, continued, fingerprint
 from llmpipe.ledger import FILE, Ledger, LedgerSnapshot, differences
-from llmpipe.outputs import ERRORS_FILE, WRITERS, Answered, is_same, own_file, refuse_foreign
-from llmpipe.pipeline import Before, layout_of, look_through, scored
+from llmpipe.outputs import ERRORS_FILE, WRITERS, Answered, is_same, layout_of, own_file, refuse_foreign
 from llmpipe.place import check_place
+from llmpipe.preflight import look_through
 from llmpipe.prompts import PromptBuilder
 from llmpipe.records import Completion, Row
+from llmpipe.resumption import Before
+from llmpipe.scorers import scored
 
 
 class Exported(NamedTuple):
@@ -70,16 +72,15 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
             raise DatasetError(
                 f"the dataset is not the one that {directory} is a run of: {changes}{f'; {changed}' if changed else ''}"
             )
-        layout = layout_of(config, scan, max(config.sampling.n, ledger.most_samples()))
-        layout.check(scan.columns)
+        layout = layout_of(config, scan.columns, max(config.sampling.n, ledger.most_samples()))
         chat = ledger.get("prompt_format") != "raw"
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         counter = _Counter()
-        answered = scored(counter.finished(dataset.rows(), ledger.completions(), prompts), config)
+        answered = counter.finished(dataset.rows(), ledger.completions(), prompts)
         with own_file(path, run, config.export_force) as opened:
             writer = WRITERS[config.output.format](opened, layout, types)
             try:
-                for one in answered:
+                for one in scored(answered, config.metrics.scorers, config.dataset.columns.reference):
                     writer.write(one)
             finally:
                 writer.finish()

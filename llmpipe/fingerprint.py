@@ -13,9 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmpipe import __version__
 from llmpipe.chats import read_tools
-from llmpipe.config import BACKENDS, BackendConfig, RunConfig, answer_fields, describe
+from llmpipe.config import BACKENDS, BackendConfig, RunConfig, answer_fields, describe, is_own
 from llmpipe.config.checks import check, readable
 from llmpipe.datasets import Scan, digest_of
 from llmpipe.exceptions import LedgerError, LLMConfigError, LLMInitializationError
@@ -23,6 +22,7 @@ from llmpipe.ledger import differences
 from llmpipe.redaction import Place, as_written, below, redacted, sealed
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.digests import Witness, content_digest, model_digest
+from llmpipe.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def continued(asked: dict[str, Any], known: dict[str, Any] | None, scan: Scan) -
 
 def _of_backend(config: RunConfig, witness: Witness | None) -> dict[str, Any]:
     values = backend_values(config)
-    if not str(values.get("_target_")).startswith("llmpipe."):  # nobody here knows what its options mean
+    if not is_own(values.get("_target_")):  # nobody here knows what its options mean
         values = {name: value for name, value in values.items() if name not in ("isolation", "row_timeout_s")}
         return {"model": values.get("model"), "backend": values}
     values = answer_fields(config.backend, last_digits=config.backend.reproducible)
@@ -155,7 +155,7 @@ def backend_values(config: RunConfig) -> dict[str, Any]:
     check(isinstance(config.backend, Mapping), "backend", config.backend, "a backend's config, or its options by name")
     target = config.backend.get("_target_", "???")
     check(isinstance(target, str), "backend._target_", target, "MODULE.CLASS")
-    if target.startswith("llmpipe."):
+    if is_own(target):
         own = {schema._target_: kind.group for kind, schema in BACKENDS.items()}
         check(target in own, "backend._target_", target, f"one of {', '.join(own)}, or the class of someone else")
         raise LLMConfigError(

@@ -208,7 +208,7 @@ def _figures(m: dict[str, Any]) -> list[tuple[str, str]]:
         ("peak memory", memory),
     ]
     return figures + [
-        (name.replace("_", " "), f"{score:.1%} of {m['scored_rows'][name]}") for name, score in m["scores"].items()
+        (name.replace("_", " "), f"{score:.1%} of {m['scored_samples'][name]}") for name, score in m["scores"].items()
     ]
 
 

@@ -21,7 +21,7 @@ from commands import run_llmpipe
 
 import llmpipe
 from llmpipe import LLMError, LLMInitializationError, LLMRunnerFactory, compose
-from llmpipe.place import check_configs
+from llmpipe.config.loading import check_configs
 from llmpipe.runners.weights import BUNDLED_DIR
 
 SEED = int(os.environ.get("LLMPIPE_FUZZ_SEED", random.randrange(2**32)))

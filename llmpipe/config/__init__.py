@@ -17,6 +17,8 @@ model.py       the flat form, for library users
 values.py      a dataclass made from plain values, and as plain values
 escapes.py     backslash escapes in text that is typed on the command line
 trust.py       whose code a configuration may run, and what may be said by whom
+directories.py where the YAML files and the example datasets are
+references.py  which values came from the environment
 loading.py     Hydra's loader, with those checks
 reading.py     YAML files and overrides → `RunConfig`
 """
@@ -35,6 +37,7 @@ from llmpipe.config.checks import auto_or_bool, check, reject_unknown, unknown_n
 from llmpipe.config.choices import (
     BackendType,
     Batching,
+    CacheType,
     ControlTokens,
     DeviceType,
     Dtype,
@@ -45,9 +48,10 @@ from llmpipe.config.choices import (
     RopeScaling,
     Switch,
 )
+from llmpipe.config.directories import conf_dir, data_dir
 from llmpipe.config.model import ModelConfig, backend_config
 from llmpipe.config.options import field_docs, option
-from llmpipe.config.reading import compose, conf_dir, data_dir, register_schemas, to_run_config
+from llmpipe.config.reading import compose, register_schemas, to_run_config
 from llmpipe.config.run import (
     ColumnsConfig,
     CsvConfig,
@@ -59,7 +63,7 @@ from llmpipe.config.run import (
     RunConfig,
 )
 from llmpipe.config.sampling import MAX_SAMPLES, SamplingConfig
-from llmpipe.config.trust import check_trusted
+from llmpipe.config.trust import check_trusted, is_own
 from llmpipe.config.values import answer_fields, build, describe
 
 __all__ = [
@@ -69,6 +73,7 @@ __all__ = [
     "BackendType",
     "Batching",
     "BatchingConfig",
+    "CacheType",
     "ColumnsConfig",
     "ControlTokens",
     "CsvConfig",
@@ -103,6 +108,7 @@ __all__ = [
     "data_dir",
     "describe",
     "field_docs",
+    "is_own",
     "option",
     "register_schemas",
     "reject_unknown",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmpipe.config.checks import check, count, number
-from llmpipe.config.choices import BackendType, Batching, Dtype, RopeScaling, Switch
+from llmpipe.config.choices import BackendType, Batching, CacheType, Dtype, RopeScaling, Switch
 from llmpipe.config.conversion import integer, settle
 from llmpipe.config.options import option
 from llmpipe.exceptions import LLMConfigError
@@ -102,8 +102,10 @@ class LlamaCppConfig(BatchingConfig):
     flash_attention: Switch = option(
         Switch.auto, "Fused attention. Its sums depend on the batch: backend.reproducible turns it off."
     )
-    cache_type_k: str = option("f16", "Number format of cached keys: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0.")
-    cache_type_v: str = option("f16", "Number format of cached values; quantised ones need flash attention.")
+    cache_type_k: CacheType = option(CacheType.f16, f"Number format of cached keys: {', '.join(CacheType)}.")
+    cache_type_v: CacheType = option(
+        CacheType.f16, "Number format of cached values; quantised ones need flash attention."
+    )
     micro_batch_tokens: int = option(
         512, "Tokens computed at once inside a call; larger takes more memory.", decides="last_digits"
     )
@@ -129,14 +131,6 @@ class LlamaCppConfig(BatchingConfig):
             LLMConfigError: names the option, the value and the bounds.
         """
         super().__post_init__()
-        allowed = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-        for name in ("cache_type_k", "cache_type_v"):
-            check(
-                getattr(self, name) in allowed,
-                f"backend.{name}",
-                getattr(self, name),
-                f"one of {', '.join(allowed)}",
-            )
         count("backend.micro_batch_tokens", self.micro_batch_tokens, 1, "an integer >= 1")
         number("backend.rope_freq_base", self.rope_freq_base, 0, 1e12, "a number >= 0 (0 is the model's)")
         number("backend.rope_freq_scale", self.rope_freq_scale, 0, 1e6, "a number >= 0 (0 is the model's)")

@@ -14,7 +14,7 @@ from llmpipe.config.backends import BACKENDS
 from llmpipe.config.checks import unknown_name
 from llmpipe.config.options import default_of
 from llmpipe.config.run import RunConfig
-from llmpipe.exceptions import MOST_CHARACTERS
+from llmpipe.exceptions import MOST_CHARACTERS, one_line
 from llmpipe.quoting import shortened
 from llmpipe.redaction import redacted
 from llmpipe.text import harmless
@@ -24,8 +24,8 @@ _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(\S+?)=(.*)'$", re.MULTI
 _RAISED = re.compile(r"""^\w+ raised while resolving interpolation: ["']?(.*?)["']?$""")
 
 
-def one_line(error: Exception) -> str:
-    """Return an error as one readable line; an unknown name is followed by those there are."""
+def in_words(error: Exception) -> str:
+    """Return what is wrong in one readable line; an unknown name is followed by those there are."""
     return shortened(_in_words(error), MOST_CHARACTERS)
 
 
@@ -50,7 +50,7 @@ def _in_words(error: Exception) -> str:
         cause = cause.__cause__
     if isinstance(cause, OmegaConfBaseException):
         return _of_key(cause)
-    return harmless(" ".join(redacted(str(error)).split()))
+    return harmless(redacted(one_line(error)))
 
 
 def _quoted(key: str, value: str) -> str:

@@ -18,12 +18,11 @@ from typing import Any, ClassVar
 
 from llmpipe.chats import parse_messages, parse_template_kwargs, parse_tools
 from llmpipe.config import SamplingConfig
-from llmpipe.exceptions import LLMConfigError
+from llmpipe.exceptions import LLMConfigError, one_line
 from llmpipe.records import Chunk, Completion, Message, Request, error_chunk, error_chunks
 from llmpipe.runners.chat import ChatTemplate
 from llmpipe.runners.decoding import StopStrings
 from llmpipe.runners.facts import Facts
-from llmpipe.runners.lifecycle import one_line
 from llmpipe.runners.openai_chat import OpenAIChat
 from llmpipe.stopwatch import Tick, complete, no_tick
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 import psutil
 
 from llmpipe.config import BackendConfig, DeviceConfig, DeviceType, ModelConfig, SamplingConfig, backend_config
-from llmpipe.exceptions import LLMError, LLMInferenceError, LLMInitializationError
+from llmpipe.exceptions import LLMError, LLMInferenceError, LLMInitializationError, one_line
 from llmpipe.runners.rendering import ChatRenderer
 from llmpipe.runners.turns import Stream, Turns
 from llmpipe.stopwatch import Tick, no_tick
@@ -186,8 +186,3 @@ class Lifecycle(ABC):
                         close()
 
         return Stream(held)
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an error says in one line; where it says nothing, what it is."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -10,6 +10,6 @@ throughput.py  tokens and seconds, of prefill and of decode
 from llmpipe.runners.batching.engine import Engine
 from llmpipe.runners.batching.executor import NO_NUMBERS, Batch, Context, Executor
 from llmpipe.runners.batching.lookahead import Sample
-from llmpipe.runners.batching.sizing import Footprint, Plan
+from llmpipe.runners.batching.sizing import Footprint, Sizes
 
-__all__ = ["NO_NUMBERS", "Batch", "Context", "Engine", "Executor", "Footprint", "Plan", "Sample"]
+__all__ = ["NO_NUMBERS", "Batch", "Context", "Engine", "Executor", "Footprint", "Sizes", "Sample"]

@@ -26,9 +26,9 @@ from llmpipe.config import BatchingConfig
 from llmpipe.exceptions import LLMInitializationError, LLMOutOfMemoryError
 from llmpipe.records import Chunk, Request, error_chunk
 from llmpipe.runners.batching import sizing
-from llmpipe.runners.batching.executor import NO_NUMBERS, Context, Executor, Sampler, Text
+from llmpipe.runners.batching.executor import NO_NUMBERS, Context, Detokenizer, Executor, Sampler
 from llmpipe.runners.batching.lookahead import Encode, LookAhead, Sample, Tokens
-from llmpipe.runners.batching.sizing import Plan
+from llmpipe.runners.batching.sizing import Sizes
 from llmpipe.runners.batching.throughput import Throughput
 from llmpipe.runners.decoding import Answer
 from llmpipe.stopwatch import Tick, no_tick
@@ -46,7 +46,7 @@ class Row:
     sample: Sample
     sampler: Sampler
     answer: Answer
-    text: Text
+    text: Detokenizer
     tokens: Tokens
     """The prompt's, and all that were generated."""
     slot: int = -1
@@ -91,7 +91,7 @@ class Engine:
         """Most bytes of device memory that were in use after a context was made."""
         self.shrinks = 0
         """How often memory ran out and the context was made smaller."""
-        self._cap: Plan | None = None
+        self._cap: Sizes | None = None
         """The largest plan that is known to fit, once one did not."""
         self._finished_since = 0
         self._decode_s = 0.0
@@ -168,30 +168,30 @@ class Engine:
             return
         while self._free and self._suspended:
             self._seat(self._suspended.pop(0))
-        while self._free and (sample := ahead.next(self.context.plan.context)) is not None:
+        while self._free and (sample := ahead.next(self.context.sizes.context)) is not None:
             self._enter(sample)
         self.most_slots = max(self.most_slots, len(self._rows))
         # Samples that still wait need larger slots: they get them once the rows in flight are done.
         self._compact()
 
-    def _plan(self, ahead: LookAhead) -> Plan:
-        held = self.context.plan.tokens if self.context is not None else 0
+    def _plan(self, ahead: LookAhead) -> Sizes:
+        held = self.context.sizes.tokens if self.context is not None else 0
         samples = [*(row.sample for row in self._suspended), *ahead.waiting]
         free = self._executor.free_bytes()
-        wanted = sizing.plan(self._config, self._executor.footprint, samples, self.limit, held, free)
+        wanted = sizing.choose(self._config, self._executor.footprint, samples, self.limit, held, free)
         return wanted if self._cap is None else wanted.within(self._cap)
 
-    def _fit(self, plan: Plan) -> None:
+    def _fit(self, plan: Sizes) -> None:
         """See to it that there is a context for `plan`, with fewer slots where memory has no room for so many.
 
         Raises:
             LLMInitializationError: not even one slot can be had, or not as many as are set by hand.
         """
-        if self.context is not None and self.context.plan.covers(plan):
+        if self.context is not None and self.context.sizes.covers(plan):
             return
         self.close()
         started = time.perf_counter()
-        smaller: Plan | None = plan
+        smaller: Sizes | None = plan
         while smaller is not None and self.context is None:
             plan = smaller
             try:
@@ -214,7 +214,7 @@ class Engine:
 
     def _enter(self, sample: Sample) -> None:
         answer = Answer(sample.request, sample.number, len(sample.prompt), sample.truncated, self.limit)
-        sampler, text = self._executor.sampler(sample), self._executor.text(sample)
+        sampler, text = self._executor.sampler(sample), self._executor.detokenizer(sample)
         row = Row(sample, sampler, answer, text, list(sample.prompt))
         self._seat(row)
         row.cached, copied = self._copy_prefix(sample, row.slot)
@@ -273,7 +273,7 @@ class Engine:
     def _shrink(self, reason: str) -> Iterator[Chunk]:
         """Make do with half the context after `reason`; a row that does not fit even by itself is an error."""
         assert self.context is not None
-        smaller = self.context.plan.halved()
+        smaller = self.context.sizes.halved()
         if smaller is None:
             row = next(iter(self._prefilling or self._rows))
             yield row.answer.fail(f"{reason} for this row alone: use a smaller sampling.max_tokens or backend.context")

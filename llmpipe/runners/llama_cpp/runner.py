@@ -77,7 +77,7 @@ class LlamaCppRunner(BaseLLMRunner):
             device=self._where,
             context=self._limit,
             footprint=footprint,
-            sizes=lambda waiting: sizing.plan(self.config, footprint, waiting, self._limit, free_bytes=free_bytes),
+            sizes=lambda waiting: sizing.choose(self.config, footprint, waiting, self._limit, free_bytes=free_bytes),
         )
 
     def _find_model(self) -> Path:
@@ -196,8 +196,8 @@ class LlamaCppRunner(BaseLLMRunner):
             "context": self._engine.limit,
             "threads": self._threads,
             "slots": self._engine.most_slots,
-            "slot_tokens": context.plan.context if context else None,
-            "prefix_slots": context.plan.prefixes if context else None,
+            "slot_tokens": context.sizes.context if context else None,
+            "prefix_slots": context.sizes.prefixes if context else None,
             "sizes": self._engine.reasons,
             "shrinks": self._engine.shrinks,
             "engine": asdict(self._engine.throughput),

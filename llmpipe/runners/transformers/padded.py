@@ -23,8 +23,8 @@ from llmpipe.runners.batching.lookahead import Encode, LookAhead, Sample
 from llmpipe.runners.batching.throughput import Throughput
 from llmpipe.runners.decoding import Answer
 from llmpipe.runners.transformers import memory
+from llmpipe.runners.transformers.detokenizer import Detokenizer
 from llmpipe.runners.transformers.sampler import Sampler, choose
-from llmpipe.runners.transformers.text import TokenText
 from llmpipe.stopwatch import Tick, no_tick
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Row:
     tokens: list[int]
     """The prompt's, and all that were generated."""
     sampler: Sampler
-    text: TokenText
+    text: Detokenizer
 
 
 class PaddedEngine:
@@ -97,7 +97,7 @@ class PaddedEngine:
         request = sample.request
         answer = Answer(request, sample.number, len(sample.prompt), sample.truncated, self.limit)
         sampler = Sampler(request.sampling, request.seed_of(sample.number), sample.prompt)
-        return Row(answer, list(sample.prompt), sampler, TokenText(self._tokenizer, sample.prompt))
+        return Row(answer, list(sample.prompt), sampler, Detokenizer(self._tokenizer, sample.prompt))
 
     def _run(self, rows: list[Row]) -> Iterator[Chunk]:
         """Generate until every row has finished; where memory runs out, half of them first."""

@@ -13,7 +13,7 @@ from llmpipe.config import Batching, TransformersConfig
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
 from llmpipe.records import Chunk, Request
 from llmpipe.runners.base import BaseLLMRunner
-from llmpipe.runners.batching import Engine, Plan, Sample, sizing
+from llmpipe.runners.batching import Engine, Sample, Sizes, sizing
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
 from llmpipe.runners.encoding import tokens_of, with_stop_tokens
 from llmpipe.runners.facts import Facts
@@ -42,10 +42,10 @@ def _padded_slots(config: TransformersConfig) -> int:
     return PADDED_SLOTS if config.slots == "auto" else int(config.slots)
 
 
-def _padded_plan(config: TransformersConfig, waiting: Sequence[Sample]) -> Plan:
+def _padded_plan(config: TransformersConfig, waiting: Sequence[Sample]) -> Sizes:
     """Return the sizes of a batch whose rows are as long as the longest."""
     longest = max(sample.need for sample in waiting)
-    return Plan(min(_padded_slots(config), len(waiting)), 0, longest, config.batch_tokens)
+    return Sizes(min(_padded_slots(config), len(waiting)), 0, longest, config.batch_tokens)
 
 
 def _chats_of(tokenizer: Any) -> dict[str, ChatTemplate]:
@@ -113,7 +113,7 @@ class TransformersRunner(BaseLLMRunner):
         try:
             self._refuse_slots()
             refuse_unsuitable(model)
-            plan = partial(sizing.plan, config, footprint, limit=self._limit, free_bytes=memory.free_bytes([device]))
+            plan = partial(sizing.choose, config, footprint, limit=self._limit, free_bytes=memory.free_bytes([device]))
         except UnsuitableModelError as error:
             self._choose_padded(error)
             plan = partial(_padded_plan, config)
