@@ -1,6 +1,6 @@
 """Writes tables of options into the pages of docs/ when they are built: `<!-- options: dataset -->` becomes one.
 
-MkDocs calls `on_page_markdown` (it is a hook in mkdocs.yml). The tables come from the dataclasses in `llmpipe/config/`, as
+MkDocs calls `on_page_markdown`, a hook in mkdocs.yml. The tables come from the dataclasses in `llmpipe/config/`, as
 `--help` does, so that no page can fall behind.
 """
 
