@@ -11,6 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+from hydra.conf import HydraConf
 
 import llmpipe
 from llmpipe.config import RunConfig, SamplingConfig, conf_dir
@@ -75,4 +76,5 @@ def test_a_page_of_the_docs_is_linked_and_names_tests_and_options_that_exist(pag
     tests = set(re.findall(r"`(tests/\S+?)`", text))
     assert {name for name in tests if not (ROOT / name).is_file()} == set()
     for option in re.findall(r"`([a-z_.]+)=", text):
-        attrgetter(option)(llmpipe.compose([]))
+        of_hydra = option.startswith("hydra.")
+        attrgetter(option.removeprefix("hydra."))(HydraConf() if of_hydra else llmpipe.compose([]))
