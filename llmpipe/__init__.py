@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from llmpipe.version import __version__
+
 if TYPE_CHECKING:
     from llmpipe.config import BackendType, DeviceType, ModelConfig, RunConfig, SamplingConfig, SamplingOptions, compose
     from llmpipe.exceptions import (
@@ -61,7 +63,6 @@ _HOME = {
     "ChatCompletionChunk": "runners.openai_format",
 }
 
-__version__ = "0.1.0"
 __all__ = [
     "BackendType",
     "BaseLLMRunner",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -14,11 +16,12 @@ import orjson
 
 from llmpipe.cells import MAX_LEVELS, is_missing, is_too_deep
 from llmpipe.config.checks import readable
-from llmpipe.exceptions import LLMConfigError
+from llmpipe.exceptions import LLMConfigError, UnusableText
 from llmpipe.quoting import quoted
-from llmpipe.records import Message, UnusableText, is_utf8
+from llmpipe.records import Message
 from llmpipe.sharegpt import as_messages
 from llmpipe.small_files import read_small_text
+from llmpipe.text import is_utf8
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -38,6 +41,21 @@ class Chat(tuple[Message, ...]):
     """Messages that have been looked at by `parse_messages`: each has a role, and plain text as its content."""
 
     __slots__ = ()
+
+
+@dataclass(frozen=True)
+class ChatInput:
+    """All that a chat template is told."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    """What the model may call, in OpenAI's format."""
+    template_kwargs: Mapping[str, Any] | None = None
+    """Further names that the template may ask for, such as `enable_thinking`."""
+    continue_final: bool = False
+    """The text ends with that of the last message, which the answer continues; else where an answer begins."""
+    now: datetime | None = None
+    """The time that it is, for the template."""
 
 
 def parse_messages(value: Any, any_role: bool = False) -> Chat:

@@ -1,4 +1,4 @@
-"""`export=RUN_DIR`: the answers that a run has so far, also while it goes on or after it was killed.
+"""The answers that a run has so far, also while it goes on or after it was killed.
 
 Reads the ledger as it is at one moment, without its lock, and writes the rows that are finished, in input order and
 with the columns of the final output. The run, if there is one, does not notice.
@@ -17,16 +17,19 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmpipe.config import OutputFormat, RunConfig, split_adapter
+from llmpipe.config import RunConfig, split_adapter
 from llmpipe.datasets import Inputs
 from llmpipe.exceptions import DatasetError, LLMConfigError, LLMError
-from llmpipe.fingerprint import backend_values, continued, fingerprint
-from llmpipe.ledger import FILE, Ledger, LedgerSnapshot, differences
-from llmpipe.outputs import ERRORS_FILE, WRITERS, Answered, is_same, own_file, refuse_foreign
-from llmpipe.pipeline import Before, layout_of, look_through, scored
+from llmpipe.fingerprint import backend_values, fingerprint
+from llmpipe.ledger import FILE, LedgerSnapshot
+from llmpipe.outputs import ERRORS_FILE, WRITERS, Answered, is_same, layout_of, own_file, refuse_foreign, writer_of
 from llmpipe.place import check_place
+from llmpipe.preflight import look_through
 from llmpipe.prompts import PromptBuilder
 from llmpipe.records import Completion, Row
+from llmpipe.redaction import differences
+from llmpipe.resumption import Before
+from llmpipe.scorers import scored
 
 
 class Exported(NamedTuple):
@@ -39,13 +42,14 @@ class Exported(NamedTuple):
     """Rows of the dataset."""
 
 
-def export(config: RunConfig, directory: str | Path, file: str | Path | None = None) -> Exported:
+def export(config: RunConfig, directory: str | Path, file: str | Path | None = None, force: bool = False) -> Exported:
     """Write the answers that a run has so far.
 
     Args:
         config: The run's configuration; its output options may differ from the run's.
         directory: The run directory.
         file: Where to, .jsonl or .parquet; by default `partial.jsonl` or `partial.parquet` in the directory.
+        force: Replace an export of another run, too; what llmpipe did not write, or was changed since, never is.
 
     Raises:
         LLMConfigError: the file is of no known type, one of a run's own, or one that the run reads.
@@ -55,31 +59,30 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
     """
     directory = Path(directory)
     check_place(directory)
-    path = directory / f"partial.{config.output.format.value}" if file is None else Path(file).expanduser()
+    path = directory / f"partial.{config.output.format}" if file is None else Path(file).expanduser()
     config = config.replace({"output": replace(config.output, format=_format_of(path, directory))})
     with LedgerSnapshot(directory) as ledger, Inputs(directory, begun=True, resumed=True) as inputs:
         run = _named(directory, ledger, path)
-        refuse_foreign(path, run, config.export_force)  # before all is read
+        refuse_foreign(path, run, force)  # before all is read
         _refuse_inputs(path, config)
-        before = Before.of(directory)
-        dataset, scan, types = look_through(config, inputs, before)
         asked = ledger.get("fingerprint")
-        asking = continued(fingerprint(config, scan, asked), asked, scan)["dataset"]
+        before = Before(True, asked, ledger.get("dataset_files"))
+        dataset, scan, types = look_through(config, inputs, before)
+        asking = before.continued(fingerprint(config, scan, asked), scan)["dataset"]
         if changes := "; ".join(differences(asked["dataset"], asking, "dataset")):
             changed = before.change(scan, config.dataset)
             raise DatasetError(
                 f"the dataset is not the one that {directory} is a run of: {changes}{f'; {changed}' if changed else ''}"
             )
-        layout = layout_of(config, scan, max(config.sampling.n, ledger.most_samples()))
-        layout.check(scan.columns)
+        layout = layout_of(config, scan.columns, max(config.sampling.n, ledger.most_samples()))
         chat = ledger.get("prompt_format") != "raw"
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         counter = _Counter()
-        answered = scored(counter.finished(dataset.rows(), ledger.completions(), prompts), config)
-        with own_file(path, run, config.export_force) as opened:
-            writer = WRITERS[config.output.format](opened, layout, types)
+        answered = counter.finished(dataset.rows(), ledger.completions(), prompts)
+        with own_file(path, run, force) as opened:
+            writer = writer_of(config.output)(opened, layout, types)
             try:
-                for one in answered:
+                for one in scored(answered, config.metrics.scorers, config.dataset.columns.reference):
                     writer.write(one)
             finally:
                 writer.finish()
@@ -116,25 +119,24 @@ def _has_all(row: Row, samples: list[Completion], prompts: PromptBuilder) -> boo
         return True
 
 
-def _format_of(path: Path, directory: Path) -> OutputFormat:
+def _format_of(path: Path, directory: Path) -> str:
     """Return the format that a file's name asks for.
 
     Raises:
         LLMConfigError: it asks for none, or the file is one of the run's own.
     """
-    formats = [format.value for format in OutputFormat]
-    if path.suffix.removeprefix(".") not in formats:
-        raise LLMConfigError(f"export_to={str(path)!r} is not allowed; it must end in .{' or .'.join(formats)}")
-    own = [ERRORS_FILE, *(f"outputs.{format}" for format in formats)]
+    if path.suffix.removeprefix(".") not in WRITERS:
+        raise LLMConfigError(f"cannot export to {str(path)!r}: it must end in .{' or .'.join(WRITERS)}")
+    own = [ERRORS_FILE, *(f"outputs.{format}" for format in WRITERS)]
     of_a_run = path.parent.resolve() == directory.resolve() or (path.parent / FILE).exists()
     if path.name.casefold() in own and of_a_run:  # for there are file systems that know no capitals
-        raise LLMConfigError(f"export_to={str(path)!r} is not allowed: that file is the run's own; choose another name")
+        raise LLMConfigError(f"cannot export to {str(path)!r}: that file is the run's own; choose another name")
     if not path.parent.is_dir():
         raise LLMError(f"cannot write {path}: there is no directory {path.parent}")
-    return OutputFormat(path.suffix.removeprefix("."))
+    return path.suffix.removeprefix(".")
 
 
-def _named(directory: Path, ledger: Ledger, path: Path) -> dict[str, Any]:
+def _named(directory: Path, ledger: LedgerSnapshot, path: Path) -> dict[str, Any]:
     """Return what tells a run from others, also once its dataset has grown, or it was moved with its export."""
     asked = {name: value for name, value in ledger.get("fingerprint").items() if name != "dataset"}
     return {
@@ -162,7 +164,7 @@ def _refuse_inputs(path: Path, config: RunConfig) -> None:
             pattern = name if has_magic(str(name)) else name / "**" / "*"
             if is_same(path, name) or (option == "dataset.path" and _is_found(_parts(path), _parts(pattern))):
                 raise LLMConfigError(
-                    f"export_to={str(path)!r} is not allowed: {option}={str(name)!r} reads it; choose another name"
+                    f"cannot export to {str(path)!r}: {option}={str(name)!r} reads it; choose another name"
                 )
 
 

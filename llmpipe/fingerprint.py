@@ -7,30 +7,22 @@ its facts, is known once it is loaded, and is compared before any row is run.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmpipe import __version__
 from llmpipe.chats import read_tools
-from llmpipe.config import BACKENDS, BackendConfig, RunConfig, answer_fields, describe
+from llmpipe.config import BACKENDS, BackendConfig, RunConfig, answer_fields, describe, is_own
 from llmpipe.config.checks import check, readable
-from llmpipe.datasets import Scan, digest_of
+from llmpipe.datasets import Scan
 from llmpipe.exceptions import LedgerError, LLMConfigError, LLMInitializationError
-from llmpipe.ledger import differences
-from llmpipe.redaction import Place, as_written, below, redacted, sealed
+from llmpipe.redaction import Place, as_written, below, differences, redacted, sealed
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.digests import Witness, content_digest, model_digest
+from llmpipe.version import __version__
 
 log = logging.getLogger(__name__)
-
-ROUNDING_OPTIONS = (
-    *("n_gpu_layers", "main_gpu", "tensor_split", "batching", "batch_tokens", "micro_batch_tokens", "compile"),
-    *("device_map", "max_memory", "repack"),
-)
-"""Options that change an answer's last digits, and so count in reproducible mode only."""
 
 
 def fingerprint(
@@ -117,32 +109,14 @@ def compare_facts(
         log.warning("answers may differ from those that %s holds so far: %s", directory, mentioned)
 
 
-def continued(asked: dict[str, Any], known: dict[str, Any] | None, scan: Scan) -> dict[str, Any]:
-    """Return a fingerprint with the dataset as an earlier run knew it, if that has only grown since.
-
-    Args:
-        asked: The fingerprint of what is asked now.
-        known: That of the earlier run, where there is one.
-        scan: What is in the dataset now, and was in the first rows, as many as the earlier run had.
-    """
-    if not known or scan.earlier is None:
-        return asked
-    now, before = asked["dataset"], known["dataset"]
-    most = [math.inf if dataset.get("limit") is None else dataset["limit"] for dataset in (before, now)]
-    as_before = {**now, **{name: before.get(name) for name in ("digest", "rows", "limit")}}
-    grown = digest_of(scan.earlier) == before.get("digest") and most[0] <= most[1] and as_before == before
-    return {**asked, "dataset": before} if grown else asked
-
-
 def _of_backend(config: RunConfig, witness: Witness | None) -> dict[str, Any]:
     values = backend_values(config)
-    if not str(values.get("_target_")).startswith("llmpipe."):  # nobody here knows what its options mean
+    if not is_own(values.get("_target_")):  # nobody here knows what its options mean
         values = {name: value for name, value in values.items() if name not in ("isolation", "row_timeout_s")}
         return {"model": values.get("model"), "backend": values}
-    values = answer_fields(config.backend)
+    values = answer_fields(config.backend, last_digits=config.backend.reproducible)
     model = values.pop("model", None)
-    if values["reproducible"]:  # then the last digit counts, and these decide it
-        values |= {name: value for name, value in describe(config.backend).items() if name in ROUNDING_OPTIONS}
+    if config.backend.reproducible:
         values["device"] = str(config.device)
     for name in ("chat_template", "lora"):  # what is in the files counts, not what they are called
         with readable(f"backend.{name}", values.get(name), LLMInitializationError):
@@ -162,7 +136,7 @@ def backend_values(config: RunConfig) -> dict[str, Any]:
     check(isinstance(config.backend, Mapping), "backend", config.backend, "a backend's config, or its options by name")
     target = config.backend.get("_target_", "???")
     check(isinstance(target, str), "backend._target_", target, "MODULE.CLASS")
-    if target.startswith("llmpipe."):
+    if is_own(target):
         own = {schema._target_: kind.group for kind, schema in BACKENDS.items()}
         check(target in own, "backend._target_", target, f"one of {', '.join(own)}, or the class of someone else")
         raise LLMConfigError(

@@ -1,4 +1,4 @@
-"""`plan=true`: what a run would do and take, before any weights are loaded.
+"""What a run would do and take, before any weights are loaded.
 
 Every check of a real run is made, in its order and with its words; every row is read and becomes a request. Memory does
 not grow with the dataset: of a long one, tokens are counted in every k-th row only, and the plan says so. A directory
@@ -14,24 +14,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from llmpipe.config import RunConfig
+from llmpipe.config import RunConfig, is_own
 from llmpipe.datasets import Inputs, Scan
-from llmpipe.exceptions import LLMError, LLMInitializationError
-from llmpipe.fingerprint import compare_facts, continued, facts_of, fingerprint
+from llmpipe.exceptions import LLMError, LLMInitializationError, one_line
+from llmpipe.fingerprint import compare_facts, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
+from llmpipe.histogram import bars
 from llmpipe.ledger import LedgerSnapshot
 from llmpipe.metrics import percentiles
 from llmpipe.outputs import found_files, json_text, output_files, own_file, refuse_foreign
-from llmpipe.pipeline import Before, look_through, mention_unread, runs_chats, told
 from llmpipe.place import check_place
+from llmpipe.preflight import look_through, mention_unread, runs_chats
 from llmpipe.prompts import PromptBuilder, settle_prompt
-from llmpipe.records import Request, Row, harmless
-from llmpipe.redaction import redacted
+from llmpipe.records import Request, Row
+from llmpipe.redaction import as_written, below, redacted
+from llmpipe.resumption import Before
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.batching.lookahead import LookAhead
 from llmpipe.runners.factory import LLMRunnerFactory
+from llmpipe.text import harmless
 
 PLAN_FILE = "plan.json"
 MOST_COUNTED = 100_000
@@ -65,7 +66,7 @@ def plan(config: RunConfig, directory: str | Path) -> dict[str, Any]:
     before = Before.of(directory)
     if not before.begun:
         refuse_foreign(directory / PLAN_FILE, {})
-    with Inputs(directory if before.begun else None, before.begun, resumed=config.resume is not None) as inputs:
+    with Inputs(directory if before.begun else None, before.begun) as inputs:
         found: dict[str, Any] = redacted(_planned(config, directory, inputs, before))
     if not before.begun:
         write_plan(directory, found)
@@ -76,7 +77,7 @@ def _planned(config: RunConfig, directory: Path, inputs: Inputs, before: Before)
     dataset, scan, _ = look_through(config, inputs, before)
     done, known = so_far(config, scan, directory, before)
     if done is None:
-        refuse_hopeless(config, dataset, lambda runner: runs_chats(config, scan, runner))
+        refuse_hopeless(config, dataset, scan)
     with LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules, weights=False) as runner:
         try:
             compare_facts(known, facts_of(runner), runner.config.reproducible, directory)
@@ -87,7 +88,7 @@ def _planned(config: RunConfig, directory: Path, inputs: Inputs, before: Before)
             for row in dataset.rows():
                 survey.add(row)
             takes = what_it_takes(runner, survey)
-            takes["model"] = told(takes["model"], config)
+            takes["model"] = as_written(takes["model"], below(config.references, "backend"))
             found = {
                 "rows": scan.rows,
                 "rows_done": done,
@@ -101,9 +102,9 @@ def _planned(config: RunConfig, directory: Path, inputs: Inputs, before: Before)
         except LLMError:
             raise
         except Exception as error:
-            if runner.preview is not None or type(runner).__module__.startswith("llmpipe."):
+            if runner.preview is not None or is_own(type(runner).__module__):
                 raise
-            why = " ".join(str(error).split()) or type(error).__name__
+            why = one_line(error)
             raise LLMInitializationError(
                 f"{type(runner).__name__} cannot be planned for: without its weights it fails ({why}); "
                 f"it can have a method _preview_model"
@@ -122,7 +123,7 @@ def so_far(config: RunConfig, scan: Scan, directory: Path, before: Before) -> tu
     if not before.begun:
         found_files(directory, output_files(config.output), {})
         return None, {}
-    asked = continued(fingerprint(config, scan, before.fingerprint), before.fingerprint, scan)
+    asked = before.continued(fingerprint(config, scan, before.fingerprint), scan)
     with LedgerSnapshot(directory, asked, before.change(scan, config.dataset)) as ledger:
         found_files(directory, output_files(config.output), ledger.get("files") or {})
         return ledger.rows(), {} if ledger.finished() else ledger.get("facts") or {}
@@ -218,9 +219,10 @@ def histogram(counts: Sequence[int]) -> list[dict[str, int]]:
     """Return how many of the counts are `from` so many `to` so many, both included, in bins of equal width."""
     if not counts:
         return []
-    low, width = min(counts), (max(counts) - min(counts)) // BINS + 1
-    rows = np.bincount((np.asarray(counts) - low) // width).tolist()
-    return [{"from": low + i * width, "to": low + (i + 1) * width - 1, "rows": n} for i, n in enumerate(rows)]
+    low, high = min(counts), max(counts)
+    width = (high - low) // BINS + 1
+    edges = range(low, high + width + 1, width)
+    return [{"from": int(bar.start), "to": int(bar.end) - 1, "rows": bar.size} for bar in bars(counts, edges)]
 
 
 def what_it_takes(runner: BaseLLMRunner, survey: Survey) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from llmpipe.records import harmless
+from llmpipe.text import harmless
 
 BAR_WIDTH = 40
 RATED_EVERY_S = 0.1
@@ -208,7 +208,7 @@ def _figures(m: dict[str, Any]) -> list[tuple[str, str]]:
         ("peak memory", memory),
     ]
     return figures + [
-        (name.replace("_", " "), f"{score:.1%} of {m['scored_rows'][name]}") for name, score in m["scores"].items()
+        (name.replace("_", " "), f"{score:.1%} of {m['scored_samples'][name]}") for name, score in m["scores"].items()
     ]
 
 

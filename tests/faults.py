@@ -141,6 +141,7 @@ def serve() -> None:
     import llmpipe.cli
     import llmpipe.pipeline
     import llmpipe.runners  # noqa: F401
+    import llmpipe.verbs.resume
 
     compose = functools.cache(lambda *overrides: llmpipe.compose(list(overrides)))
     for line in sys.stdin:
@@ -165,11 +166,11 @@ def serve() -> None:
 
 def run_child(job: dict[str, Any], taken: int, config: Any) -> int:
     """Run the command line, or a configuration, with what is to go wrong; each step taken leaves a byte in `taken`."""
-    import llmpipe.ledger
+    import llmpipe.ledger.writing
     from llmpipe.cli import main
 
     if "rows_per_commit" in job:
-        llmpipe.ledger.COMMIT_EVERY_ROWS, llmpipe.ledger.COMMIT_EVERY_S = job["rows_per_commit"], 1e9
+        llmpipe.ledger.writing.COMMIT_EVERY_ROWS, llmpipe.ledger.writing.COMMIT_EVERY_S = job["rows_per_commit"], 1e9
     if "most_bytes" in job:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["most_bytes"], resource.RLIM_INFINITY))
@@ -183,7 +184,7 @@ def run_child(job: dict[str, Any], taken: int, config: Any) -> int:
             raise fault(job["fault"][1], kind)
 
     directory = Path(job["directory"])
-    asked = [f"resume={directory}"] if job.get("resume") else [*job["overrides"], f"hydra.run.dir={directory}"]
+    asked = ["resume", str(directory)] if job.get("resume") else [*job["overrides"], f"hydra.run.dir={directory}"]
 
     def run() -> int:
         if config is None:

@@ -61,13 +61,6 @@ class Overflow(str, Enum):
     """The prompt loses tokens on the left; `truncated_prompt_tokens` says how many."""
 
 
-class OutputFormat(str, Enum):
-    """The file format of the answers."""
-
-    jsonl = "jsonl"
-    parquet = "parquet"
-
-
 class OnError(str, Enum):
     """What an error row does to its run."""
 
@@ -83,6 +76,19 @@ class Switch(str, Enum):
     auto = "auto"
     on = "on"
     off = "off"
+
+
+class CacheType(str, Enum):
+    """Number format of cached keys or values, by ggml's name for it."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+    q5_1 = "q5_1"
+    q5_0 = "q5_0"
+    q4_1 = "q4_1"
+    q4_0 = "q4_0"
 
 
 class RopeScaling(str, Enum):

@@ -15,17 +15,14 @@ from typing import Any
 
 from llmpipe.config.backends import BACKENDS
 from llmpipe.config.checks import check
-from llmpipe.config.run import RunConfig
 from llmpipe.exceptions import LLMConfigError
 
 DESCRIPTIVE = (
     *("backend", "device", "sampling", "dataset", "prompt", "output", "metrics", "experiment"),
     *("seed", "on_error", "max_error_rate", "run_timeout_s"),
 )
-"""First names of the keys and groups that describe a run, rather than what is done with it or whom it trusts."""
+"""First names of the keys and groups that describe a run, rather than whom it trusts."""
 TRUST = "trusted_modules"
-VERBS = frozenset(f.name for f in fields(RunConfig)) - {*DESCRIPTIVE, TRUST}
-"""Keys that say what is done with runs."""
 TAKES_TRUST = frozenset(
     f"backend.{f.name}" for schema in BACKENDS.values() for f in fields(schema) if f.metadata.get("takes_trust")
 )
@@ -92,6 +89,11 @@ def check_composed(values: Mapping[str, Any], trusted: Sequence[str]) -> None:
                 check_trusted(name, trusted, key)
 
 
+def is_own(path: object) -> bool:
+    """Say whether an import path, such as a class's `__module__`, is one of llmpipe's own."""
+    return str(path).partition(".")[0] == "llmpipe"
+
+
 def check_trusted(target: str, trusted: Sequence[str], key: str = "backend._target_", ours: bool = True) -> None:
     """Refuse a target whose module is not trusted.
 
@@ -107,7 +109,7 @@ def check_trusted(target: str, trusted: Sequence[str], key: str = "backend._targ
     module = target.rpartition(".")[0]
     if not re.fullmatch(r"[\w.]+", module):
         raise LLMConfigError(f"{key}={target!r} is not allowed; it must be MODULE.CLASS")
-    if not any(module == name or module.startswith(name + ".") for name in [*(["llmpipe"] if ours else []), *trusted]):
+    if not (ours and is_own(module)) and not any(f"{module}.".startswith(f"{name}.") for name in trusted):
         where = "outside llmpipe" if ours else "code"
         raise LLMConfigError(
             f"{key}={target!r} is {where} and not trusted: "

@@ -6,7 +6,7 @@ name it in `WRITERS`.
 
 from llmpipe.files import found_files, new_files, seal
 from llmpipe.outputs.arrow_types import ColumnTypes
-from llmpipe.outputs.layout import COLUMNS, ID, POSITION, Answered, Layout, all_names, join
+from llmpipe.outputs.layout import COLUMNS, ID, POSITION, Answered, Layout, all_names, join, layout_of
 from llmpipe.outputs.own import is_same, own_file, refuse_foreign
 from llmpipe.outputs.reading import RunFiles, read_run
 from llmpipe.outputs.writing import (
@@ -20,6 +20,7 @@ from llmpipe.outputs.writing import (
     output_files,
     write_answers,
     write_metrics,
+    writer_of,
 )
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "is_same",
     "join",
     "json_text",
+    "layout_of",
     "new_files",
     "output_file",
     "output_files",
@@ -49,4 +51,5 @@ __all__ = [
     "seal",
     "write_answers",
     "write_metrics",
+    "writer_of",
 ]

@@ -18,7 +18,7 @@ import filelock
 
 from llmpipe.exceptions import LLMError
 from llmpipe.files import file_digest, new_files, seal
-from llmpipe.place import check_link
+from llmpipe.links import check_link
 
 
 def note_of(path: Path) -> Path:
@@ -58,7 +58,7 @@ def refuse_foreign(path: Path, of: Mapping[str, Any], force: bool = False) -> li
     settled = {name: value for name, value in known.items() if value is not None}
     if not settled.items() <= of.items() and not force:
         where = f" (in {known['directory']})" if isinstance(known.get("directory"), str) else ""
-        raise LLMError(f"{path} was exported from another run{where}; choose another name, or set export_force=true")
+        raise LLMError(f"{path} was exported from another run{where}; choose another name, or replace it with --force")
     return [digest]
 
 

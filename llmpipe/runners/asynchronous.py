@@ -9,8 +9,9 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import ClassVar, Literal, Unpack, overload
 
-from llmpipe.records import Chunk, Completion, Request, Stopwatch, Tick
+from llmpipe.records import Chunk, Completion, Request
 from llmpipe.runners.conveniences import ChatOptions, Prompt, RequestOptions, unbroken
+from llmpipe.runners.driver import Driver
 from llmpipe.runners.openai_chat import Messages, OpenAIChat, ToolChoice, answered
 from llmpipe.runners.openai_format import (
     ChatChunks,
@@ -20,6 +21,7 @@ from llmpipe.runners.openai_format import (
     chat_completion,
 )
 from llmpipe.runners.turns import Holder, Stream
+from llmpipe.stopwatch import Stopwatch
 
 
 class AsyncConveniences(OpenAIChat):
@@ -145,6 +147,6 @@ class AsyncConveniences(OpenAIChat):
         finally:
             self._stepper.leave(self, call)
 
-    def open_stream(self, requests: Iterator[Request | None], tick: Tick, place: Holder) -> Stream[Chunk]:
+    def open_stream(self, requests: Iterator[Request | None], driver: Driver, place: Holder) -> Stream[Chunk]:
         """Open a stream for the stepper; see `Source`."""
-        return self._exclusively(self.stream(requests), tick, place)  # type: ignore[arg-type]  # None if `joinable`
+        return self._exclusively(self.stream(requests), driver, place)  # type: ignore[arg-type]  # None if `joinable`

@@ -13,23 +13,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from llmpipe.chats import parse_messages, parse_template_kwargs, parse_tools
+from llmpipe.chats import ChatInput, parse_messages, parse_template_kwargs, parse_tools
 from llmpipe.config import SamplingConfig
-from llmpipe.exceptions import LLMConfigError
-from llmpipe.records import Chunk, Completion, Message, Request, Tick, complete, no_tick
+from llmpipe.exceptions import LLMConfigError, one_line
+from llmpipe.records import Chunk, Completion, Message, Request, error_chunk, error_chunks
 from llmpipe.runners.asynchronous import AsyncConveniences
 from llmpipe.runners.chat import ChatTemplate
 from llmpipe.runners.decoding import StopStrings
+from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.facts import Facts
-from llmpipe.runners.lifecycle import one_line
+from llmpipe.runners.turns import Stream
+from llmpipe.stopwatch import complete
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_SAMPLING = SamplingConfig()
+_DEFAULTS = vars(SamplingConfig())
 
 
 class BaseLLMRunner(AsyncConveniences):
@@ -39,6 +40,8 @@ class BaseLLMRunner(AsyncConveniences):
     """Whether `stream` calls `tick` by itself, at each of its steps; otherwise that is done after each chunk."""
     joinable: ClassVar[bool] = False
     """Whether requests may join a running `stream`: it takes None among them for "none just now", and asks again."""
+    honours: ClassVar[frozenset[str]] = frozenset({"temperature", "max_tokens", "stop", "n"})
+    """The sampling options that it honours, by default those that reach `_run_streaming`; see `check_sampling`."""
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
         """Answer `requests`, pulling the next when there is room, and yield chunks as they are made, in any order.
@@ -53,7 +56,7 @@ class BaseLLMRunner(AsyncConveniences):
         """
         for request in requests:
             try:
-                self._check_simple(request.sampling)
+                self.check_sampling(request.sampling)
                 prompt = self.prompt_text(request)
             except (ValueError, RecursionError) as error:
                 yield from error_chunks(request, str(error))
@@ -63,14 +66,17 @@ class BaseLLMRunner(AsyncConveniences):
                     yield from self._stream_simply(request, sample, prompt)
                 except Exception as error:  # whatever befalls one prompt, the next one may fare better
                     log.debug("request %d failed", request.id, exc_info=True)
-                    yield Chunk(request.id, sample, finish_reason="error", error=one_line(error))
+                    yield error_chunk(request.id, one_line(error), sample)
 
     def tick(self) -> None:
         """Let whoever drives the stream look at the clock and at signals; what this raises is to end the stream."""
-        self._tick()
+        self._driver.tick()
 
-    def cancel(self, request_id: int) -> None:  # noqa: B027  a request that runs on does no harm
-        """Give up a request of the running stream, where that can be done; called from any thread."""
+    def cancel(self, request_id: int) -> None:  # noqa: B027  where that cannot be done, the answer is finished
+        """Give up a request of the running stream: where that can be done, it ends with an error chunk, soon.
+
+        May be called from another thread. A request that is not in the stream is ignored.
+        """
 
     def interrupt(self) -> None:  # noqa: B027  most steps are short
         """Give up the step of `stream` that is being computed, where that can be done; the stream may raise anything.
@@ -82,14 +88,17 @@ class BaseLLMRunner(AsyncConveniences):
         """Generate for one prompt and yield its tokens' text; for backends that do not override `stream`."""
         raise NotImplementedError(f"{type(self).__name__} must implement stream or _run_streaming")
 
-    def _check_simple(self, sampling: SamplingConfig) -> None:
-        """Refuse what `_run_streaming` would not be told of."""
-        taken = ("temperature", "max_tokens", "stop", "n")
-        for f in fields(SamplingConfig):
-            default, value = getattr(_DEFAULT_SAMPLING, f.name), getattr(sampling, f.name)
-            if f.name not in taken and value != default:
+    def check_sampling(self, sampling: SamplingConfig) -> None:
+        """Refuse a sampling option that is not one of `honours`, unless it has its default; `stream` asks it of each.
+
+        Raises:
+            LLMConfigError: names the option, and those that are honoured.
+        """
+        for name, default in _DEFAULTS.items():
+            if name not in self.honours and (value := getattr(sampling, name)) != default:
+                honoured = ", ".join(known for known in _DEFAULTS if known in self.honours)
                 raise LLMConfigError(
-                    f"{type(self).__name__} cannot honour sampling.{f.name}={value!r}: it takes {', '.join(taken)}"
+                    f"{type(self).__name__} cannot honour sampling.{name}={value!r}: it takes {honoured}"
                 )
 
     def _stream_simply(self, request: Request, sample: int, prompt: str) -> Iterator[Chunk]:
@@ -126,12 +135,15 @@ class BaseLLMRunner(AsyncConveniences):
         Raises:
             ValueError: they are no chat, or the template refuses it.
         """
-        chat, tools = parse_messages(messages, any_role=True), parse_tools(tools)
-        template = self.template_for(tools)
+        chat, kwargs = parse_messages(messages, any_role=True), parse_template_kwargs(template_kwargs)
+        return self._render(ChatInput(chat, parse_tools(tools), kwargs, continue_final, self.now))
+
+    def _render(self, chat: ChatInput) -> str:
+        """Return the prompt text of a chat that has been looked at; see `render`."""
+        template = self.template_for(chat.tools)
         if template is None:
-            return "\n".join(message["content"] for message in chat)
-        kwargs = parse_template_kwargs(template_kwargs)
-        return self.renderer.render(template, chat, tools, kwargs, continue_final, self.now)
+            return "\n".join(message["content"] for message in chat.messages)
+        return self.renderer.render(template, chat)
 
     def template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate | None:
         """Return what renders a chat in which these tools are given; None for a backend without chat templates.
@@ -162,7 +174,7 @@ class BaseLLMRunner(AsyncConveniences):
             ValueError: the request cannot be run.
         """
         if type(self).stream is BaseLLMRunner.stream:
-            self._check_simple(request.sampling)
+            self.check_sampling(request.sampling)
         self.prompt_text(request)
         return None
 
@@ -174,18 +186,28 @@ class BaseLLMRunner(AsyncConveniences):
         """Say what decides its answers beside its options; without the weights, as far as it is known."""
         return Facts()
 
-    def completions(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
+    def completions(self, requests: Iterable[Request], driver: Driver = NOBODY) -> Iterator[Completion]:
         """Answer `requests` and yield each sample's completion, with its times, as it finishes.
 
         Args:
             requests: What to answer; pulled when there is room.
-            tick: Called at each step, also where no sample finishes, and while the runner waits for another process.
-                What it raises ends the stream.
+            driver: Has its `tick` called at each step, also where no sample finishes, and while the runner waits for
+                another process.
         """
-        return self._exclusively(complete(self.stream, requests, self.tick, each_chunk=not self.ticks), tick)
+        return self._exclusively(complete(self._ticking, requests, self.tick), driver)
 
+    def driven(self, requests: Iterable[Request], driver: Driver = NOBODY) -> Stream[Chunk]:
+        """Yield the chunks of `stream` while holding the runner, which `driver` drives, as in `completions`."""
+        return self._exclusively(self._ticking(requests), driver)
 
-def error_chunks(request: Request, reason: str) -> Iterator[Chunk]:
-    """Yield the chunks that end every sample of a request that cannot be run."""
-    for sample in request.samples:
-        yield Chunk(request.id, sample, finish_reason="error", error=reason)
+    def _ticking(self, requests: Iterable[Request]) -> Iterator[Chunk]:
+        """Stream, with a tick after each chunk where the backend does not see to its ticks itself."""
+        chunks = self.stream(requests)
+        try:
+            for chunk in chunks:
+                yield chunk
+                if not self.ticks:
+                    self.tick()
+        finally:
+            if isinstance(chunks, Generator):
+                chunks.close()

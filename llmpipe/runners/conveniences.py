@@ -10,8 +10,10 @@ from typing import Any, Literal, Unpack
 from llmpipe.chats import continues, parse_template_kwargs, parse_tools
 from llmpipe.config import ControlTokens, PromptFormat, SamplingOptions, auto_or_bool, check
 from llmpipe.exceptions import LLMConfigError, LLMInferenceError
-from llmpipe.records import Chunk, Completion, Request, Tick, derive_seed, failed, no_tick
+from llmpipe.records import Chunk, Completion, Request, failed
+from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.lifecycle import Lifecycle
+from llmpipe.seeds import derive_seed
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A plain prompt, or the messages of a chat."""
@@ -47,7 +49,7 @@ class Conveniences(Lifecycle):
         """See `BaseLLMRunner`."""
 
     @abstractmethod
-    def completions(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
+    def completions(self, requests: Iterable[Request], driver: Driver = NOBODY) -> Iterator[Completion]:
         """See `BaseLLMRunner`."""
 
     def request(

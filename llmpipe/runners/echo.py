@@ -6,13 +6,13 @@ For trying out a dataset and a configuration in a second, and for tests of every
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llmpipe.chats import parse_messages
+from llmpipe.chats import ChatInput
 from llmpipe.config import EchoConfig
-from llmpipe.records import Chunk, Message, Request
-from llmpipe.runners.base import BaseLLMRunner, error_chunks
+from llmpipe.records import Chunk, Request, error_chunks
+from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.decoding import StopStrings
 
 
@@ -20,6 +20,10 @@ class EchoRunner(BaseLLMRunner):
     """Echoes prompts; a token is a word. A chat is answered with its last message."""
 
     config_type = EchoConfig
+    # Each next word is certain, and certain it stays however a distribution is scaled, shifted or cut. Words have no
+    # ids at which to stop, though, and after the last word there is nothing to go on with.
+    honours = frozenset({"logit_bias", "repetition_penalty", "presence_penalty", "frequency_penalty", "temperature"})
+    honours |= {"top_k", "top_p", "min_p", "typical_p", "max_tokens", "stop", "n", "seed"}
 
     def _initialize_model(self) -> None:
         """Nothing to load."""
@@ -28,24 +32,24 @@ class EchoRunner(BaseLLMRunner):
         """Say that there is no model."""
         return {"model": "none", "model_type": "echo", "device": "cpu"}
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        continue_final: bool = False,
-    ) -> str:
+    def _render(self, chat: ChatInput) -> str:
         """Return the last message."""
-        return str(parse_messages(messages, any_role=True)[-1]["content"])
+        return str(chat.messages[-1]["content"])
 
     def encode(self, request: Request) -> tuple[list[int], int]:
-        """Return a number for each word of the prompt."""
+        """Return a number for each word of the prompt.
+
+        Raises:
+            ValueError: the request cannot be run.
+        """
+        self.check_sampling(request.sampling)
         return list(range(len(self.prompt_text(request).split(" ")))), 0
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
         """Answer each request with its prompt's words, up to max_tokens and the stop strings."""
         for request in requests:
             try:
+                self.check_sampling(request.sampling)
                 words = self.prompt_text(request).split(" ")
             except ValueError as error:
                 yield from error_chunks(request, str(error))

@@ -18,7 +18,8 @@ from dataclasses import replace
 from typing import ClassVar, Protocol
 
 from llmpipe.exceptions import LLMInferenceError
-from llmpipe.records import Chunk, Request, Tick
+from llmpipe.records import Chunk, Request
+from llmpipe.runners.driver import Driver
 from llmpipe.runners.turns import BUSY, Holder, Stream, Turns
 
 Give = Callable[[Chunk | BaseException], None]
@@ -32,8 +33,8 @@ class Source(Protocol):
     joinable: ClassVar[bool]
     """Whether `None` may be among the requests, for "none just now"."""
 
-    def open_stream(self, requests: Iterator[Request | None], tick: Tick, place: Holder) -> Stream[Chunk]:
-        """Open a stream that has its turn when `place` has, and calls `tick` while it waits and at each step."""
+    def open_stream(self, requests: Iterator[Request | None], driver: Driver, place: Holder) -> Stream[Chunk]:
+        """Open a stream that has its turn when `place` has, and is driven by `driver`, also while it waits."""
 
     def cancel(self, request_id: int) -> None:
         """Give up a request of the stream, where that can be done."""
@@ -74,6 +75,7 @@ class Stepper:
         self._joins = False
         """Whether those who wait are sure to be pulled by the stream there is."""
         self._has_turn = False
+        self._driver = Driver(self._tick)
 
     def submit(self, source: Source, request: Request, give: Give) -> Call:
         """Have a request answered.
@@ -126,7 +128,7 @@ class Stepper:
                     return
                 self._joins, self._has_turn = True, False
             try:
-                with closing(source.open_stream(self._requests(source.joinable), self._tick, place)) as chunks:
+                with closing(source.open_stream(self._requests(source.joinable), self._driver, place)) as chunks:
                     for chunk in chunks:
                         self._take(source, chunk)
                         self._tick()

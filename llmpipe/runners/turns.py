@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from llmpipe.exceptions import LLMInferenceError
-from llmpipe.records import Tick, no_tick
+from llmpipe.stopwatch import Tick, no_tick
 
 log = logging.getLogger(__name__)
 

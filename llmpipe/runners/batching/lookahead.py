@@ -7,12 +7,11 @@ backend.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from llmpipe.records import Chunk, Request
-from llmpipe.runners.base import error_chunks
+from llmpipe.records import Chunk, Request, error_chunk, error_chunks
 
 MIN_SHARED_TOKENS = 32
 """Prefixes shorter than this are computed again: copying a slot's cache is not free."""
@@ -40,6 +39,10 @@ class Sample:
     base: int = 0
     """How many of them it shares with samples of other prompts, too."""
 
+    def error_chunk(self, reason: str) -> Chunk:
+        """Return the chunk that ends it: it cannot be run, or not to its end."""
+        return error_chunk(self.request.id, reason, self.number)
+
 
 class LookAhead:
     """Pulls requests in blocks and hands out their samples in the order in which they are best run.
@@ -56,23 +59,25 @@ class LookAhead:
         self._encode = encode
         self._limit = limit
         self._share = share
-        self.exhausted = False
-        """Whether all there will ever be was pulled."""
+        self.is_exhausted = False
+        """Whether all requests were pulled."""
         self.is_live = False
         """Whether requests come at any time."""
         self.waiting: list[Sample] = []
 
-    def fill(self, count: int) -> Iterator[Chunk]:
-        """Pull until `count` samples wait, if there are so many; yield the chunks of requests that cannot be run."""
-        if self.exhausted or len(self.waiting) >= count:
-            return
+    def fill(self, count: int) -> list[Chunk]:
+        """Pull until `count` samples wait; return the chunks that end requests that cannot be run.
+
+        As many of those are pulled at most, so that a dataset of nothing else does not go by in one call.
+        """
         block: dict[tuple[int, ...], list[Sample]] = {}
+        refused: list[Chunk] = []
         pulled = 0
-        while len(self.waiting) + pulled < count:
+        while len(self.waiting) + pulled < count and len(refused) < count and not self.is_exhausted:
             try:
                 request = next(self._source)
             except StopIteration:
-                self.exhausted = True
+                self.is_exhausted = True
                 break
             if request is None:
                 self.is_live = True
@@ -80,15 +85,16 @@ class LookAhead:
             try:
                 prompt, truncated = self._encode(request)
             except (ValueError, RecursionError) as error:
-                yield from error_chunks(request, str(error))
+                refused += error_chunks(request, str(error))
                 continue
             need = min(len(prompt) + request.sampling.max_tokens, self._limit)
             equals = block.setdefault(tuple(prompt), [])
             prompt = equals[0].prompt if equals else prompt
             equals += [Sample(request, number, prompt, truncated, need) for number in request.samples]
             pulled += len(request.samples)
-        # Taken from the end: nobody waits for those that came later.
-        self.waiting = self._order(list(block.values())) + self.waiting
+        if block:  # taken from the end: nobody waits for those that came later
+            self.waiting = self._order(list(block.values())) + self.waiting
+        return refused
 
     def next(self, room: int) -> Sample | None:
         """Take the sample to run next, of those that need no more than `room` tokens; None if none does.
@@ -108,6 +114,12 @@ class LookAhead:
         longest = [sample for sample in self.waiting if sample.need == most]
         self.waiting = [sample for sample in self.waiting if sample.need < most]
         return longest
+
+    def take_requests(self, ids: set[int]) -> list[Sample]:
+        """Take the samples of some requests."""
+        taken = [sample for sample in self.waiting if sample.request.id in ids]
+        self.waiting = [sample for sample in self.waiting if sample.request.id not in ids]
+        return taken
 
     def _order(self, block: list[list[Sample]]) -> list[Sample]:
         """Return samples, given prompt by prompt, as they are best run; the next to run stands at the end.

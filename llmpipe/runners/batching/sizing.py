@@ -15,19 +15,27 @@ from llmpipe.runners.batching.lookahead import Sample
 
 log = logging.getLogger(__name__)
 
-SMALL_PARAMETERS = 50_000_000
 CPU_SLOTS, SMALL_MODEL_SLOTS = 16, 32
-"""Where more rows at once stopped paying in the measurements under benchmarks/."""
-LOOK_AHEAD = 4
-"""Slots' worth of samples that wait."""
+"""Rows in flight on a CPU: each step reads all weights once, however many rows share it, until arithmetic takes longer.
+
+Measured with 135 and 7 million parameters (benchmarks/results/slots-1-core-xeon.md): of the decode tokens/s of 64 rows,
+16 of the larger and 32 of the smaller have 0.80 and 0.97 in llama.cpp, 0.48 and 0.87 in transformers.
+"""
+SMALL_PARAMETERS = 50_000_000
+"""Below it a model is small: between the two that were measured."""
 PREFIX_SLOTS = 4
+"""Most shared prefixes that are kept: chosen by hand, as few datasets have more than a system prompt or two."""
 FEWEST_BATCH_TOKENS = 32
+"""Where halving the tokens per call ends: a call has some memory of its own, however few they are. Chosen by hand."""
 CONTEXT_STEP = 256
 """Cache sizes are multiples of this: llama.cpp rounds up to it by itself."""
 HEADROOM = 1.5
-"""How much longer than the longest row looked at a slot is, so that a later row seldom needs a larger one."""
+"""How much longer than the longest row looked at a slot is, so that a later row seldom needs a larger one.
+
+Chosen by hand: a larger context waits for all rows in flight to end, a longer slot takes memory that is seldom scarce.
+"""
 MEMORY_SHARE = 0.6
-"""Share of the free memory that the cache may take."""
+"""Share of the free memory that the cache may take; the rest is for what calls need, and for other programs."""
 UNKNOWN_BYTES = 2**50
 """More than there is: the backend says when there is too little."""
 
@@ -39,7 +47,7 @@ class Footprint:
     parameters: int
     cache_bytes_per_token: int
     gpu_slots: int | None = None
-    """Where more rows at once stop paying on a GPU; None on a CPU."""
+    """Rows in flight on a GPU; None on a CPU."""
     mapped_bytes: int = 0
     """Weights that are mapped from a file: the system counts their memory as free, and they need it all the same."""
     state_bytes: int = 0
@@ -51,7 +59,7 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Sizes:
     """The sizes of a context."""
 
     slots: int
@@ -61,7 +69,7 @@ class Plan:
     context: int
     """Tokens per slot."""
     batch_tokens: int
-    """Most tokens per call."""
+    """Most tokens per call; 0 where it takes whole prompts."""
     reasons: tuple[str, ...] = ()
 
     @property
@@ -69,7 +77,7 @@ class Plan:
         """Tokens of cache in all."""
         return (self.slots + self.prefixes) * self.context
 
-    def covers(self, other: Plan) -> bool:
+    def covers(self, other: Sizes) -> bool:
         """Say whether a context of this plan can do the work of one of the other."""
         return (
             self.slots >= other.slots
@@ -78,38 +86,41 @@ class Plan:
             and self.batch_tokens >= other.batch_tokens
         )
 
-    def within(self, cap: Plan) -> Plan:
-        """Return a plan with no more slots, and no more tokens per call, than `cap`."""
-        return replace(
+    def within(self, cap: Sizes) -> Sizes:
+        """Return sizes with no more slots, and no more tokens per call, than `cap`."""
+        within = replace(
             self,
             slots=min(self.slots, cap.slots),
             prefixes=min(self.prefixes, cap.prefixes),
             batch_tokens=min(self.batch_tokens, cap.batch_tokens),
         )
+        return within if within == self else within.because(f"{within} instead: memory ran out")
 
-    def halved(self) -> Plan | None:
-        """Return a plan with half the slots and half the tokens per call, or None where there is no less."""
+    def halved(self) -> Sizes | None:
+        """Return sizes with half the slots and half the tokens per call, or None where there is no less."""
         if self.slots == 1 and not self.prefixes and self.batch_tokens <= FEWEST_BATCH_TOKENS:
             return None
         batch_tokens = max(min(self.batch_tokens, FEWEST_BATCH_TOKENS), self.batch_tokens // 2)
+        return replace(self, slots=max(1, self.slots // 2), prefixes=self.prefixes // 2, batch_tokens=batch_tokens)
+
+    def doubled(self) -> Sizes:
+        """Return sizes with twice the slots and twice the tokens per call."""
         return replace(
-            self, slots=max(1, self.slots // 2), prefixes=self.prefixes // 2, batch_tokens=batch_tokens, reasons=()
+            self, slots=self.slots * 2, prefixes=max(1, self.prefixes * 2), batch_tokens=self.batch_tokens * 2
         )
 
-    def doubled(self) -> Plan:
-        """Return a plan with twice the slots and twice the tokens per call."""
-        return replace(
-            self,
-            slots=self.slots * 2,
-            prefixes=max(1, self.prefixes * 2),
-            batch_tokens=self.batch_tokens * 2,
-            reasons=(),
-        )
+    def because(self, reason: str) -> Sizes:
+        """Return the same sizes with one more reason."""
+        return replace(self, reasons=(*self.reasons, reason))
+
+    def __str__(self) -> str:
+        """Say how many slots, and, where a call does not take whole prompts, how many tokens per call."""
+        return f"{self.slots} slots" + (f" and {self.batch_tokens} tokens per call" if self.batch_tokens else "")
 
 
-def smallest(config: BatchingConfig) -> Plan:
-    """Return the sizes before any row is known."""
-    return Plan(slots=1, prefixes=0, context=CONTEXT_STEP, batch_tokens=config.batch_tokens)
+def ideal(config: BatchingConfig, model: Footprint) -> Sizes:
+    """Return the sizes that pay, before the rows and the memory are known; of the context, the least."""
+    return Sizes(wanted_slots(config, model), prefixes=0, context=CONTEXT_STEP, batch_tokens=config.batch_tokens)
 
 
 def threads(config: BackendConfig) -> int:
@@ -145,12 +156,7 @@ def most_tokens(model: Footprint) -> int:
     return max(CONTEXT_STEP, int(memory * MEMORY_SHARE / max(model.cache_bytes_per_token, 1)))
 
 
-def look_ahead(slots: int) -> int:
-    """Return how many samples should wait for `slots` slots."""
-    return slots * LOOK_AHEAD
-
-
-def plan(
+def choose(
     config: BatchingConfig,
     model: Footprint,
     waiting: Sequence[Sample],
@@ -158,7 +164,7 @@ def plan(
     held_tokens: int = 0,
     free_bytes: int | None = None,
     is_live: bool = False,
-) -> Plan:
+) -> Sizes:
     """Choose the sizes for the samples that wait.
 
     Args:
@@ -182,7 +188,7 @@ def plan(
         reasons.append(f"{slots} slots: no more rows than that wait")
     else:
         place = "GPU" if model.gpu_slots is not None else "CPU"
-        reasons.append(f"{slots} slots: where {model.parameters / 1e6:.0f} M parameters on a {place} gain no more")
+        reasons.append(f"{slots} slots: as suits {model.parameters / 1e6:.0f} M parameters on a {place}")
     # Equal prompts are one and the same object: of thousands of samples only the few different ones are compared.
     shared = {(id(sample.prompt), end): sample.prompt for sample in waiting for end in (sample.base, sample.shared)}
     groups = {tuple(prompt[:end]) for (_, end), prompt in shared.items() if end}
@@ -203,7 +209,7 @@ def plan(
         prefixes = min(prefixes, 1) if room > 1 else 0
         slots = min(slots, room - prefixes)
         reasons.append(f"{slots} slots and {prefixes} for prefixes instead: {free / 1e6:,.0f} MB of memory are free")
-    return Plan(slots, prefixes, context, config.batch_tokens, tuple(reasons))
+    return Sizes(slots, prefixes, context, config.batch_tokens, tuple(reasons))
 
 
 def _round_up(tokens: int) -> int:

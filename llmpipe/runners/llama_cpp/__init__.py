@@ -8,9 +8,14 @@ context.py     sequences, decode calls, logits
 sampler.py     `SamplingConfig` → a chain of llama.cpp samplers
 probe.py       a file that was never loaded → first into a process of its own
 devices.py     the memory of GPUs
+ggml.py        number formats
 log.py         llama.cpp's log → Python's logging
 """
 
-from llmpipe.runners.llama_cpp.runner import LlamaCppRunner
+from llmpipe.runners.openmp import wait_briefly
+
+wait_briefly()
+
+from llmpipe.runners.llama_cpp.runner import LlamaCppRunner  # noqa: E402  which loads OpenMP
 
 __all__ = ["LlamaCppRunner"]

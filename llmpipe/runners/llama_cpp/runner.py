@@ -16,13 +16,14 @@ from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
 from llmpipe.runners.encoding import tokens_of, with_stop_tokens
 from llmpipe.runners.facts import Facts
 from llmpipe.runners.fitting import check_tokens, fit_prompt
+from llmpipe.runners.threads import Threads
 from llmpipe.runners.weights import find_gguf, hub_commit
 
 try:
     import llama_cpp
 
-    from llmpipe.runners.batching import Engine, sizing
-    from llmpipe.runners.llama_cpp import devices
+    from llmpipe.runners.batching import Engine, sequence, sizing
+    from llmpipe.runners.llama_cpp import devices, sampler
     from llmpipe.runners.llama_cpp import log as llama_log
     from llmpipe.runners.llama_cpp.abort import Abort
     from llmpipe.runners.llama_cpp.executor import LlamaExecutor
@@ -50,6 +51,7 @@ class LlamaCppRunner(BaseLLMRunner):
     config_type = LlamaCppConfig
     ticks = True
     joinable = True
+    honours = sequence.OPTIONS | sampler.OPTIONS
     config: LlamaCppConfig
     _model: Model | None = None
     _engine: Engine | None = None
@@ -71,14 +73,13 @@ class LlamaCppRunner(BaseLLMRunner):
         probe(path, self.config, weights=False)
         self._model = model = Vocabulary(path, self.config, self._offload, self.device.index)
         executor = self._executor(model)
-        footprint = replace(executor.footprint, mapped_bytes=model.size_bytes)
-        free_bytes = executor.free_bytes()
+        executor.footprint = replace(executor.footprint, mapped_bytes=model.size_bytes)
         return Preview(
             model_type=model.describe(),
             device=self._where,
             context=self._limit,
-            footprint=footprint,
-            sizes=lambda waiting: sizing.plan(self.config, footprint, waiting, self._limit, free_bytes=free_bytes),
+            footprint=executor.footprint,
+            sizes=lambda waiting: executor.sizes(waiting, self._limit),
         )
 
     def _find_model(self) -> Path:
@@ -98,7 +99,7 @@ class LlamaCppRunner(BaseLLMRunner):
 
     def _executor(self, model: Model) -> LlamaExecutor:
         """Return what computes with the model, and set how many tokens a row may have."""
-        self._threads = sizing.threads(self.config)
+        self._threads = Threads(self.config)
         self._abort = Abort()
         executor = LlamaExecutor(model, self.config, self._threads, self._offload, self._abort)
         self._limit = self.config.context or min(model.train_context, sizing.most_tokens(executor.footprint))
@@ -145,6 +146,7 @@ class LlamaCppRunner(BaseLLMRunner):
             ValueError: the prompt is empty, exceeds the context, is no text, or the template refuses it.
         """
         assert self._model is not None
+        self.check_sampling(request.sampling)
         check_tokens(request.sampling, self._model.n_vocab)
         tokens = tokens_of(request, self.prompt_text, self._model)
         return fit_prompt(tokens, self._limit, request.truncate)
@@ -164,7 +166,7 @@ class LlamaCppRunner(BaseLLMRunner):
     def cancel(self, request_id: int) -> None:
         """Give up a request of the running stream; it ends with an error chunk, and its slots are free at once."""
         if self._engine is not None:
-            self._engine.cancelled.add(request_id)
+            self._engine.cancel(request_id)
 
     def interrupt(self) -> None:
         """Give up the step that is being computed, on a CPU; see `BaseLLMRunner.interrupt`."""
@@ -174,7 +176,7 @@ class LlamaCppRunner(BaseLLMRunner):
         if not self._offload or self._engine is None:
             return None
         used = devices.gpu_memory()[0]
-        peak = max(used, self._engine.device_bytes)
+        peak = max(used, self._engine.scheduler.device_bytes)
         return (used - self._device_bytes_before) / 1e6, (peak - self._device_bytes_before) / 1e6
 
     def facts(self) -> Facts:
@@ -189,20 +191,12 @@ class LlamaCppRunner(BaseLLMRunner):
         """Say what was loaded and what was chosen."""
         self._check_loaded()
         assert self._model is not None and self._engine is not None
-        context = self._engine.context
         return {
             "model": self.config.model,
             "model_type": self._model.describe(),
             "device": self._where,
-            "context": self._engine.limit,
-            "threads": self._threads,
-            "slots": self._engine.most_slots,
-            "slot_tokens": context.plan.context if context else None,
-            "prefix_slots": context.plan.prefixes if context else None,
-            "sizes": self._engine.reasons,
-            "shrinks": self._engine.shrinks,
+            "threads": self._threads.now,
             "reproducible": self.config.reproducible and not self._caveat,
-            "decode_s": self._engine.decode_s,
-            "context_s": self._engine.context_s,
+            **self._engine.info(),
             "llama_cpp_python": llama_cpp.__version__,
         }

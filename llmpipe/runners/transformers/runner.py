@@ -13,21 +13,22 @@ from llmpipe.config import Batching, TransformersConfig
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
 from llmpipe.records import Chunk, Request
 from llmpipe.runners.base import BaseLLMRunner
-from llmpipe.runners.batching import Engine, Plan, Sample, sizing
+from llmpipe.runners.batching import Engine, sequence, sizing
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
 from llmpipe.runners.encoding import tokens_of, with_stop_tokens
 from llmpipe.runners.facts import Facts
 from llmpipe.runners.fitting import check_tokens, fit_prompt
 from llmpipe.runners.preview import Preview
+from llmpipe.runners.threads import Threads
 from llmpipe.runners.weights import find_checkpoint, hub_commit
 
 try:
     import torch
     import transformers
 
-    from llmpipe.runners.transformers import loading, memory
+    from llmpipe.runners.transformers import loading, memory, padded, sampler
     from llmpipe.runners.transformers.executor import SlotExecutor, UnsuitableModelError, refuse_unsuitable
-    from llmpipe.runners.transformers.padded import PaddedEngine
+    from llmpipe.runners.transformers.padded import PaddedExecutor
     from llmpipe.runners.transformers.tokens import Tokens
 except ImportError as error:
     raise MissingDependencyError("transformers and torch", "transformers", "backend=transformers") from error
@@ -35,17 +36,8 @@ except ImportError as error:
 log = logging.getLogger(__name__)
 transformers.utils.logging.disable_progress_bar()  # llmpipe shows its own
 
-PADDED_SLOTS = 16
-
-
-def _padded_slots(config: TransformersConfig) -> int:
-    return PADDED_SLOTS if config.slots == "auto" else int(config.slots)
-
-
-def _padded_plan(config: TransformersConfig, waiting: Sequence[Sample]) -> Plan:
-    """Return the sizes of a batch whose rows are as long as the longest."""
-    longest = max(sample.need for sample in waiting)
-    return Plan(min(_padded_slots(config), len(waiting)), 0, longest, config.batch_tokens)
+MOST_THREADS = torch.get_num_threads()
+"""As set before this is first imported, by OMP_NUM_THREADS or by hand."""
 
 
 def _chats_of(tokenizer: Any) -> dict[str, ChatTemplate]:
@@ -70,16 +62,17 @@ class TransformersRunner(BaseLLMRunner):
     config_type = TransformersConfig
     ticks = True
     joinable = True
+    honours = sequence.OPTIONS | sampler.OPTIONS
     config: TransformersConfig
     _model: Any = None
     _tokenizer: Any = None
     _chats: Mapping[str, ChatTemplate] = {}
-    _engine: Engine | PaddedEngine | None = None
+    _engine: Engine | None = None
 
     def _initialize_model(self) -> None:
         config = self.config
-        threads = sizing.threads(config)
-        torch.set_num_threads(threads if config.threads else min(threads, torch.get_num_threads()))
+        self._threads = Threads(config, MOST_THREADS)
+        self._set_threads()
         loaded = loading.load(config, find_checkpoint(config.model), loading.torch_device(self.device))
         self._model, self._tokenizer, self._choices = loaded.model, loaded.tokenizer, loaded.choices
         self._chats = _chats_of(self._tokenizer)
@@ -87,6 +80,7 @@ class TransformersRunner(BaseLLMRunner):
         self._devices = memory.devices_of(self._model)
         self._vocabulary: int = self._model.config.get_text_config().vocab_size
         self._limit = config.context or loaded.context
+        self._set_threads()
         self._engine = self._make_engine(loaded.end_tokens)
         if config.compile:  # now that it is known how it is computed
             self._model.compile(dynamic=True)
@@ -114,26 +108,30 @@ class TransformersRunner(BaseLLMRunner):
         try:
             self._refuse_slots()
             refuse_unsuitable(model)
-            plan = partial(sizing.plan, config, footprint, limit=self._limit, free_bytes=memory.free_bytes([device]))
+            sizes = partial(sizing.choose, config, footprint, limit=self._limit, free_bytes=memory.free_bytes([device]))
         except UnsuitableModelError as error:
             self._choose_padded(error)
-            plan = partial(_padded_plan, config)
+            sizes = partial(padded.choose_sizes, config)
         return Preview(
             model_type=type(model).__name__,
             device=str(device),
             context=self._limit,
             footprint=footprint,
-            sizes=lambda waiting: replace(found := plan(waiting), reasons=(*self._choices, *found.reasons)),
+            sizes=lambda waiting: replace(found := sizes(waiting), reasons=(*self._choices, *found.reasons)),
         )
 
-    def _make_engine(self, end_tokens: set[int]) -> Engine | PaddedEngine:
+    def _make_engine(self, end_tokens: set[int]) -> Engine:
         config = self._sized(self.config)
+        model = self._model, self._tokenizer, end_tokens, config
+        executor: SlotExecutor | PaddedExecutor
         try:
             self._refuse_slots()
-            return Engine(SlotExecutor(self._model, self._tokenizer, end_tokens), config, self._limit)
+            executor = SlotExecutor(*model)
         except UnsuitableModelError as error:
             self._choose_padded(error)
-        return PaddedEngine(self._model, self._tokenizer, end_tokens, _padded_slots(config), self._limit)
+            executor = PaddedExecutor(*model, self._limit)
+        self._batching = executor.batching.value
+        return Engine(executor, config, self._limit)
 
     def _sized(self, config: TransformersConfig) -> TransformersConfig:
         """Return the config with one slot where rows must not share a computation."""
@@ -157,7 +155,7 @@ class TransformersRunner(BaseLLMRunner):
         self._choices.append(f"padded batches: {error}")
 
     def _release_model(self) -> None:
-        if isinstance(self._engine, Engine):
+        if self._engine is not None:
             self._engine.close()
         self._engine = self._model = self._tokenizer = None
         self._chats = {}
@@ -167,13 +165,21 @@ class TransformersRunner(BaseLLMRunner):
     def cancel(self, request_id: int) -> None:
         """Give up a request of the running stream; it ends with an error chunk, and its slots are free at once."""
         if self._engine is not None:
-            self._engine.cancelled.add(request_id)
+            self._engine.cancel(request_id)
 
     def stream(self, requests: Iterable[Request | None]) -> Iterator[Chunk]:
         """Answer `requests`, `backend.slots` rows at a time; see `BaseLLMRunner.stream`."""
         self._check_loaded()
         assert self._engine is not None
-        return self._engine.stream(with_stop_tokens(requests, self._tokens), self.encode, self.tick)
+        return self._engine.stream(with_stop_tokens(requests, self._tokens), self.encode, self._before_step)
+
+    def _before_step(self) -> None:
+        self.tick()
+        self._set_threads()
+
+    def _set_threads(self) -> None:
+        if (threads := self._threads.look()) != torch.get_num_threads():
+            torch.set_num_threads(threads)
 
     def encode(self, request: Request) -> tuple[list[int], int]:
         """Return a request's prompt tokens, and how many were cut off on the left to fit the context.
@@ -181,6 +187,7 @@ class TransformersRunner(BaseLLMRunner):
         Raises:
             ValueError: the prompt is empty, exceeds the context, is no text, or the template refuses it.
         """
+        self.check_sampling(request.sampling)
         check_tokens(request.sampling, self._vocabulary)
         return fit_prompt(tokens_of(request, self.prompt_text, self._tokens), self._limit, request.truncate)
 
@@ -203,34 +210,29 @@ class TransformersRunner(BaseLLMRunner):
         facts = Facts({"commit": commit}, {"context": self._limit, **versions})
         if self._model is not None:
             facts.decides["dtype"] = self._dtype
-            facts.last_digits.update(kernels=memory.kernels(self._devices), batching=self._batching)
+            facts.last_digits.update(
+                kernels=memory.kernels(self._devices), batching=self._batching, threads=self._threads.most
+            )
         return facts
 
     @property
     def _dtype(self) -> str:
         return str(self._model.dtype).removeprefix("torch.")
 
-    @property
-    def _batching(self) -> str:
-        return "slots" if isinstance(self._engine, Engine) else "padded"
-
     def info(self) -> dict[str, Any]:
         """Say what was loaded and what was chosen."""
         self._check_loaded()
-        engine = self._engine
-        assert engine is not None
+        assert self._engine is not None
+        engine = self._engine.info()
         return {
             "model": self.config.model,
             "model_type": type(self._model).__name__,
             "device": str(memory.input_device(self._model)),
             "dtype": self._dtype,
             "batching": self._batching,
-            "slots": engine.most_slots if isinstance(engine, Engine) else engine.slots,
-            "context": engine.limit,
-            "sizes": [*self._choices, *(engine.reasons if isinstance(engine, Engine) else [])],
-            "shrinks": engine.shrinks,
-            "decode_s": engine.decode_s if isinstance(engine, Engine) else None,
-            "threads": torch.get_num_threads(),
+            "threads": self._threads.now,
+            **engine,
+            "sizes": [*self._choices, *engine["sizes"]],
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
