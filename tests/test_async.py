@@ -58,16 +58,17 @@ class Simple(BaseLLMRunner):
 
 
 class Failing(BaseLLMRunner):
-    """A backend that fails as a whole once it has pulled two requests."""
+    """A backend that fails as a whole at a fatal prompt, when others wait behind that."""
 
     fails = True
 
     def _initialize_model(self) -> None: ...
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
-        for i, request in enumerate(requests):
+        for request in requests:
             yield Chunk(request.id, text="x")
-            if i == 1 and self.fails:
+            if request.prompt == "fatal" and self.fails:
+                time.sleep(0.2)
                 raise LLMInferenceError("the device is lost")
             yield Chunk(request.id, finish_reason="stop", completion_tokens=1)
 
@@ -164,15 +165,17 @@ def test_an_error_reaches_the_task_that_it_belongs_to_alone(any_runner: BaseLLMR
         any_runner.astream(STORY, temprature=1)  # type: ignore[call-arg]
 
 
-def test_a_fault_of_the_whole_runner_reaches_all_and_the_next_ones_are_run(runner: BaseLLMRunner) -> None:
+def test_a_fault_of_the_whole_runner_reaches_all_and_the_next_ones_are_run() -> None:
     failing = Failing({"model": "x"})
 
     async def main() -> None:
-        found = await asyncio.gather(*(failing.agenerate(STORY) for _ in range(4)), return_exceptions=True)
+        found = await asyncio.gather(
+            *(failing.agenerate(prompt) for prompt in ("a", "fatal", "b", "c")), return_exceptions=True
+        )
         assert found[0] == "x"
         assert [str(error) for error in found[1:]] == ["the device is lost"] * 3
         failing.fails = False
-        assert await failing.agenerate(STORY) == "x"
+        assert await failing.agenerate("fatal") == "x"
 
     run(main())
     assert idle(failing)

@@ -146,6 +146,7 @@ class Executor(Protocol):
             waiting: The samples.
             limit: Most tokens a row may have.
             held_tokens: Tokens of the cache there is now, which makes room for the new one.
+            is_live: Whether more may come at any time.
         """
 
     def context(self, sizes: Sizes) -> Context:
