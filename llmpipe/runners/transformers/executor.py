@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llmpipe.config import Batching, TransformersConfig
+from llmpipe.exceptions import one_line
 from llmpipe.runners.batching import Footprint, Sample, Sizes, sizing
 from llmpipe.runners.transformers import memory
 from llmpipe.runners.transformers.attention import NAME, Style
@@ -133,7 +134,7 @@ def adopt(model: Any) -> int:
         raise
     except Exception as error:  # a model is a program of someone else's: it may fail in any way
         model.set_attn_implementation(before)
-        raise UnsuitableModelError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise UnsuitableModelError(one_line(error)) from error
 
 
 def refuse_unsuitable(model: Any) -> None:
