@@ -103,8 +103,8 @@ def chosen(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     Raises:
         LLMConfigError: the first word is neither a verb nor a setting.
     """
-    before, behind = _split(arguments)
-    words = [*_hydra_flags().parse_known_intermixed_args(before)[0].overrides, *behind]
+    before, _ = _split(arguments)
+    words = _hydra_flags().parse_known_intermixed_args(before)[0].overrides
     if words and words[0] in VERBS:
         return words[0], arguments
     if {"-h", "--help"} & {*before}:
