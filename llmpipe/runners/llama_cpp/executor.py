@@ -13,8 +13,12 @@ from llmpipe.runners.llama_cpp.context import LlamaContext
 from llmpipe.runners.llama_cpp.ggml import number_format
 from llmpipe.runners.llama_cpp.model import Model
 from llmpipe.runners.llama_cpp.sampler import Sampler
+from llmpipe.runners.threads import Threads
 
 GPU_SLOTS = 32
+"""Rows in flight on a GPU, for the reason that `transformers.executor` has; fewer, as llama.cpp takes the memory of all
+slots when the context is made. Not measured.
+"""
 
 
 class LlamaExecutor:
@@ -32,7 +36,7 @@ class LlamaExecutor:
     never_alone = True
     keeps_nan = True
 
-    def __init__(self, model: Model, config: LlamaCppConfig, threads: int, offload: bool, abort: Abort) -> None:
+    def __init__(self, model: Model, config: LlamaCppConfig, threads: Threads, offload: bool, abort: Abort) -> None:
         self._model = model
         self._config = config
         self._threads = threads
