@@ -75,6 +75,8 @@ class Parser(_Parser):
             self.error("--resolve goes with --cfg")
         if (asked.config_path or "").endswith((".yaml", ".yml")):
             self.error(f"--config-path={quoted(asked.config_path)} is no directory: --config-name chooses a file")
+        if asked.experimental_rerun is not None and not Path(asked.experimental_rerun).is_file():
+            self.error(f"--experimental-rerun={quoted(asked.experimental_rerun)} is no file")
         return Namespace(**{**vars(asked), **vars(own), "words": [*words, *behind]})
 
     def read_settings(self, arguments: Sequence[str], of_a_run: bool = False) -> Namespace:
