@@ -52,7 +52,7 @@ class Threads:
         fitting = beside(room, self.most)
         sleeping = openmp.sleep_at_once(fitting < self.most, self.most)
         self.now = self.most if sleeping or self._stay else fitting
-        if fitting < self.most and not self._gave_way:
+        if fitting < self.most and (sleeping or not self._stay) and not self._gave_way:
             self._gave_way = True
             log.info("threads: %d that give way to other processes, which leave %.1f processors", self.now, room)
 
