@@ -85,16 +85,13 @@ class Stopwatch:
                 yield failed(request_id, "the runner ended without an answer", sample)
 
 
-def complete(
-    stream: StreamFn, requests: Iterable[Request], tick: Tick = no_tick, each_chunk: bool = True
-) -> Iterator[Completion]:
+def complete(stream: StreamFn, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
     """Run `requests` through a runner's `stream` and yield each sample's completion as it finishes.
 
     Args:
         stream: Answers them.
         requests: What to answer.
         tick: Called before it is said of a sample that it got no answer.
-        each_chunk: Call `tick` after each chunk as well: `stream` does not do so by itself.
     """
     stopwatch = Stopwatch()
     chunks = stream(stopwatch.watch(requests))
@@ -103,8 +100,6 @@ def complete(
             completion = stopwatch.add(chunk)
             if completion is not None:
                 yield completion
-            if each_chunk:
-                tick()
     finally:
         if isinstance(chunks, Generator):
             chunks.close()

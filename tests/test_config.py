@@ -122,7 +122,7 @@ def test_yaml_only_names_fields_that_exist_and_every_file_says_what_it_is() -> N
         ("slots=4", "unknown key 'slots'; did you mean backend.slots?"),
         ("backend=vllm", "unknown option of backend 'vllm'"),
         ("sampling.stop=END", "sampling.stop must be a list, such as sampling.stop=[a,b]"),
-        ("prompt.template=What is {x}?", "needs quotes of its own inside the shell's, such as 'prompt.template="),
+        ("prompt.template=What is {x}?", "{ } needs quotes of its own inside the shell's: 'prompt.template="),
         ("prompt.system=You're it", "needs quotes of its own"),
         ("prompt.system=Be brief, please", "or sweep over it with -m"),
         ("sampling.temperature=hot", "sampling.temperature: "),

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from llmpipe.chats import parse_messages, parse_template_kwargs, parse_tools
+from llmpipe.chats import ChatInput, parse_messages, parse_template_kwargs, parse_tools
 from llmpipe.config import SamplingConfig
 from llmpipe.exceptions import LLMConfigError, one_line
 from llmpipe.records import Chunk, Completion, Message, Request, error_chunk, error_chunks
 from llmpipe.runners.chat import ChatTemplate
 from llmpipe.runners.decoding import StopStrings
+from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.facts import Facts
 from llmpipe.runners.openai_chat import OpenAIChat
-from llmpipe.stopwatch import Tick, complete, no_tick
+from llmpipe.runners.turns import Stream
+from llmpipe.stopwatch import complete
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +67,13 @@ class BaseLLMRunner(OpenAIChat):
 
     def tick(self) -> None:
         """Let whoever drives the stream look at the clock and at signals; what this raises is to end the stream."""
-        self._tick()
+        self._driver.tick()
+
+    def cancel(self, request_id: int) -> None:  # noqa: B027  where that cannot be done, the answer is finished
+        """Give up a request of the running stream: where that can be done, it ends with an error chunk, soon.
+
+        May be called from another thread. A request that is not in the stream is ignored.
+        """
 
     def interrupt(self) -> None:  # noqa: B027  most steps are short
         """Give up the step of `stream` that is being computed, where that can be done; the stream may raise anything.
@@ -124,12 +132,15 @@ class BaseLLMRunner(OpenAIChat):
         Raises:
             ValueError: they are no chat, or the template refuses it.
         """
-        chat, tools = parse_messages(messages, any_role=True), parse_tools(tools)
-        template = self.template_for(tools)
+        chat, kwargs = parse_messages(messages, any_role=True), parse_template_kwargs(template_kwargs)
+        return self._render(ChatInput(chat, parse_tools(tools), kwargs, continue_final, self.now))
+
+    def _render(self, chat: ChatInput) -> str:
+        """Return the prompt text of a chat that has been looked at; see `render`."""
+        template = self.template_for(chat.tools)
         if template is None:
-            return "\n".join(message["content"] for message in chat)
-        kwargs = parse_template_kwargs(template_kwargs)
-        return self.renderer.render(template, chat, tools, kwargs, continue_final, self.now)
+            return "\n".join(message["content"] for message in chat.messages)
+        return self.renderer.render(template, chat)
 
     def template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate | None:
         """Return what renders a chat in which these tools are given; None for a backend without chat templates.
@@ -172,12 +183,28 @@ class BaseLLMRunner(OpenAIChat):
         """Say what decides its answers beside its options; without the weights, as far as it is known."""
         return Facts()
 
-    def completions(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
+    def completions(self, requests: Iterable[Request], driver: Driver = NOBODY) -> Iterator[Completion]:
         """Answer `requests` and yield each sample's completion, with its times, as it finishes.
 
         Args:
             requests: What to answer; pulled when there is room.
-            tick: Called at each step, also where no sample finishes, and while the runner waits for another process.
-                What it raises ends the stream.
+            driver: Has its `tick` called at each step, also where no sample finishes, and while the runner waits for
+                another process.
         """
-        return self._exclusively(complete(self.stream, requests, self.tick, each_chunk=not self.ticks), tick)
+        return self._exclusively(complete(self._ticking, requests, self.tick), driver)
+
+    def driven(self, requests: Iterable[Request], driver: Driver = NOBODY) -> Stream[Chunk]:
+        """Yield the chunks of `stream` while holding the runner, which `driver` drives, as in `completions`."""
+        return self._exclusively(self._ticking(requests), driver)
+
+    def _ticking(self, requests: Iterable[Request]) -> Iterator[Chunk]:
+        """Stream, with a tick after each chunk where the backend does not see to its ticks itself."""
+        chunks = self.stream(requests)
+        try:
+            for chunk in chunks:
+                yield chunk
+                if not self.ticks:
+                    self.tick()
+        finally:
+            if isinstance(chunks, Generator):
+                chunks.close()

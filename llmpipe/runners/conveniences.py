@@ -11,9 +11,9 @@ from llmpipe.chats import continues, parse_template_kwargs, parse_tools
 from llmpipe.config import ControlTokens, PromptFormat, auto_or_bool, check
 from llmpipe.exceptions import LLMConfigError, LLMInferenceError
 from llmpipe.records import Chunk, Completion, Message, Request, failed
+from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.lifecycle import Lifecycle
 from llmpipe.seeds import derive_seed
-from llmpipe.stopwatch import Tick, no_tick
 
 Prompt = str | Sequence[Message]
 """A plain prompt, or the messages of a chat."""
@@ -32,7 +32,7 @@ class Conveniences(Lifecycle):
         """See `BaseLLMRunner`."""
 
     @abstractmethod
-    def completions(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
+    def completions(self, requests: Iterable[Request], driver: Driver = NOBODY) -> Iterator[Completion]:
         """See `BaseLLMRunner`."""
 
     def request(

@@ -86,8 +86,8 @@ class LookAhead:
             prompt = equals[0].prompt if equals else prompt
             equals += [Sample(request, number, prompt, truncated, need) for number in request.samples]
             pulled += len(request.samples)
-        # Taken from the end: nobody waits for those that came later.
-        self.waiting = self._order(list(block.values())) + self.waiting
+        if block:  # taken from the end: nobody waits for those that came later
+            self.waiting = self._order(list(block.values())) + self.waiting
         return refused
 
     def next(self, room: int) -> Sample | None:

@@ -98,6 +98,7 @@ class Scheduler:
             self._leave(sequence)
         self._prefixes.drop_unfinished()
         self._chunks.clear()
+        del self._ahead  # the caller's requests are no longer held
 
     @property
     def is_done(self) -> bool:
