@@ -40,7 +40,7 @@ class Engine:
         # Sharing a prefix computes a prompt in other pieces, whose sums may round otherwise.
         self._share = not config.reproducible and not executor.is_static
 
-    def stream(self, requests: Iterable[Request], encode: Encode, tick: Tick = no_tick) -> Iterator[Chunk]:
+    def stream(self, requests: Iterable[Request | None], encode: Encode, tick: Tick = no_tick) -> Iterator[Chunk]:
         """Answer `requests`, with a `tick` before each step; see `BaseLLMRunner.stream`."""
         self.throughput = Throughput()
         self.scheduler.begin(LookAhead(requests, encode, self.limit, self._share))

@@ -299,7 +299,7 @@ class Scheduler:
         """Return the sizes for the rows that wait."""
         held = self._context.sizes.tokens if self._context is not None else 0
         samples = [*(sequence.sample for sequence in self._suspended), *self._ahead.waiting]
-        wanted = self._executor.sizes(samples, self._limit, held)
+        wanted = self._executor.sizes(samples, self._limit, held, self._ahead.is_live)
         return wanted if self._cap is None else wanted.within(self._cap)
 
     def _fit(self, sizes: Sizes) -> None:
