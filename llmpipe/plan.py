@@ -235,7 +235,7 @@ def what_it_takes(runner: BaseLLMRunner, survey: Survey) -> dict[str, Any]:
     model |= {"model_type": preview.model_type, "device": preview.device, "context": preview.context}
     model |= {"parameters": footprint.parameters}
     ahead = LookAhead(survey.deciding(), runner.encode, preview.context, share=not runner.config.reproducible)  # type: ignore[arg-type]
-    for _ in ahead.fill(SIZED_BY):
+    while ahead.fill(SIZED_BY):
         pass  # bad rows are counted elsewhere
     if not ahead.waiting:
         return {"model": model, "sizes": None, "memory_mb": None}

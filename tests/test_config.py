@@ -128,6 +128,12 @@ def test_another_hydra_application_may_compose_in_threads_and_stays_as_it_was(tm
     assert (done.returncode, done.stdout) == (0, "2 4 True\n"), done.stderr
 
 
+def test_a_process_may_compose_more_than_once() -> None:
+    program = "import llmpipe\nfor seed in (1, 2):\n    print(llmpipe.compose([f'seed={seed}']).seed)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "1\n2\n"), done.stderr
+
+
 def test_threads_may_compose_at_the_same_time() -> None:
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(lambda n: compose([f"sampling.max_tokens={n}"]).sampling.max_tokens, range(1, 17))

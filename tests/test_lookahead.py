@@ -143,13 +143,22 @@ def test_a_request_that_cannot_be_encoded_ends_with_an_error_for_every_sample() 
     ahead = LookAhead(requests, encode, 100, share=True)
     chunks = ahead.fill(100)
     assert [(chunk.request_id, chunk.sample, chunk.error) for chunk in chunks] == [(1, 0, "no"), (1, 1, "no")]
+    assert not ahead.fill(100)
     assert sorted(sample.request.id for sample in ahead.waiting) == [0, 0, 2, 2]
 
 
-def test_requests_that_cannot_be_encoded_do_not_all_go_by_in_one_call() -> None:
-    def encode(request: Request) -> tuple[list[int], int]:
-        raise ValueError("no")
+def test_of_a_request_that_cannot_be_encoded_is_heard_before_the_next_one_is_pulled() -> None:
+    pulled: list[int] = []
 
-    ahead = LookAhead((Request(i, SamplingConfig()) for i in range(25)), encode, 100, share=True)
-    assert [len(ahead.fill(10)) for _ in range(3)] == [10, 10, 5]
+    def encode(request: Request) -> tuple[list[int], int]:
+        pulled.append(request.id)
+        if request.id % 2:
+            raise ValueError("no")
+        return [request.id], 0
+
+    ahead = LookAhead((Request(i, SamplingConfig()) for i in range(6)), encode, 100, share=True)
+    for last in (1, 3, 5):
+        (chunk,) = ahead.fill(10)
+        assert chunk.request_id == last == pulled[-1]
+    assert not ahead.fill(10) and len(ahead.waiting) == 3
     assert ahead.is_exhausted

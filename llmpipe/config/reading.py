@@ -57,9 +57,11 @@ def _apart_from_others() -> Iterator[None]:
     """
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.plugins import Plugins
     from omegaconf.basecontainer import BaseContainer
 
     with _one_at_a_time:
+        Plugins.instance()  # they put schemas into the store when they are first imported, and never again
         hydra, store, resolvers = GlobalHydra.instance().hydra, ConfigStore.instance(), BaseContainer._resolvers
         schemas = store.repo
         GlobalHydra.instance().clear()

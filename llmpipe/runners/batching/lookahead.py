@@ -64,16 +64,18 @@ class LookAhead:
         self.is_live = False
         """Whether requests come at any time."""
         self.waiting: list[Sample] = []
+        self._block: dict[tuple[int, ...], list[Sample]] = {}
+        """Samples that were pulled and are not ordered yet, by their prompts."""
+        self._pulled = 0
+        """How many those are."""
 
     def fill(self, count: int) -> list[Chunk]:
-        """Pull until `count` samples wait; return the chunks that end requests that cannot be run.
+        """Pull until `count` samples wait; or return the chunks that end a request which cannot be run.
 
-        As many of those are pulled at most, so that a dataset of nothing else does not go by in one call.
+        The next call goes on where that one was pulled: whoever drives the stream hears of it first, and may pull no
+        more.
         """
-        block: dict[tuple[int, ...], list[Sample]] = {}
-        refused: list[Chunk] = []
-        pulled = 0
-        while len(self.waiting) + pulled < count and len(refused) < count and not self.is_exhausted:
+        while len(self.waiting) + self._pulled < count and not self.is_exhausted:
             try:
                 request = next(self._source)
             except StopIteration:
@@ -85,16 +87,16 @@ class LookAhead:
             try:
                 prompt, truncated = self._encode(request)
             except (ValueError, RecursionError) as error:
-                refused += error_chunks(request, str(error))
-                continue
+                return error_chunks(request, str(error))
             need = min(len(prompt) + request.sampling.max_tokens, self._limit)
-            equals = block.setdefault(tuple(prompt), [])
+            equals = self._block.setdefault(tuple(prompt), [])
             prompt = equals[0].prompt if equals else prompt
             equals += [Sample(request, number, prompt, truncated, need) for number in request.samples]
-            pulled += len(request.samples)
-        if block:  # taken from the end: nobody waits for those that came later
-            self.waiting = self._order(list(block.values())) + self.waiting
-        return refused
+            self._pulled += len(request.samples)
+        if self._block:  # taken from the end: nobody waits for those that came later
+            self.waiting = self._order(list(self._block.values())) + self.waiting
+            self._block, self._pulled = {}, 0
+        return []
 
     def next(self, room: int) -> Sample | None:
         """Take the sample to run next, of those that need no more than `room` tokens; None if none does.

@@ -116,6 +116,8 @@ class Scheduler:
         count = LOOK_AHEAD * self._executor.ideal.slots
         if len(self._ahead.waiting) <= count // 2:
             self._chunks += self._ahead.fill(count)
+            if self._chunks:  # whoever drives the stream may want no more
+                return None
         if self.cancelled:
             self._drop_cancelled()
         self._admit()
