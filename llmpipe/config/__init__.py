@@ -61,7 +61,7 @@ from llmpipe.config.run import (
     PromptConfig,
     RunConfig,
 )
-from llmpipe.config.sampling import MAX_SAMPLES, SamplingConfig
+from llmpipe.config.sampling import MAX_SAMPLES, SamplingConfig, SamplingOptions
 from llmpipe.config.trust import check_trusted, is_own
 from llmpipe.config.values import answer_fields, build, describe
 
@@ -93,6 +93,7 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "SamplingConfig",
+    "SamplingOptions",
     "Switch",
     "TransformersConfig",
     "answer_fields",

@@ -6,6 +6,7 @@ yields chunks as they are made, or, where one prompt at a time is all it can do,
 lifecycle.py      the other half of the contract, how a model is loaded; and what follows: reload, close, turns
 conveniences.py   requests, completions and text, over `stream`
 openai_chat.py    the same in OpenAI's format
+asynchronous.py   all of these for asyncio
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from llmpipe.chats import ChatInput, parse_messages, parse_template_kwargs, pars
 from llmpipe.config import SamplingConfig
 from llmpipe.exceptions import LLMConfigError, one_line
 from llmpipe.records import Chunk, Completion, Message, Request, error_chunk, error_chunks
+from llmpipe.runners.asynchronous import AsyncConveniences
 from llmpipe.runners.chat import ChatTemplate
 from llmpipe.runners.decoding import StopStrings
 from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.facts import Facts
-from llmpipe.runners.openai_chat import OpenAIChat
 from llmpipe.runners.turns import Stream
 from llmpipe.stopwatch import complete
 
@@ -32,11 +33,13 @@ log = logging.getLogger(__name__)
 _DEFAULTS = vars(SamplingConfig())
 
 
-class BaseLLMRunner(OpenAIChat):
+class BaseLLMRunner(AsyncConveniences):
     """A loaded model that answers requests. How it is made and closed is told by `Lifecycle`."""
 
     ticks: ClassVar[bool] = False
     """Whether `stream` calls `tick` by itself, at each of its steps; otherwise that is done after each chunk."""
+    joinable: ClassVar[bool] = False
+    """Whether requests may join a running `stream`: it takes None among them for "none just now", and asks again."""
     honours: ClassVar[frozenset[str]] = frozenset({"temperature", "max_tokens", "stop", "n"})
     """The sampling options that it honours, by default those that reach `_run_streaming`; see `check_sampling`."""
 
@@ -188,7 +191,7 @@ class BaseLLMRunner(OpenAIChat):
 
         Args:
             requests: What to answer; pulled when there is room.
-            driver: Has its `tick` called at each step, also where no sample finishes, and while the runner waits for
+            driver: Whose `tick` is called at each step, also where no sample finishes, and while the runner waits for
                 another process.
         """
         return self._exclusively(complete(self._ticking, requests, self.tick), driver)

@@ -16,7 +16,8 @@ from llmpipe.config import BackendConfig, DeviceConfig, DeviceType, ModelConfig,
 from llmpipe.exceptions import LLMError, LLMInferenceError, LLMInitializationError, one_line
 from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.rendering import ChatRenderer
-from llmpipe.runners.turns import Stream, Turns
+from llmpipe.runners.stepper import Stepper
+from llmpipe.runners.turns import Holder, Stream, Turns
 
 if TYPE_CHECKING:
     from llmpipe.runners.preview import Preview
@@ -64,6 +65,7 @@ class Lifecycle(ABC):
         self.load_s = 0.0
         self.is_loaded = False
         self._turns = Turns()
+        self._stepper = Stepper(self._turns)
         self._driver = NOBODY
         self.now = datetime.now().astimezone()
         """The time that chat templates are told; of a run, its start, so that it has the same prompts when resumed."""
@@ -118,6 +120,7 @@ class Lifecycle(ABC):
 
     def close(self) -> None:
         """Give the model's memory back. A closed runner can be reloaded; closing twice is fine."""
+        self._stepper.end(LLMInferenceError("the runner was closed before the answer was complete"))
         with self._turns.turn(ends=True):
             self._unload()
 
@@ -167,11 +170,14 @@ class Lifecycle(ABC):
         if not self.is_loaded:
             raise LLMInferenceError("this runner is closed: call reload() first")
 
-    def _exclusively(self, items: Iterator[T], driver: Driver = NOBODY) -> Stream[T]:
-        """Yield `items` while holding the runner, which `driver` drives; closing what is returned closes `items`."""
+    def _exclusively(self, items: Iterator[T], driver: Driver = NOBODY, place: Holder | None = None) -> Stream[T]:
+        """Yield `items` while holding the runner, which `driver` drives; closing what is returned closes `items`.
+
+        A `place` in the queue may have been taken before.
+        """
 
         def held(stream: weakref.ref[Stream[T]]) -> Generator[T]:
-            with self._turns.turn(stream) as holder:
+            with self._turns.turn(stream, tick=driver.tick, place=place) as holder:
                 self._check_loaded()
                 self._driver = driver
                 try:

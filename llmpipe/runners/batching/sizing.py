@@ -163,6 +163,7 @@ def choose(
     limit: int,
     held_tokens: int = 0,
     free_bytes: int | None = None,
+    is_live: bool = False,
 ) -> Sizes:
     """Choose the sizes for the samples that wait.
 
@@ -173,6 +174,7 @@ def choose(
         limit: Most tokens a row may have.
         held_tokens: Tokens of the cache there is now, which makes room for the new one.
         free_bytes: Memory that is free where the cache goes; by default this process's, and on a GPU without bound.
+        is_live: Whether more samples may come at any time.
     """
     reasons = []
     longest = max(sample.need for sample in waiting)
@@ -181,7 +183,7 @@ def choose(
     slots = wanted_slots(config, model)
     if config.slots != "auto":
         reasons.append(f"{slots} slots: set by hand")
-    elif len(waiting) < slots:
+    elif len(waiting) < slots and not is_live:
         slots = len(waiting)
         reasons.append(f"{slots} slots: no more rows than that wait")
     else:

@@ -50,6 +50,7 @@ class LlamaCppRunner(BaseLLMRunner):
 
     config_type = LlamaCppConfig
     ticks = True
+    joinable = True
     honours = sequence.OPTIONS | sampler.OPTIONS
     config: LlamaCppConfig
     _model: Model | None = None
@@ -131,7 +132,7 @@ class LlamaCppRunner(BaseLLMRunner):
             self._model.close()
             self._model = None
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
+    def stream(self, requests: Iterable[Request | None]) -> Iterator[Chunk]:
         """Answer `requests` in `backend.slots` slots; see `BaseLLMRunner.stream`."""
         self._check_loaded()
         assert self._engine is not None and self._model is not None

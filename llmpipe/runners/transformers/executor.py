@@ -96,10 +96,10 @@ class SlotExecutor(ModelExecutor):
         """The sizes that pay; see `sizing.ideal`."""
         return sizing.ideal(self._config, self.footprint)
 
-    def sizes(self, waiting: Sequence[Sample], limit: int, held_tokens: int = 0) -> Sizes:
+    def sizes(self, waiting: Sequence[Sample], limit: int, held_tokens: int = 0, is_live: bool = False) -> Sizes:
         """Choose the sizes of a context; see `sizing.choose`."""
         free_bytes = memory.free_bytes(self._devices)
-        return sizing.choose(self._config, self.footprint, waiting, limit, held_tokens, free_bytes)
+        return sizing.choose(self._config, self.footprint, waiting, limit, held_tokens, free_bytes, is_live)
 
     def context(self, sizes: Sizes) -> SlotContext:
         """Make a context; its memory is taken when it is first used."""

@@ -61,6 +61,7 @@ class TransformersRunner(BaseLLMRunner):
 
     config_type = TransformersConfig
     ticks = True
+    joinable = True
     honours = sequence.OPTIONS | sampler.OPTIONS
     config: TransformersConfig
     _model: Any = None
@@ -166,7 +167,7 @@ class TransformersRunner(BaseLLMRunner):
         if self._engine is not None:
             self._engine.cancel(request_id)
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
+    def stream(self, requests: Iterable[Request | None]) -> Iterator[Chunk]:
         """Answer `requests`, `backend.slots` rows at a time; see `BaseLLMRunner.stream`."""
         self._check_loaded()
         assert self._engine is not None
