@@ -23,6 +23,7 @@ from llmpipe import (
     Request,
     SamplingConfig,
 )
+from llmpipe.runners.driver import Driver
 
 # Arithmetic that does not depend on the batch, and is the same on both backends.
 EXACT: dict[str, dict[str, Any]] = {
@@ -161,8 +162,8 @@ def test_cancelled_requests_end_at_once_in_flight_or_waiting_and_the_others_go_o
     expected = answers(batching, asked)
     stream = batching.stream(asked)
     chunks = [next(stream)]
-    batching.cancel(0)  # type: ignore[attr-defined]
-    batching.cancel(4)  # type: ignore[attr-defined]
+    batching.cancel(0)
+    batching.cancel(4)
     chunks += stream
     last = {chunk.request_id: chunk for chunk in chunks}
     assert [last[i].error for i in range(5)] == ["cancelled", None, None, None, "cancelled"]
@@ -184,7 +185,7 @@ def test_prefill_and_decode_are_counted_apart_for_each_stream(batching: BaseLLMR
 def test_rows_that_cannot_be_run_have_ticks_too(batching: BaseLLMRunner) -> None:
     ticks: list[None] = []
     bad = (Request(i, SamplingConfig(), prompt="") for i in range(100))
-    assert len(list(batching.completions(bad, lambda: ticks.append(None)))) == 100
+    assert len(list(batching.completions(bad, Driver(lambda: ticks.append(None))))) == 100
     assert len(ticks) >= 100 / 12
 
 

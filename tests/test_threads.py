@@ -209,25 +209,15 @@ def test_a_backend_computes_with_as_many_threads_as_it_is_told(
 ) -> None:
     import llama_cpp
 
-    counts: list[int] = []
-
-    class Told:
-        most = now = 1
-
-        def look(self) -> int:
-            counts.append(len(counts) % 2 + 1)
-            return counts[-1]
-
+    set_now: list[int] = []
+    set_of_llama, set_of_torch = llama_cpp.llama_set_n_threads, torch.set_num_threads
+    monkeypatch.setattr(llama_cpp, "llama_set_n_threads", lambda *a: set_now.append(a[1]) or set_of_llama(*a))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: set_now.append(count) or set_of_torch(count))
     before = runner.run(["one two three"], max_tokens=6, ignore_eos=True)[0]
-    holder: Any = runner if hasattr(runner, "_before_step") else runner._engine.context  # type: ignore[attr-defined]
-    monkeypatch.setattr(holder, "_threads", Told())
+    told = [2, 2, 1, 2, 1, 1, 1, 1]
+    monkeypatch.setattr(runner._threads, "look", lambda: told.pop(0))  # type: ignore[attr-defined]
     assert runner.run(["one two three"], max_tokens=6, ignore_eos=True)[0].text == before.text
-    assert len(counts) >= 6
-    if holder is runner:
-        assert torch.get_num_threads() == counts[-1]
-        torch.set_num_threads(1)
-    else:
-        assert llama_cpp.llama_n_threads(holder.handle) == counts[-1]
+    assert set_now == [2, 1, 2, 1]
 
 
 @given(st.lists(st.integers(1, 40).map(lambda steps: steps * 64), min_size=1, max_size=40))
@@ -240,3 +230,14 @@ def test_slots_are_computed_together_where_little_is_computed_in_vain(lengths: l
     for part in parts:
         assert max(lengths[part]) * len(lengths[part]) <= MOST_PADDING * sum(lengths[part])
     assert len(groups([lengths[0]] * 16)) == 1
+
+
+def test_answers_that_are_to_be_equal_to_the_last_digit_need_as_many_threads(
+    transformers_runner: BaseLLMRunner,
+) -> None:
+    torch.set_num_threads(1)
+    one = transformers_runner.facts().last_digits
+    torch.set_num_threads(2)
+    two = transformers_runner.facts().last_digits
+    torch.set_num_threads(1)
+    assert one["kernels"].endswith("1 threads") and two["kernels"].endswith("2 threads")

@@ -76,6 +76,7 @@ def test_the_version_is_that_of_llmpipe_wherever_it_is_asked_for(arguments: list
         (["--cfg=jobs"], "invalid choice: 'jobs'"),
         (["--config-path=mine.yaml"], "--config-name chooses a file"),
         (["--config-dir=nowhere"], "nowhere' not found"),
+        (["--experimental-rerun=nowhere.pickle"], "is no file"),
         (["resume", "out", "-m"], "a run directory holds one run"),
         (["resum", "out"], "did you mean 'resume'?"),
         (["exprot"], "did you mean 'export'?"),

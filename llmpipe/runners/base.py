@@ -212,7 +212,7 @@ class BaseLLMRunner(AsyncConveniences):
 
         Args:
             requests: What to answer; pulled when there is room.
-            driver: Has its `tick` called at each step, also where no sample finishes, and while the runner waits for
+            driver: Whose `tick` is called at each step, also where no sample finishes, and while the runner waits for
                 another process.
         """
         return self._exclusively(complete(self._ticking, requests, self.tick), driver)

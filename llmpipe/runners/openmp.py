@@ -13,8 +13,11 @@ from pathlib import Path
 
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 """By which OpenMP is told how to wait, when it is loaded."""
-BRIEFLY = {"GOMP_SPINCOUNT": "60000", "KMP_BLOCKTIME": "2"}
-"""Some two milliseconds awake, for GNU's OpenMP and for LLVM's, whose own defaults are about 10 and 200."""
+BRIEFLY = {"GOMP_SPINCOUNT": "120000", "KMP_BLOCKTIME": "5"}
+"""Some five milliseconds awake, for GNU's OpenMP and for LLVM's, whose own defaults are about 10 and 200.
+
+Less costs speed where nobody else wants the processors: what one thread does alone between two steps is no longer.
+"""
 
 _leave: threading.Event | None = None
 """Ends the thread that makes GNU's OpenMP have too many; None where there is none."""

@@ -38,14 +38,13 @@ class Threads:
         """How many may compute, and how many do now."""
         self._stay = config.threads is not None or config.reproducible
         self._gave_way = False
-        self._room, self._looked = machine.Room(), time.monotonic()
+        self._room, self._look_at = machine.Room(), 0.0
 
     def look(self) -> int:
         """Return how many threads should compute next; looks at the processors once in a while."""
-        if self.most > 1 and time.monotonic() - self._looked >= LOOK_EVERY_S:
-            self._looked = time.monotonic()
-            if (room := self._room.look()) is not None:
-                self._give_way(room)
+        if self.most > 1 and time.monotonic() >= self._look_at and (room := self._room.look()) is not None:
+            self._look_at = time.monotonic() + LOOK_EVERY_S
+            self._give_way(room)
         return self.now
 
     def _give_way(self, room: float) -> None:
@@ -53,7 +52,7 @@ class Threads:
         fitting = beside(room, self.most)
         sleeping = openmp.sleep_at_once(fitting < self.most, self.most)
         self.now = self.most if sleeping or self._stay else fitting
-        if fitting < self.most and not self._gave_way:
+        if fitting < self.most and (sleeping or not self._stay) and not self._gave_way:
             self._gave_way = True
             log.info("threads: %d that give way to other processes, which leave %.1f processors", self.now, room)
 

@@ -120,6 +120,8 @@ class LlamaContext:
 
     def sample(self, samplers: Sequence[Sampler]) -> list[int]:
         """Choose a token for each of the batch's outputs, in order; -1 where its logits are no numbers."""
+        if not samplers:  # then llama.cpp may have no logits at all
+            return []
         # llama.cpp draws something from anything, so what goes into its samplers is looked at here.
         best, indices = self.best_tokens().tolist(), self.batch.output_indices.tolist()
         return [

@@ -16,9 +16,7 @@ from llmpipe.runners.llama_cpp.sampler import Sampler
 from llmpipe.runners.threads import Threads
 
 GPU_SLOTS = 32
-"""Rows in flight on a GPU, for the reason that `transformers.executor` has; fewer, as llama.cpp takes the memory of all
-slots when the context is made. Not measured.
-"""
+"""Rows in flight on a GPU. Not measured; few, as llama.cpp takes the memory of all slots when a context is made."""
 
 
 class LlamaExecutor:

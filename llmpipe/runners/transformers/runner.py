@@ -221,9 +221,7 @@ class TransformersRunner(BaseLLMRunner):
         facts = Facts({"commit": commit}, {"context": self._limit, **versions})
         if self._model is not None:
             facts.decides["dtype"] = self._dtype
-            facts.last_digits.update(
-                kernels=memory.kernels(self._devices), batching=self._batching, threads=self._threads.most
-            )
+            facts.last_digits.update(kernels=memory.kernels(self._devices), batching=self._batching)
         return facts
 
     @property
