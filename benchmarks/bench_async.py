@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from harness import THREADS, Benchmark, Contestant, Figures, Line, Setting, main, speed
+from harness import Benchmark, Contestant, Figures, Line, Setting, main, speed
 
 ROWS = 16
 MAX_TOKENS = 64
@@ -29,7 +29,7 @@ def ask(way: Callable[[Any, list[str]], None], backend: str, setting: Setting) -
     from llmpipe import LLMRunnerFactory
 
     prompts = [f"Tell me story {i} about a fox and a violin." for i in range(setting.rows or ROWS)]
-    config = {"backend": backend, "device": setting.device, "threads": THREADS}
+    config = {"backend": backend, "device": setting.device}
     with LLMRunnerFactory.create_runner(config) as runner:
         way(runner, prompts)
         started = time.perf_counter()

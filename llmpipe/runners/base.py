@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from llmpipe.chats import ChatInput, parse_messages, parse_template_kwargs, parse_tools
 from llmpipe.config import SamplingConfig
-from llmpipe.exceptions import LLMConfigError, one_line
+from llmpipe.exceptions import LLMConfigError, LLMInferenceError, one_line
 from llmpipe.records import Chunk, Completion, Message, Request, error_chunk, error_chunks
 from llmpipe.runners.asynchronous import AsyncConveniences
 from llmpipe.runners.chat import ChatTemplate
@@ -177,6 +177,27 @@ class BaseLLMRunner(AsyncConveniences):
             self.check_sampling(request.sampling)
         self.prompt_text(request)
         return None
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Return the token ids of a text and nothing around them, such as BOS.
+
+        Args:
+            text: Any text.
+            special: Whether control tokens that it spells are those tokens, as in a raw prompt, and not text.
+
+        Raises:
+            LLMInferenceError: this backend has no tokens.
+            ValueError: it is no text that UTF-8 can hold.
+        """
+        raise LLMInferenceError(f"{type(self).__name__} has no tokens that could be told")
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids; control tokens have none, bytes of no character become U+FFFD.
+
+        Raises:
+            LLMInferenceError: this backend has no tokens.
+        """
+        raise LLMInferenceError(f"{type(self).__name__} has no tokens that could be told")
 
     def info(self) -> dict[str, Any]:
         """Say what was loaded and where, and what was chosen automatically; goes into a run's metrics."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -223,18 +223,34 @@ class IsolatedRunner(BaseLLMRunner):
 
     def _render(self, chat: ChatInput) -> str:
         """Have the chat rendered in the child; see `BaseLLMRunner.render`."""
+        return str(self._ask("render", chat, "the chat template"))
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Have a text tokenised in the child, when nothing else runs there; see `BaseLLMRunner.tokenize`."""
+        return list(self._ask("tokenize", (text, special), "the tokenizer"))
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Have token ids made text in the child, when nothing else runs there; see `BaseLLMRunner.detokenize`."""
+        return str(self._ask("detokenize", list(ids), "the tokenizer"))
+
+    def _ask(self, kind: str, content: Any, what: str) -> Any:
+        """Return what the child answers.
+
+        Raises:
+            LLMInferenceError: `what` has crashed or hung it.
+        """
         self._check_loaded()
         with self._turns.turn():
             self._losses.forget()
             while True:
                 child = self._living_child()
                 try:
-                    child.send("render", chat)
-                    return str(self._content(self._receive(child)))
+                    child.send(kind, content)
+                    return self._content(self._receive(child))
                 except ChildKilled as death:
-                    self._losses.add("rendering a chat", death)
+                    self._losses.add(what, death)
                 except ChildDied as death:
-                    raise LLMInferenceError(f"the chat template {death}") from death
+                    raise LLMInferenceError(f"{what} {death}") from death
                 except BaseException as end:
                     if not isinstance(end, Exception):  # nobody waits for its answer, which the next one would get
                         self._release_model()

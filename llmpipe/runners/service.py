@@ -143,6 +143,14 @@ class Service:
         assert self._runner is not None
         return "rendered", self._runner._render(chat)
 
+    def _tokenize(self, content: tuple[str, bool]) -> Message:
+        assert self._runner is not None
+        return "tokenized", self._runner.tokenize(*content)
+
+    def _detokenize(self, ids: list[int]) -> Message:
+        assert self._runner is not None
+        return "detokenized", self._runner.detokenize(ids)
+
     def _status(self) -> dict[str, Any]:
         assert self._runner is not None
         return {

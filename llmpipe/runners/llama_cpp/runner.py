@@ -151,6 +151,18 @@ class LlamaCppRunner(BaseLLMRunner):
         tokens = tokens_of(request, self.prompt_text, self._model)
         return fit_prompt(tokens, self._limit, request.truncate)
 
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Return the token ids of a text; see `BaseLLMRunner.tokenize`."""
+        self._check_loaded()
+        assert self._model is not None
+        return self._model.tokenize(text, literal=not special)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids; see `BaseLLMRunner.detokenize`."""
+        self._check_loaded()
+        assert self._model is not None
+        return b"".join(map(self._model.piece, ids)).decode("utf-8", "replace")
+
     @property
     def chat_template(self) -> str | None:
         """The template in the file's metadata, or the configured one."""

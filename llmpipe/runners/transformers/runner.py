@@ -191,6 +191,17 @@ class TransformersRunner(BaseLLMRunner):
         check_tokens(request.sampling, self._vocabulary)
         return fit_prompt(tokens_of(request, self.prompt_text, self._tokens), self._limit, request.truncate)
 
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Return the token ids of a text; see `BaseLLMRunner.tokenize`."""
+        self._check_loaded()
+        return self._tokens.tokenize(text, literal=not special)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids; see `BaseLLMRunner.detokenize`."""
+        self._check_loaded()
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
     @property
     def chat_template(self) -> str | None:
         """The tokenizer's template, or the configured one."""
