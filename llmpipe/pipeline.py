@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,9 +39,10 @@ from llmpipe.outputs import (
     write_metrics,
 )
 from llmpipe.place import check_place
+from llmpipe.progress import Progress, Watch
 from llmpipe.prompts import OTHER_NAMES, PromptBuilder, settle_prompt, template_columns, unread_columns
 from llmpipe.quoting import how_to_resume
-from llmpipe.records import Request, Row, failed
+from llmpipe.records import Request, Row, Stopwatch, failed
 from llmpipe.redaction import as_written, below, sealed
 from llmpipe.report import Report
 from llmpipe.runners.base import BaseLLMRunner
@@ -53,19 +54,16 @@ from llmpipe.stopping import Stops, WaitingIsOver
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, int], None]
-"""Called with completions done, completions expected, and tokens generated so far."""
-
 
 def run(
-    config: RunConfig, directory: str | Path, progress: Progress | None = None, arguments: Sequence[str] = ()
+    config: RunConfig, directory: str | Path, progress: Watch | None = None, arguments: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Run a dataset through a model, or continue where an earlier run in `directory` ended.
 
     Args:
         config: The run; see `llmpipe.compose`.
         directory: Where outputs, metrics and ledger go.
-        progress: Told of every completion.
+        progress: Told how far the run is, at each step and of each answer.
         arguments: The command line `config` was composed from; kept in the directory for `llmpipe resume=`.
 
     Returns:
@@ -92,7 +90,7 @@ def begin_or_continue(
     config: RunConfig,
     directory: Path,
     lock: BaseFileLock,
-    progress: Progress | None,
+    progress: Watch | None,
     arguments: Sequence[str],
 ) -> dict[str, Any]:
     """Run, as `run`, in a directory that no other process works in."""
@@ -211,7 +209,7 @@ def generate(
     ledger: Ledger,
     directory: Path,
     memory: MemorySampler,
-    progress: Progress,
+    progress: Watch,
 ) -> None:
     """Run every row that the ledger lacks."""
     stops = Stops(config, scan.rows)
@@ -230,25 +228,31 @@ def generate(
         ledger.set(facts=known or facts)
         attempt = _Attempt(ledger, runner, memory, config, prompt_format="chat" if chat else "raw")
         safe = f"what was finished is safe: {how_to_resume(directory)}"
-        before, expected, tokens = ledger.count(), scan.rows * config.sampling.n, 0
+        before, stopwatch = ledger.count(), Stopwatch()
+        so_far = Progress(stopwatch, before, scan.rows * config.sampling.n, config.sampling.max_tokens)
         if isinstance(runner, IsolatedRunner):
             runner.suspects = dict(ledger.get("suspects") or [])
             runner.note = ledger.note_suspects
             runner.reloaded = ledger.before_commit
             memory.rss_bytes = runner.rss_bytes
 
+        def tell() -> None:
+            so_far.done = before + ledger.noted
+            progress(so_far)
+
         def tick() -> None:
             ledger.check()
+            tell()
             stops.check()
 
-        completions = runner.completions(_requests(dataset.blocks(), prompts, ledger, stops), tick)
+        completions = runner.completions(_requests(dataset.blocks(), prompts, ledger, stops), tick, stopwatch)
         try:
             with stops.watching(runner.interrupt):
                 for completion in completions:
                     ledger.add([completion])
                     stops.note(completion)
-                    tokens += completion.completion_tokens or 0
-                    progress(before + ledger.noted, expected, tokens)
+                    so_far.note(completion)
+                    tell()
         except WaitingIsOver:  # the end says why
             pass
         except ModelChanged:

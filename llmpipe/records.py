@@ -252,6 +252,10 @@ class Stopwatch:
             completion.text = "".join(texts)
         return completion
 
+    def under_way(self) -> list[int]:
+        """Return how many chunks with text there are of each sample that has begun and not ended: about its tokens."""
+        return [len(texts) for _, texts in self._open.values()]
+
     def abandoned(self) -> Iterator[Completion]:
         """Yield an error for every sample that was pulled and never finished."""
         for request_id, (_, samples) in self._waiting.items():
@@ -270,7 +274,11 @@ def _reason(text: str) -> str:
 
 
 def complete(
-    stream: StreamFn, requests: Iterable[Request], tick: Tick = no_tick, each_chunk: bool = True
+    stream: StreamFn,
+    requests: Iterable[Request],
+    tick: Tick = no_tick,
+    each_chunk: bool = True,
+    stopwatch: Stopwatch | None = None,
 ) -> Iterator[Completion]:
     """Run `requests` through a runner's `stream` and yield each sample's completion as it finishes.
 
@@ -279,8 +287,9 @@ def complete(
         requests: What to answer.
         tick: Called before it is said of a sample that it got no answer.
         each_chunk: Call `tick` after each chunk as well: `stream` does not do so by itself.
+        stopwatch: Times them; whoever made it can see what is under way.
     """
-    stopwatch = Stopwatch()
+    stopwatch = stopwatch or Stopwatch()
     chunks = stream(stopwatch.watch(requests))
     try:
         for chunk in chunks:

@@ -9,68 +9,94 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
+import rich.progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
+from llmpipe.progress import Progress
 from llmpipe.records import harmless
+from llmpipe.workers import is_worker
 
 BAR_WIDTH = 40
-RATED_EVERY_S = 0.1
+SHOWN_EVERY_S = 0.25
 LOGGED_EVERY_S = 60.0
 
 log = logging.getLogger(__name__)
 
 
 class ProgressBar:
-    """Rows done, rate and time left, on the standard error stream; where that is no terminal, a line a minute."""
+    """Rows done, rate and time left, on the standard error stream; where nobody watches, a line a minute in the log.
+
+    Log lines, and what else is written to the stream meanwhile, appear above the bar.
+    """
 
     def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=Console(file=sys.stderr),
-            disable=not sys.stderr.isatty(),
+        # A worker shares its terminal with others, whose bars would overwrite each other.
+        watched = sys.stderr.isatty() and not is_worker()
+        self._console = Console(file=sys.stderr)
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.BarColumn(bar_width=None),
+            rich.progress.TextColumn("{task.fields[figures]}"),
+            console=self._console,
+            expand=True,
+            disable=not watched or self._console.is_dumb_terminal,
         )
-        self._id = self._progress.add_task("loading", total=None, rate="")
-        self._task = self._progress.tasks[0]
-        self._rated_at, self._logged_at = 0.0, time.monotonic()
+        self._id = self._bar.add_task("loading", total=None, figures="")
+        self._done = -1
+        self._shown_at, self._logged_at = 0.0, time.monotonic()
 
-    def update(self, done: int, expected: int, tokens: int) -> None:
-        """Show how far the run is; `tokens` counts what was generated since it started."""
-        self._task.completed = done
+    def update(self, progress: Progress) -> None:
+        """Show how far the run is, where that is due."""
         now = time.monotonic()
-        if now - self._rated_at < RATED_EVERY_S and done < expected:  # all else takes longer than a fast row
+        if now - self._shown_at < SHOWN_EVERY_S and (self._done == progress.done or progress.done < progress.expected):
             return
-        self._rated_at = now
-        elapsed = self._task.elapsed or 0.0
-        rate = f"{tokens / elapsed:,.0f} tokens/s" if elapsed else ""
-        self._progress.update(self._id, description="rows", completed=done, total=expected, rate=rate)
-        if self._progress.disable and now - self._logged_at >= LOGGED_EVERY_S:
+        self._shown_at, self._done = now, progress.done
+        outlook = progress.outlook()
+        figures = [f"{progress.done:,}/{progress.expected:,}", f"{outlook.tokens_per_s:,.0f} tokens/s"]
+        if outlook.left_s is not None and progress.done < progress.expected:
+            figures.append(f"{timedelta(seconds=round(outlook.left_s))} left")
+        said = "  ".join(figures)
+        self._bar.update(self._id, description="rows", completed=outlook.answers, total=progress.expected, figures=said)
+        if self._bar.disable and now - self._logged_at >= LOGGED_EVERY_S:
             self._logged_at = now
-            log.info("%s of %s answers, %s", f"{done:,}", f"{expected:,}", rate)
+            log.info("%s", ", ".join(figures))
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        global _above
+        self._bar.start()
+        _above = None if self._bar.disable else self._console
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
+        global _above
+        _above = None
+        self._bar.stop()
+
+
+_above: Console | None = None
+"""Prints above the bar, where one is shown."""
+
+
+class TerminalHandler(logging.StreamHandler[TextIO]):
+    """Writes the log to the standard error stream: above the progress bar, where one is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        console = _above
+        if console is None:
+            super().emit(record)
+            return
+        try:
+            console.print(Text(self.format(record)), soft_wrap=True)
+        except Exception:  # as every handler does: what cannot be said ends nothing
+            self.handleError(record)
 
 
 def show_summary(metrics: dict[str, Any], directory: Path) -> None:

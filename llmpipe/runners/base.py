@@ -33,7 +33,18 @@ from llmpipe.config import (
     reject_unknown,
 )
 from llmpipe.exceptions import LLMConfigError, LLMError, LLMInferenceError, LLMInitializationError
-from llmpipe.records import Chunk, Completion, Message, Request, Tick, complete, derive_seed, failed, no_tick
+from llmpipe.records import (
+    Chunk,
+    Completion,
+    Message,
+    Request,
+    Stopwatch,
+    Tick,
+    complete,
+    derive_seed,
+    failed,
+    no_tick,
+)
 from llmpipe.runners.chat import ChatTemplate
 from llmpipe.runners.decoding import StopStrings
 from llmpipe.runners.facts import Facts
@@ -379,15 +390,18 @@ class BaseLLMRunner(ABC):
         done = [*self.completions(requests()), *refused]
         return sorted(done, key=lambda completion: (completion.request_id, completion.sample))
 
-    def completions(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
+    def completions(
+        self, requests: Iterable[Request], tick: Tick = no_tick, stopwatch: Stopwatch | None = None
+    ) -> Iterator[Completion]:
         """Answer `requests` and yield each sample's completion, with its times, as it finishes.
 
         Args:
             requests: What to answer; pulled when there is room.
             tick: Called at each step, also where no sample finishes, and while the runner waits for another process.
                 What it raises ends the stream.
+            stopwatch: Times the answers; it knows those under way.
         """
-        return self._exclusively(complete(self.stream, requests, self.tick, each_chunk=not self.ticks), tick)
+        return self._exclusively(complete(self.stream, requests, self.tick, not self.ticks, stopwatch), tick)
 
     def generate_text(self, prompt: Prompt, prompt_format: str = "auto", **options: Any) -> str:
         """Answer one prompt and return the text.
