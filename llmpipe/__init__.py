@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from llmpipe.version import __version__
+
 if TYPE_CHECKING:
     from llmpipe.config import BackendType, DeviceType, ModelConfig, RunConfig, SamplingConfig, compose
     from llmpipe.exceptions import (
@@ -57,7 +59,6 @@ _HOME = {
     "TransformersRunner": "runners",
 }
 
-__version__ = "0.1.0"
 __all__ = [
     "BackendType",
     "BaseLLMRunner",

@@ -37,6 +37,17 @@ def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
 
 
+def lookup(values: Any, path: str) -> Any:
+    """Return what stands under a name, or else under a dotted path through objects; None where nothing does."""
+    if not isinstance(values, dict):
+        return None
+    if path in values or "." not in path:
+        return values.get(path)
+    dots = (i for i, character in enumerate(path) if character == ".")
+    inner = (lookup(values[path[:i]], path[i + 1 :]) for i in dots if path[:i] in values)
+    return next((value for value in inner if value is not None), None)
+
+
 def is_missing(value: Any) -> bool:
     """Say whether a cell holds nothing: null, or what data frames and Arrow have in its place."""
     return value is None or (isinstance(value, (Real, Decimal)) and value != value)

@@ -14,11 +14,12 @@ import orjson
 
 from llmpipe.cells import MAX_LEVELS, is_missing, is_too_deep
 from llmpipe.config.checks import readable
-from llmpipe.exceptions import LLMConfigError
+from llmpipe.exceptions import LLMConfigError, UnusableText
 from llmpipe.quoting import quoted
-from llmpipe.records import Message, UnusableText, is_utf8
+from llmpipe.records import Message
 from llmpipe.sharegpt import as_messages
 from llmpipe.small_files import read_small_text
+from llmpipe.text import is_utf8
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXT_PARTS = ("text", "input_text", "output_text")

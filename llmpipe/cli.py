@@ -28,22 +28,22 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llmpipe import __version__
 from llmpipe.config import conf_dir, register_schemas, to_run_config
 from llmpipe.config.checks import is_remote, readable
 from llmpipe.config.escapes import as_override, text_of
-from llmpipe.config.loading import checked
-from llmpipe.config.messages import one_line
+from llmpipe.config.loading import check_configs, checked
+from llmpipe.config.messages import in_words
 from llmpipe.config.trust import key_of
 from llmpipe.exceptions import LedgerError, LLMConfigError, LLMError, RunInterrupted
 from llmpipe.help import help_text
 from llmpipe.ledger import begun
-from llmpipe.place import check_configs, check_place
-from llmpipe.records import harmless
+from llmpipe.place import check_place
 from llmpipe.redaction import RedactedFormatter, redacted
 from llmpipe.replay import composed_from, replayed, typed
 from llmpipe.streams import lost, usable_streams
 from llmpipe.temporary import temporary_directory
+from llmpipe.text import harmless
+from llmpipe.version import __version__
 from llmpipe.workers import become_worker, in_this_process, is_worker, passing_on
 
 log = logging.getLogger("llmpipe")
@@ -92,7 +92,7 @@ def command(arguments: list[str]) -> int:
                 return REFUSED
             except Interrupted as interrupted:
                 program.end()
-                print(f"llmpipe: {one_line(interrupted.error)}", file=sys.stderr)
+                print(f"llmpipe: {in_words(interrupted.error)}", file=sys.stderr)
                 return 128 + interrupted.error.signum
             return program.end()
     except (LLMError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
@@ -105,7 +105,7 @@ def command(arguments: list[str]) -> int:
             error = named(error)
         elif isinstance(error, OSError) and error.errno in FULL:  # Hydra's configuration, half written
             error = LLMError(f"cannot write to the run directory: {error.strerror}; choose another hydra.run.dir")
-        print(f"llmpipe: {one_line(error)}", file=sys.stderr)
+        print(f"llmpipe: {in_words(error)}", file=sys.stderr)
         return REFUSED
     except BrokenExecutor:
         print(
@@ -249,7 +249,7 @@ class Program:
                 os._exit(128 + error.signum)
             raise Interrupted(error) from error
         except (LLMError, OSError, OmegaConfBaseException) as error:
-            log.error("llmpipe: %s", one_line(error))
+            log.error("llmpipe: %s", in_words(error))
         except Exception as error:  # the command shows it: another process, perhaps, that was never told what to hide
             error.args = redacted(error.args)
             raise

@@ -28,11 +28,21 @@ MOST_CHARACTERS = 4000
 """Of a message, whatever of the user's it quotes; then it is cut in the middle."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return what an error says, as one line; the name of its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def presentable(text: object) -> str:
+    """Return what people may read of a text: nothing that came from the environment, and of a long one both ends."""
+    return shortened(str(redacted(text)), MOST_CHARACTERS)
+
+
 class LLMError(Exception):
     """Base of every error that llmpipe raises on purpose. No message has what came from the environment."""
 
     def __init__(self, *args: Any) -> None:
-        super().__init__(*(shortened(str(redacted(arg)), MOST_CHARACTERS) for arg in args))
+        super().__init__(*map(presentable, args))
 
 
 class LLMConfigError(LLMError, ValueError):
@@ -101,3 +111,7 @@ class RunStopped(LLMError):
     def __init__(self, directory: Path, why: str, *overrides: str) -> None:
         command = how_to_resume(directory, *overrides)
         super().__init__(f"{why}. Errors stay recorded; to go on with the rows after them: {command}")
+
+
+class UnusableText(ValueError):
+    """What a row says cannot be run, though nothing is wrong with the way its file has it."""

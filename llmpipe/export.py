@@ -21,12 +21,15 @@ from llmpipe.config import OutputFormat, RunConfig, split_adapter
 from llmpipe.datasets import Inputs
 from llmpipe.exceptions import DatasetError, LLMConfigError, LLMError
 from llmpipe.fingerprint import backend_values, continued, fingerprint
-from llmpipe.ledger import FILE, Ledger, LedgerSnapshot, differences
-from llmpipe.outputs import ERRORS_FILE, WRITERS, Answered, is_same, own_file, refuse_foreign
-from llmpipe.pipeline import Before, layout_of, look_through, scored
+from llmpipe.ledger import FILE, LedgerSnapshot
+from llmpipe.outputs import ERRORS_FILE, WRITERS, Answered, is_same, layout_of, own_file, refuse_foreign
 from llmpipe.place import check_place
+from llmpipe.preflight import look_through
 from llmpipe.prompts import PromptBuilder
 from llmpipe.records import Completion, Row
+from llmpipe.redaction import differences
+from llmpipe.resumption import Before
+from llmpipe.scorers import scored
 
 
 class Exported(NamedTuple):
@@ -70,16 +73,15 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
             raise DatasetError(
                 f"the dataset is not the one that {directory} is a run of: {changes}{f'; {changed}' if changed else ''}"
             )
-        layout = layout_of(config, scan, max(config.sampling.n, ledger.most_samples()))
-        layout.check(scan.columns)
+        layout = layout_of(config, scan.columns, max(config.sampling.n, ledger.most_samples()))
         chat = ledger.get("prompt_format") != "raw"
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         counter = _Counter()
-        answered = scored(counter.finished(dataset.rows(), ledger.completions(), prompts), config)
+        answered = counter.finished(dataset.rows(), ledger.completions(), prompts)
         with own_file(path, run, config.export_force) as opened:
             writer = WRITERS[config.output.format](opened, layout, types)
             try:
-                for one in answered:
+                for one in scored(answered, config.metrics.scorers, config.dataset.columns.reference):
                     writer.write(one)
             finally:
                 writer.finish()
@@ -134,7 +136,7 @@ def _format_of(path: Path, directory: Path) -> OutputFormat:
     return OutputFormat(path.suffix.removeprefix("."))
 
 
-def _named(directory: Path, ledger: Ledger, path: Path) -> dict[str, Any]:
+def _named(directory: Path, ledger: LedgerSnapshot, path: Path) -> dict[str, Any]:
     """Return what tells a run from others, also once its dataset has grown, or it was moved with its export."""
     asked = {name: value for name, value in ledger.get("fingerprint").items() if name != "dataset"}
     return {

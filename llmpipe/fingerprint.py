@@ -13,24 +13,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmpipe import __version__
 from llmpipe.chats import read_tools
-from llmpipe.config import BACKENDS, BackendConfig, RunConfig, answer_fields, describe
+from llmpipe.config import BACKENDS, BackendConfig, RunConfig, answer_fields, describe, is_own
 from llmpipe.config.checks import check, readable
 from llmpipe.datasets import Scan, digest_of
 from llmpipe.exceptions import LedgerError, LLMConfigError, LLMInitializationError
-from llmpipe.ledger import differences
-from llmpipe.redaction import Place, as_written, below, redacted, sealed
+from llmpipe.redaction import Place, as_written, below, differences, redacted, sealed
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.digests import Witness, content_digest, model_digest
+from llmpipe.version import __version__
 
 log = logging.getLogger(__name__)
-
-ROUNDING_OPTIONS = (
-    *("n_gpu_layers", "main_gpu", "tensor_split", "batching", "batch_tokens", "micro_batch_tokens", "compile"),
-    *("device_map", "max_memory", "repack"),
-)
-"""Options that change an answer's last digits, and so count in reproducible mode only."""
 
 
 def fingerprint(
@@ -136,13 +129,12 @@ def continued(asked: dict[str, Any], known: dict[str, Any] | None, scan: Scan) -
 
 def _of_backend(config: RunConfig, witness: Witness | None) -> dict[str, Any]:
     values = backend_values(config)
-    if not str(values.get("_target_")).startswith("llmpipe."):  # nobody here knows what its options mean
+    if not is_own(values.get("_target_")):  # nobody here knows what its options mean
         values = {name: value for name, value in values.items() if name not in ("isolation", "row_timeout_s")}
         return {"model": values.get("model"), "backend": values}
-    values = answer_fields(config.backend)
+    values = answer_fields(config.backend, last_digits=config.backend.reproducible)
     model = values.pop("model", None)
-    if values["reproducible"]:  # then the last digit counts, and these decide it
-        values |= {name: value for name, value in describe(config.backend).items() if name in ROUNDING_OPTIONS}
+    if config.backend.reproducible:
         values["device"] = str(config.device)
     for name in ("chat_template", "lora"):  # what is in the files counts, not what they are called
         with readable(f"backend.{name}", values.get(name), LLMInitializationError):
@@ -162,7 +154,7 @@ def backend_values(config: RunConfig) -> dict[str, Any]:
     check(isinstance(config.backend, Mapping), "backend", config.backend, "a backend's config, or its options by name")
     target = config.backend.get("_target_", "???")
     check(isinstance(target, str), "backend._target_", target, "MODULE.CLASS")
-    if target.startswith("llmpipe."):
+    if is_own(target):
         own = {schema._target_: kind.group for kind, schema in BACKENDS.items()}
         check(target in own, "backend._target_", target, f"one of {', '.join(own)}, or the class of someone else")
         raise LLMConfigError(

@@ -8,25 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import islice
 
-from llmpipe.config import RunConfig
-from llmpipe.datasets import Dataset
-from llmpipe.exceptions import DatasetError
+from llmpipe.config import RunConfig, is_own
+from llmpipe.datasets import Dataset, Scan
+from llmpipe.exceptions import DatasetError, UnusableText
 from llmpipe.fingerprint import backend_values
+from llmpipe.preflight import runs_chats
 from llmpipe.prompts import PromptBuilder
-from llmpipe.records import Request, Row, UnusableText
+from llmpipe.records import Request, Row
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.factory import LLMRunnerFactory
 
 FIRST_ROWS = 128
 
 
-def refuse_hopeless(config: RunConfig, dataset: Dataset, runs_chats: Callable[[BaseLLMRunner], bool]) -> None:
+def refuse_hopeless(config: RunConfig, dataset: Dataset, scan: Scan) -> None:
     """Refuse a run of which the first rows all fail, by what they are or by what the model's template takes.
 
     Args:
         config: The run.
         dataset: Its rows.
-        runs_chats: Says whether plain prompts become chats.
+        scan: What is in them.
 
     Raises:
         DatasetError: they do; gives the reason for the first one.
@@ -41,11 +42,11 @@ def refuse_hopeless(config: RunConfig, dataset: Dataset, runs_chats: Callable[[B
     _refuse(dataset, build)
     # A template takes one question: only what is more of a chat is worth reading the model's vocabulary for.
     chats = [request.messages for request in requests if request is not None and request.messages is not None]
-    if not _is_own(config) or all([message["role"] for message in chat] == ["user"] for chat in chats):
+    if not _is_own_and_here(config) or all([message["role"] for message in chat] == ["user"] for chat in chats):
         return
     with LLMRunnerFactory.from_target(config.backend, config.device, weights=False) as runner:
         runner.renderer.silent = True
-        chat = runs_chats(runner)
+        chat = runs_chats(config, scan, runner)
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         _refuse(dataset, lambda row: _render(runner, prompts.build(row)))
 
@@ -55,10 +56,10 @@ def _render(runner: BaseLLMRunner, request: Request | None) -> None:
         runner.prompt_text(request)
 
 
-def _is_own(config: RunConfig) -> bool:
+def _is_own_and_here(config: RunConfig) -> bool:
     """Say whether the backend is one of llmpipe's, and is to run in this process."""
     values = backend_values(config)
-    return str(values.get("_target_")).startswith("llmpipe.") and not values.get("isolation")
+    return is_own(values.get("_target_")) and not values.get("isolation")
 
 
 def _refuse(dataset: Dataset, attempt: Callable[[Row], None]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from llmpipe.config import BACKENDS, BackendConfig, RunConfig, conf_dir, field_docs
+from llmpipe.config.options import default_of
 
 
 def help_text() -> str:
@@ -39,8 +40,8 @@ def help_text() -> str:
 
 def _help_of(owner: type[Any], name: str, prefix: str = "") -> list[str]:
     field = next(f for f in fields(owner) if f.name == name)
-    default: Any = field.default_factory() if callable(field.default_factory) else field.default
-    doc = " ".join(field_docs(owner)[name].split())
+    default = default_of(field)
+    doc = field_docs(owner)[name]
     if name == "backend":
         return [f"  backend: {doc}", *_help_of_backends()]
     if hasattr(default, "__dataclass_fields__"):

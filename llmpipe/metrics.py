@@ -1,56 +1,22 @@
-"""Completions → totals, percentiles and scores; memory of the process while it runs.
-
-To add a scorer: write a function of completion and reference, and name it in `SCORERS`. To add a figure: one line in
-`Totals.summary`.
-"""
+"""Completions → totals and percentiles. To add a figure: one line in `Totals.summary`."""
 
 from __future__ import annotations
 
 import platform
-import threading
 from array import array
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-import psutil
 
 from llmpipe import machine
-from llmpipe.config import unknown_name
-from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Completion
+from llmpipe.version import __version__
 
-Scorer = Callable[[str, str], float]
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 TIMES = ("queue_s", "first_token_s", "latency_s")
 _times_of = attrgetter(*TIMES)
-
-
-def exact_match(completion: str, reference: str) -> float:
-    """1 where completion and reference are the same text, outer white space aside."""
-    return float(completion.strip() == reference.strip())
-
-
-def contains(completion: str, reference: str) -> float:
-    """1 where the completion contains the reference."""
-    return float(reference.strip() in completion)
-
-
-SCORERS: dict[str, Scorer] = {"exact_match": exact_match, "contains": contains}
-
-
-def scorers(names: Sequence[str]) -> dict[str, Scorer]:
-    """Return the named scorers.
-
-    Raises:
-        LLMConfigError: there is no such scorer.
-    """
-    for name in names:
-        if name not in SCORERS:
-            raise LLMConfigError(unknown_name(name, SCORERS, "scorer"))
-    return {name: SCORERS[name] for name in names}
 
 
 class Values:
@@ -146,7 +112,7 @@ class Totals:
             "rows_per_s": per_s(sum(self._rows.values())),
             **{name: percentiles(times.joined()) for name, times in self._times.items()},
             "scores": {name: total / count for name, (total, count) in self._scores.items()},
-            "scored_rows": {name: int(count) for name, (_, count) in self._scores.items()},
+            "scored_samples": {name: int(count) for name, (_, count) in self._scores.items()},
         }
 
 
@@ -160,60 +126,10 @@ def percentiles(values: Sequence[float] | Numbers) -> dict[str, float | None]:
     return {name: float(figure) for name, figure in zip(names, figures, strict=True)}
 
 
-def own_rss_bytes() -> int:
-    """Return the resident memory of this process."""
-    return int(psutil.Process().memory_info().rss)
-
-
-class MemorySampler:
-    """Watches the resident memory of this process from a thread of its own, while its `with` block runs.
-
-    Args:
-        interval_s: Seconds between two looks; a peak that is shorter may be missed.
-    """
-
-    def __init__(self, interval_s: float) -> None:
-        self._interval_s = interval_s
-        self.rss_bytes: Callable[[], int] = own_rss_bytes
-        """What is watched: this process, unless its user knows of others."""
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="llmpipe-memory", daemon=True)
-        self._peak_bytes = 0
-
-    @property
-    def peak_rss_mb(self) -> float:
-        """Most resident memory seen so far, in MB (10^6 bytes)."""
-        self._look()
-        return self._peak_bytes / 1e6
-
-    def __enter__(self) -> Self:
-        self._look()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        self._peak_bytes = max(self._peak_bytes, self.rss_bytes())
-
-    def _watch(self) -> None:
-        while not self._over.wait(self._interval_s):
-            self._look()
-
-
-def utc_now() -> str:
-    """Return date and time, to the second, as ISO 8601 has it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def environment() -> dict[str, Any]:
     """Say what the run ran on: of cores and memory, what it may use."""
-    import llmpipe
-
     return {
-        "llmpipe": llmpipe.__version__,
+        "llmpipe": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_cores": machine.cores().physical,

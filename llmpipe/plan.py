@@ -16,22 +16,24 @@ from typing import Any
 
 import numpy as np
 
-from llmpipe.config import RunConfig
+from llmpipe.config import RunConfig, is_own
 from llmpipe.datasets import Inputs, Scan
-from llmpipe.exceptions import LLMError, LLMInitializationError
+from llmpipe.exceptions import LLMError, LLMInitializationError, one_line
 from llmpipe.fingerprint import compare_facts, continued, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
 from llmpipe.ledger import LedgerSnapshot
 from llmpipe.metrics import percentiles
 from llmpipe.outputs import found_files, json_text, output_files, own_file, refuse_foreign
-from llmpipe.pipeline import Before, look_through, mention_unread, runs_chats, told
 from llmpipe.place import check_place
+from llmpipe.preflight import look_through, mention_unread, runs_chats
 from llmpipe.prompts import PromptBuilder, settle_prompt
-from llmpipe.records import Request, Row, harmless
-from llmpipe.redaction import redacted
+from llmpipe.records import Request, Row
+from llmpipe.redaction import as_written, below, redacted
+from llmpipe.resumption import Before
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.batching.lookahead import LookAhead
 from llmpipe.runners.factory import LLMRunnerFactory
+from llmpipe.text import harmless
 
 PLAN_FILE = "plan.json"
 MOST_COUNTED = 100_000
@@ -76,7 +78,7 @@ def _planned(config: RunConfig, directory: Path, inputs: Inputs, before: Before)
     dataset, scan, _ = look_through(config, inputs, before)
     done, known = so_far(config, scan, directory, before)
     if done is None:
-        refuse_hopeless(config, dataset, lambda runner: runs_chats(config, scan, runner))
+        refuse_hopeless(config, dataset, scan)
     with LLMRunnerFactory.from_target(config.backend, config.device, config.trusted_modules, weights=False) as runner:
         try:
             compare_facts(known, facts_of(runner), runner.config.reproducible, directory)
@@ -87,7 +89,7 @@ def _planned(config: RunConfig, directory: Path, inputs: Inputs, before: Before)
             for row in dataset.rows():
                 survey.add(row)
             takes = what_it_takes(runner, survey)
-            takes["model"] = told(takes["model"], config)
+            takes["model"] = as_written(takes["model"], below(config.references, "backend"))
             found = {
                 "rows": scan.rows,
                 "rows_done": done,
@@ -101,9 +103,9 @@ def _planned(config: RunConfig, directory: Path, inputs: Inputs, before: Before)
         except LLMError:
             raise
         except Exception as error:
-            if runner.preview is not None or type(runner).__module__.startswith("llmpipe."):
+            if runner.preview is not None or is_own(type(runner).__module__):
                 raise
-            why = " ".join(str(error).split()) or type(error).__name__
+            why = one_line(error)
             raise LLMInitializationError(
                 f"{type(runner).__name__} cannot be planned for: without its weights it fails ({why}); "
                 f"it can have a method _preview_model"

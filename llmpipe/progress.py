@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmpipe.records import Completion, Stopwatch
+from llmpipe.records import Completion
+from llmpipe.stopwatch import Stopwatch
 
 RECENT_S = 10.0
 """The rate is that of the last seconds; prompts and answers take turns within fewer."""

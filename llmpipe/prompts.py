@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from llmpipe.cells import is_missing, without_fraction
+from llmpipe.cells import is_missing, lookup, without_fraction
 from llmpipe.chats import (
     Chat,
     continues,
@@ -24,9 +24,11 @@ from llmpipe.chats import (
     read_tools,
 )
 from llmpipe.config import ColumnsConfig, ControlTokens, Overflow, PromptConfig, SamplingConfig
-from llmpipe.exceptions import LLMConfigError
-from llmpipe.records import Message, Request, Row, UnusableText, derive_seed, is_utf8, lookup
+from llmpipe.exceptions import LLMConfigError, UnusableText
+from llmpipe.records import Message, Request, Row
+from llmpipe.seeds import derive_seed
 from llmpipe.sharegpt import chat_of
+from llmpipe.text import is_utf8
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 

@@ -6,16 +6,12 @@ frozen, because that would quadruple what making one takes, and there are millio
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llmpipe.cells import as_id
-from llmpipe.exceptions import MOST_CHARACTERS, LLMInferenceError
-from llmpipe.quoting import shortened
-from llmpipe.redaction import redacted
+from llmpipe.cells import as_id, lookup
+from llmpipe.exceptions import presentable
+from llmpipe.seeds import derive_seed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,43 +20,6 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 """One turn of a chat: at least `role` and `content`, as in OpenAI's format."""
-
-
-def derive_seed(*parts: object) -> int:
-    """Hash `parts` to a seed in [0, 2**64), the same on every machine and in every process."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=8)
-    return int.from_bytes(digest.digest(), "big")
-
-
-def is_utf8(text: str) -> bool:
-    """Say whether UTF-8 can hold the text; it cannot hold half of a surrogate pair, which JSON can smuggle in."""
-    if text.isascii():  # as Python knows at once
-        return True
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def harmless(text: str) -> str:
-    r"""Return text in which what a terminal would obey, or not show, is spelt out, such as `\x1b`."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
-class UnusableText(ValueError):
-    """What a row says cannot be run, though nothing is wrong with the way its file has it."""
-
-
-def lookup(values: Any, path: str) -> Any:
-    """Return what stands under a name, or else under a dotted path through objects; None where nothing does."""
-    if not isinstance(values, dict):
-        return None
-    if path in values or "." not in path:
-        return values.get(path)
-    dots = (i for i, character in enumerate(path) if character == ".")
-    inner = (lookup(values[path[:i]], path[i + 1 :]) for i in dots if path[:i] in values)
-    return next((value for value in inner if value is not None), None)
 
 
 @dataclass(slots=True)
@@ -185,122 +144,16 @@ class Completion:
     scores: dict[str, float] = field(default_factory=dict)
 
 
-_NOT_WAITING: tuple[float, set[int]] = 0.0, set()
-StreamFn = Callable[[Iterable[Request]], Iterator[Chunk]]
-Tick = Callable[[], None]
-"""Called at each step of a stream; what it raises ends the stream."""
-
-
-def no_tick() -> None:
-    """Go on, whatever happens."""
-
-
-class Stopwatch:
-    """Turns the chunks of a stream into completions, timing from outside what a runner cannot be trusted to time."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[int, tuple[float, set[int]]] = {}
-        """When each request was pulled, and which of its samples have no answer yet."""
-        self._open: dict[tuple[int, int], tuple[Completion, list[str]]] = {}
-
-    def watch(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """Pass `requests` on, noting when each one is pulled."""
-        for request in requests:
-            self._waiting[request.id] = time.perf_counter(), set(request.samples)
-            yield request
-
-    def add(self, chunk: Chunk) -> Completion | None:
-        """Take one chunk; return the completion when it was the last of its sample.
-
-        Raises:
-            LLMInferenceError: the chunk answers what was not asked, or has been answered.
-        """
-        now = time.perf_counter()
-        key = (chunk.request_id, chunk.sample)
-        pulled_at, waiting = self._waiting.get(chunk.request_id, _NOT_WAITING)
-        if chunk.sample not in waiting:
-            raise LLMInferenceError(
-                f"the runner answered request {key[0]}, sample {key[1]}, which is not waiting for one"
-            )
-        begun = self._open.pop(key, None)
-        completion, texts = begun or (Completion(*key), [])
-        if chunk.restarts:
-            texts.clear()
-            completion.first_token_s = None
-        if chunk.text:
-            texts.append(chunk.text)
-        if completion.first_token_s is None and (chunk.text or chunk.finish_reason):
-            completion.first_token_s = now - pulled_at
-        if chunk.finish_reason is None:
-            self._open[key] = completion, texts
-            return None
-        waiting.discard(chunk.sample)
-        if not waiting:
-            del self._waiting[chunk.request_id]
-        completion.finish_reason = chunk.finish_reason
-        completion.latency_s = now - pulled_at
-        completion.prompt_tokens = chunk.prompt_tokens
-        completion.cached_prompt_tokens = chunk.cached_prompt_tokens
-        completion.truncated_prompt_tokens = chunk.truncated_prompt_tokens
-        completion.completion_tokens = chunk.completion_tokens
-        if chunk.started_at is not None:
-            completion.queue_s = max(0.0, chunk.started_at - pulled_at)
-        if chunk.finish_reason == "error":
-            completion.error = _reason(chunk.error or "the runner gave no reason")
-            completion.text = completion.first_token_s = None
-        else:
-            completion.text = "".join(texts)
-        return completion
-
-    def under_way(self) -> list[int]:
-        """Return how many chunks with text there are of each sample that has begun and not ended: about its tokens."""
-        return [len(texts) for _, texts in self._open.values()]
-
-    def abandoned(self) -> Iterator[Completion]:
-        """Yield an error for every sample that was pulled and never finished."""
-        for request_id, (_, samples) in self._waiting.items():
-            for sample in sorted(samples):
-                yield failed(request_id, "the runner ended without an answer", sample)
-
-
 def failed(request_id: int, reason: str, sample: int = 0) -> Completion:
     """Return the completion of a sample that could not be run."""
-    return Completion(request_id, sample, text=None, finish_reason="error", error=_reason(reason))
+    return Completion(request_id, sample, text=None, finish_reason="error", error=presentable(reason))
 
 
-def _reason(text: str) -> str:
-    """Return why there is no answer, as it may be kept."""
-    return shortened(redacted(text), MOST_CHARACTERS)
+def error_chunk(request_id: int, reason: str, sample: int = 0) -> Chunk:
+    """Return the chunk that ends a sample which cannot be run, or not to its end."""
+    return Chunk(request_id, sample, finish_reason="error", error=reason)
 
 
-def complete(
-    stream: StreamFn,
-    requests: Iterable[Request],
-    tick: Tick = no_tick,
-    each_chunk: bool = True,
-    stopwatch: Stopwatch | None = None,
-) -> Iterator[Completion]:
-    """Run `requests` through a runner's `stream` and yield each sample's completion as it finishes.
-
-    Args:
-        stream: Answers them.
-        requests: What to answer.
-        tick: Called before it is said of a sample that it got no answer.
-        each_chunk: Call `tick` after each chunk as well: `stream` does not do so by itself.
-        stopwatch: Times them; whoever made it can see what is under way.
-    """
-    stopwatch = stopwatch or Stopwatch()
-    chunks = stream(stopwatch.watch(requests))
-    try:
-        for chunk in chunks:
-            completion = stopwatch.add(chunk)
-            if completion is not None:
-                yield completion
-            if each_chunk:
-                tick()
-    finally:
-        if isinstance(chunks, Generator):
-            chunks.close()
-    for completion in stopwatch.abandoned():
-        tick()
-        yield completion
+def error_chunks(request: Request, reason: str) -> list[Chunk]:
+    """Return the chunks that end every sample of a request that cannot be run."""
+    return [error_chunk(request.id, reason, sample) for sample in request.samples]

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -122,6 +122,15 @@ def change(was: Any, now: Any) -> str:
     if old == new:
         return f"is {new} as before, but with another value"
     return f"was {shortened(repr(old), 1000)}, is {shortened(repr(new), 1000)}"
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Say, for two nested plain values, what was and what is, as `sampling.temperature was 0.0, is 0.7`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+    elif old != new:
+        yield f"{path} {change(old, new)}"
 
 
 def _opens(known: Any, value: Any) -> bool:

@@ -27,7 +27,7 @@ from llmpipe.config.escapes import as_override, unescaped
 from llmpipe.config.trust import DESCRIPTIVE, TAKES_TRUST, VERBS, brings_code, key_of, leaves
 from llmpipe.exceptions import LedgerError
 from llmpipe.ledger import saved, saved_arguments
-from llmpipe.records import harmless
+from llmpipe.text import harmless
 
 GROUP, OPTION = "written_out", "run"
 """The config group, and its one option, that Hydra knows while a run goes on that was noted as values."""

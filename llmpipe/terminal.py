@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmpipe.progress import Progress
-from llmpipe.records import harmless
+from llmpipe.text import harmless
 from llmpipe.workers import is_worker
 
 BAR_WIDTH = 40
@@ -234,7 +234,7 @@ def _figures(m: dict[str, Any]) -> list[tuple[str, str]]:
         ("peak memory", memory),
     ]
     return figures + [
-        (name.replace("_", " "), f"{score:.1%} of {m['scored_rows'][name]}") for name, score in m["scores"].items()
+        (name.replace("_", " "), f"{score:.1%} of {m['scored_samples'][name]}") for name, score in m["scores"].items()
     ]
 
 

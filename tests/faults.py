@@ -165,11 +165,11 @@ def serve() -> None:
 
 def run_child(job: dict[str, Any], taken: int, config: Any) -> int:
     """Run the command line, or a configuration, with what is to go wrong; each step taken leaves a byte in `taken`."""
-    import llmpipe.ledger
+    import llmpipe.ledger.writing
     from llmpipe.cli import main
 
     if "rows_per_commit" in job:
-        llmpipe.ledger.COMMIT_EVERY_ROWS, llmpipe.ledger.COMMIT_EVERY_S = job["rows_per_commit"], 1e9
+        llmpipe.ledger.writing.COMMIT_EVERY_ROWS, llmpipe.ledger.writing.COMMIT_EVERY_S = job["rows_per_commit"], 1e9
     if "most_bytes" in job:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["most_bytes"], resource.RLIM_INFINITY))

@@ -27,8 +27,8 @@ from llmpipe.config import DatasetConfig, OutputFormat
 from llmpipe.datasets import Dataset, contents
 from llmpipe.export import export
 from llmpipe.ledger import FILE, LedgerSnapshot, saved
-from llmpipe.pipeline import look_through
 from llmpipe.plan import plan
+from llmpipe.preflight import look_through
 from llmpipe.progress import Progress, Watch
 from llmpipe.records import Row
 

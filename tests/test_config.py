@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from decimal import Decimal
 from enum import Enum
 from itertools import product
@@ -39,15 +39,16 @@ from llmpipe.config import (
     conf_dir,
     describe,
     field_docs,
+    option,
 )
 
 SCHEMAS = [RunConfig, DeviceConfig, SamplingConfig, ColumnsConfig, DatasetConfig, PromptConfig, OutputConfig]
 SCHEMAS += [MetricsConfig, ModelConfig, *BACKENDS.values()]
 OPTIONS = sorted(
-    (group.name, option.stem)
+    (group.name, file.stem)
     for group in conf_dir().iterdir()
     if group.is_dir() and group.name not in ("experiment", "hydra")
-    for option in group.glob("*.yaml")
+    for file in group.glob("*.yaml")
 )
 
 
@@ -89,6 +90,18 @@ def test_every_field_says_what_it_means(schema: type[Any]) -> None:
     described = field_docs(schema)
     assert {f.name for f in fields(schema)} <= set(described)
     assert all(doc.strip() for doc in described.values())
+
+
+def test_an_option_declared_anew_means_what_it_did_and_its_default_is_each_objects_own() -> None:
+    @dataclass
+    class Mine(LlamaCppConfig):
+        slots: Any = 8
+        urls: list[str] = option([], "Where to ask.")
+
+    docs, inherited = field_docs(Mine), field_docs(LlamaCppConfig)
+    assert docs == {**inherited, "urls": "Where to ask."} and Mine().slots == 8
+    Mine().urls.append("http://localhost")
+    assert Mine().urls == [] and RunConfig(backend=None).sampling is not RunConfig(backend=None).sampling
 
 
 def test_yaml_only_names_fields_that_exist_and_every_file_says_what_it_is() -> None:

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 
 from llmpipe.exceptions import LedgerError
-from llmpipe.ledger import COMMIT_EVERY_ROWS, FILE, VERSION, Ledger, LedgerSnapshot, differences, saved_arguments
+from llmpipe.ledger import FILE, VERSION, Ledger, LedgerSnapshot, saved_arguments
+from llmpipe.ledger.writing import COMMIT_EVERY_ROWS
 from llmpipe.records import Completion, failed
+from llmpipe.redaction import differences
 
 ASKED = {"model": "sha256:1", "sampling": {"temperature": 0.0, "stop": []}, "seed": 0}
 
@@ -48,7 +50,7 @@ def test_completions_come_back_as_they_were_by_row_and_sample(tmp_path: Path) ->
 def test_what_is_committed_is_visible_to_other_processes_and_what_is_not_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmpipe.ledger.COMMIT_EVERY_S", 1000)  # no time passes: the second one stays uncommitted
+    monkeypatch.setattr("llmpipe.ledger.writing.COMMIT_EVERY_S", 1000)  # so that the second one stays uncommitted
     ledger = Ledger(tmp_path, ASKED)
     ledger.add([Completion(0)])
     ledger.commit()
@@ -61,7 +63,7 @@ def test_what_is_committed_is_visible_to_other_processes_and_what_is_not_is_lost
 
 
 def test_a_full_group_is_committed_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmpipe.ledger.COMMIT_EVERY_S", 1000)
+    monkeypatch.setattr("llmpipe.ledger.writing.COMMIT_EVERY_S", 1000)
     with Ledger(tmp_path, ASKED) as ledger:
         ledger.add(Completion(i) for i in range(COMMIT_EVERY_ROWS))
         with sqlite3.connect(tmp_path / FILE) as other:
@@ -92,12 +94,13 @@ def test_what_the_threads_commit_raises_reaches_whoever_adds_or_asks_and_loses_n
         with pytest.raises(IndexError):
             ledger.add([Completion(1)])
         figures.append({})
+        ledger.commit()
         assert [one.request_id for one in ledger.completions()] == [0]
 
 
 def test_completions_are_added_and_read_by_several_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmpipe.ledger.COMMIT_EVERY_S", 0.001)
-    monkeypatch.setattr("llmpipe.ledger.COMMIT_EVERY_ROWS", 10)
+    monkeypatch.setattr("llmpipe.ledger.writing.COMMIT_EVERY_S", 0.001)
+    monkeypatch.setattr("llmpipe.ledger.writing.COMMIT_EVERY_ROWS", 10)
     with Ledger(tmp_path, ASKED) as ledger:
 
         def work(first: int) -> None:
@@ -108,6 +111,7 @@ def test_completions_are_added_and_read_by_several_threads(tmp_path: Path, monke
 
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(work, range(0, 800, 200)))
+        ledger.commit()
         assert [one.request_id for one in ledger.completions()] == list(range(800))
 
 

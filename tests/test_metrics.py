@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from llmpipe.exceptions import LLMConfigError
-from llmpipe.metrics import MemorySampler, Totals, contains, environment, exact_match, percentiles, scorers
+from llmpipe.memory import MemorySampler
+from llmpipe.metrics import Totals, environment, percentiles
 from llmpipe.records import Completion, failed
+from llmpipe.scorers import contains, exact_match, scorers_named
 
 
 def done(row: int, sample: int = 0, reason: str = "stop", **values: float) -> Completion:
@@ -79,7 +81,7 @@ def test_scores_are_means_over_what_was_scored() -> None:
     right, wrong, unscored = done(0), done(1), done(2)
     right.scores, wrong.scores = {"exact_match": 1.0}, {"exact_match": 0.0}
     found = summary(right, wrong, unscored)
-    assert (found["scores"], found["scored_rows"]) == ({"exact_match": 0.5}, {"exact_match": 2})
+    assert (found["scores"], found["scored_samples"]) == ({"exact_match": 0.5}, {"exact_match": 2})
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_scorers_compare_text(completion: str, reference: str, exact: float, ins
 
 def test_an_unknown_scorer_is_refused_naming_those_there_are() -> None:
     with pytest.raises(LLMConfigError, match="'exact_mach'; did you mean 'exact_match'.*contains, exact_match"):
-        scorers(["exact_mach"])
+        scorers_named(["exact_mach"])
 
 
 def test_the_memory_sampler_sees_a_peak_that_is_gone_at_the_end() -> None:

@@ -271,7 +271,7 @@ def test_metrics_say_what_was_run_on_what(
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_bytes())
     assert metrics == given == llmpipe.read_run(tmp_path / "run").metrics
     assert (metrics["prompt_tokens"], metrics["completion_tokens"]) == (4, 4)
-    assert metrics["scores"] == {"exact_match": 0.5} and metrics["scored_rows"] == {"exact_match": 2}
+    assert metrics["scores"] == {"exact_match": 0.5} and metrics["scored_samples"] == {"exact_match": 2}
     assert set(metrics["latency_s"]) == {"p50", "p90", "p99", "mean", "max"}
     assert metrics["wall_s"] > 0 and metrics["load_s"] >= 0 and metrics["peak_rss_mb"] > 10
     assert (metrics["seed"], metrics["prompt_format"], metrics["output"]) == (3, "raw", "outputs.jsonl")
@@ -289,7 +289,7 @@ def test_the_peak_memory_is_also_that_of_writing_the_answers(
         time.sleep(0.05)
         return float(len(block) > 0)
 
-    monkeypatch.setitem(llmpipe.metrics.SCORERS, "exact_match", score)
+    monkeypatch.setitem(llmpipe.scorers.SCORERS, "exact_match", score)
     config = echo_config(write_jsonl({"prompt": "a", "reference": "a"}), "metrics.memory_interval_s=0.01")
     with pytest.raises(ValueError, match="negative"):  # all is generated, and nothing written
         llmpipe.run(config, tmp_path / "run")
@@ -390,7 +390,7 @@ def test_a_resumed_run_tells_its_chat_template_the_time_at_which_it_began(
         for zone, now in (("EAST-5:30", "2024-02-28T20:00:00+00:00"), ("WEST+8", "2024-06-01T20:00:00+00:00")):
             monkeypatch.setenv("TZ", zone)
             time.tzset()
-            monkeypatch.setattr("llmpipe.pipeline.utc_now", lambda now=now: now)
+            monkeypatch.setattr("llmpipe.attempt.utc_now", lambda now=now: now)
             with pytest.raises(RunStopped):
                 llmpipe.run(config, tmp_path / "run")
     finally:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from llmpipe.config import SamplingConfig
 from llmpipe.progress import Progress, expected_rest
-from llmpipe.records import Chunk, Completion, Request, Stopwatch
+from llmpipe.records import Chunk, Completion, Request
+from llmpipe.stopwatch import Stopwatch
 
 SLOTS = 16
 MOST = 256

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmpipe import Chunk, LLMInferenceError, Request, SamplingConfig
-from llmpipe.records import Row, complete, derive_seed
+from llmpipe.records import Row
+from llmpipe.seeds import derive_seed
+from llmpipe.stopwatch import complete
 
 SAMPLING = SamplingConfig()
 

@@ -21,7 +21,7 @@ from commands import run_llmpipe
 
 import llmpipe
 from llmpipe import LLMError, LLMInitializationError, LLMRunnerFactory, compose
-from llmpipe.place import check_configs
+from llmpipe.config.loading import check_configs
 from llmpipe.runners.weights import BUNDLED_DIR
 
 SEED = int(os.environ.get("LLMPIPE_FUZZ_SEED", random.randrange(2**32)))
@@ -48,7 +48,7 @@ os.environ["GGML_NO_BACKTRACE"] = "1"
 for line in sys.stdin:
     backend, model, *lora = line.split()
     target = {"llama_cpp": "llmpipe.runners.LlamaCppRunner", "transformers": "llmpipe.runners.TransformersRunner"}
-    from llmpipe.runners.factory import import_class
+    from llmpipe.runners.targets import import_class
     options = {"model": model, "threads": 1, "slots": 2, "context": 64}
     options |= {"lora": lora} if lora else {}
     # As in the child: without probing.

@@ -27,7 +27,8 @@ from llmpipe.config import ColumnsConfig, DatasetConfig
 from llmpipe.datasets import Dataset, shuffle
 from llmpipe.datasets import json as json_format
 from llmpipe.exceptions import DatasetError, LedgerError, LLMConfigError, LLMError
-from llmpipe.ledger import Ledger, _faults_named
+from llmpipe.ledger import Ledger
+from llmpipe.ledger.faults import faults_named
 from llmpipe.outputs import Answered, ColumnTypes, Layout, arrow_types, parquet, read_run
 from llmpipe.outputs.arrow_types import REST
 from llmpipe.outputs.parquet import ParquetWriter
@@ -447,7 +448,7 @@ def test_only_what_sqlite_says_of_a_damaged_file_is_damage(tmp_path: Path, code:
     error = sqlite3.DatabaseError("said")
     error.sqlite_errorcode = getattr(sqlite3, f"SQLITE_{code}")
     with pytest.raises(LedgerError, match="move it away" if is_damage else "what was committed before is safe"):
-        with _faults_named(tmp_path / "ledger.sqlite"):
+        with faults_named(tmp_path / "ledger.sqlite"):
             raise error
 
 

@@ -194,13 +194,13 @@ class Runs(RuleBasedStateMachine):
         clock = itertools.count()
         with (
             patch.object(EchoRunner, "stream", noting),
-            patch("llmpipe.ledger.COMMIT_EVERY_ROWS", 3),
+            patch("llmpipe.ledger.writing.COMMIT_EVERY_ROWS", 3),
             # So that the same history leaves the same bytes (hence the one root, too), and damages the same place when
             # it is told again: else Hypothesis finds its own findings gone.
-            patch("llmpipe.ledger.COMMIT_EVERY_S", 1e9),
+            patch("llmpipe.ledger.writing.COMMIT_EVERY_S", 1e9),
             patch("time.perf_counter", lambda: next(clock) / 1024),
-            patch("llmpipe.metrics.own_rss_bytes", lambda: 2**26),
-            patch("llmpipe.pipeline.utc_now", lambda: "2026-01-31T12:00:00+00:00"),
+            patch("llmpipe.memory.own_rss_bytes", lambda: 2**26),
+            patch("llmpipe.attempt.utc_now", lambda: "2026-01-31T12:00:00+00:00"),
         ):
             return llmpipe.run(config, directory)
 

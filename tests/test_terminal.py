@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from llmpipe.progress import Progress
-from llmpipe.records import Completion, Stopwatch
+from llmpipe.records import Completion
+from llmpipe.stopwatch import Stopwatch
 from llmpipe.terminal import ProgressBar, TerminalHandler
 
 ESCAPES = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])")

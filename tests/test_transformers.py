@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 
 from llmpipe import BaseLLMRunner, LLMInferenceError, LLMInitializationError, LLMRunnerFactory, SamplingConfig
 from llmpipe.runners.decoding import Utf8Stream
+from llmpipe.runners.transformers.detokenizer import Detokenizer
 from llmpipe.runners.transformers.padded import PaddedEngine
-from llmpipe.runners.transformers.text import TokenText
 from llmpipe.runners.weights import BUNDLED_DIR
 
 BATCHING = ["slots", "padded"]
@@ -54,7 +54,7 @@ TOKENIZERS = {"byte-level": byte_level(), "byte fallback": byte_fallback()}
 @given(before=PIECES, text=PIECES)
 def test_any_text_comes_out_byte_token_by_byte_token_with_whole_characters(kind: str, before: str, text: str) -> None:
     tokenizer, byte_tokens = TOKENIZERS[kind]
-    stream = TokenText(tokenizer, [byte_tokens[byte] for byte in before.encode()])
+    stream = Detokenizer(tokenizer, [byte_tokens[byte] for byte in before.encode()])
     pieces = [stream.push(byte_tokens[byte]) for byte in text.encode()]
     assert "".join(pieces) == text
     assert len([piece for piece in pieces if piece]) == len(text)  # each character as soon as it is complete
@@ -63,7 +63,7 @@ def test_any_text_comes_out_byte_token_by_byte_token_with_whole_characters(kind:
 @given(before=st.binary(max_size=4), data=st.binary(max_size=16))
 def test_bytes_of_no_character_are_replaced_as_llama_cpp_replaces_them(before: bytes, data: bytes) -> None:
     tokenizer, byte_tokens = TOKENIZERS["byte-level"]
-    expected, bytewise = Utf8Stream(), TokenText(tokenizer, [byte_tokens[byte] for byte in b"ab"])
+    expected, bytewise = Utf8Stream(), Detokenizer(tokenizer, [byte_tokens[byte] for byte in b"ab"])
     text = "".join(expected.push(bytes([byte])) for byte in data)
     assert "".join(bytewise.push(byte_tokens[byte]) for byte in data).rstrip("\ufffd") == text.rstrip("\ufffd")
 
@@ -72,7 +72,7 @@ def test_bytes_of_no_character_are_replaced_as_llama_cpp_replaces_them(before: b
 def test_text_after_garbage_comes_out_again_with_byte_fallback(garbage: int) -> None:
     tokenizer, byte_tokens = TOKENIZERS["byte fallback"]
     hello = tokenizer.convert_tokens_to_ids("▁Hello")
-    stream = TokenText(tokenizer, [hello])
+    stream = Detokenizer(tokenizer, [hello])
     tokens = [byte_tokens[0xFF]] * garbage + [hello] + [byte_tokens[byte] for byte in "日".encode()]
     assert "".join(stream.push(token) for token in tokens) == "\ufffd" * garbage + " Hello日"
 
@@ -80,9 +80,9 @@ def test_text_after_garbage_comes_out_again_with_byte_fallback(garbage: int) -> 
 def test_leading_spaces_are_those_of_the_whole_text() -> None:
     tokenizer, _ = TOKENIZERS["byte fallback"]
     hello, world, space, mark = tokenizer.convert_tokens_to_ids(["▁Hello", "▁world", "▁", "!"])
-    stream = TokenText(tokenizer, [hello])
+    stream = Detokenizer(tokenizer, [hello])
     assert [stream.push(token) for token in (world, mark, space, space, hello)] == [" world", "!", " ", " ", " Hello"]
-    assert [TokenText(tokenizer, []).push(hello)] == ["Hello"]
+    assert [Detokenizer(tokenizer, []).push(hello)] == ["Hello"]
 
 
 def test_text_before_an_unfinished_character_is_not_held_back_with_it() -> None:
@@ -92,14 +92,14 @@ def test_text_before_an_unfinished_character_is_not_held_back_with_it() -> None:
         def decode(self, ids: list[int], **_: Any) -> str:
             return b"".join([b"ab\xe6", b"\x97", b"\xa5!"][i] for i in ids).decode("utf-8", "replace")
 
-    stream = TokenText(Tokenizer(), [])
+    stream = Detokenizer(Tokenizer(), [])
     assert [stream.push(i) for i in (0, 1, 2)] == ["ab", "", "日!"]
 
 
 def test_special_tokens_have_no_text_and_disturb_none(transformers_runner: BaseLLMRunner) -> None:
     tokenizer, byte_tokens = TOKENIZERS["byte-level"]
     a = byte_tokens[ord("a")]
-    stream = TokenText(tokenizer, [a])
+    stream = Detokenizer(tokenizer, [a])
     assert [stream.push(token) for token in (a, tokenizer.eos_token_id, a, tokenizer.eos_token_id, a)] == [
         "a", "", "a", "", "a",
     ]  # fmt: skip
@@ -120,7 +120,7 @@ def test_tokens_one_by_one_give_what_all_of_them_give_at_once(data: st.DataObjec
     many = st.integers(1, 50).flatmap(lambda n: pieces.map(lambda piece: piece * n))
     ids = [i for piece in data.draw(st.lists(pieces | many, max_size=12)) for i in piece]
     prompt = [byte_tokens[ord("a")]]
-    stream = TokenText(tokenizer, prompt)
+    stream = Detokenizer(tokenizer, prompt)
     text = "".join(stream.push(token) for token in ids)
     expected = tokenizer.decode(prompt + ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert ("a" + text).rstrip("\ufffd") == expected.rstrip("\ufffd")
@@ -139,7 +139,7 @@ def test_a_token_takes_no_more_time_and_room_however_many_came_before(kind: str)
 
     silent = [tokenizer.all_special_ids[0], len(tokenizer) + 5]
     for tokens in ([byte_tokens[0xFF]], [byte_tokens[0xE6]], [byte_tokens[0xF0], byte_tokens[0xFF]], silent):
-        stream = TokenText(Counting(), [byte_tokens[ord("a")]])
+        stream = Detokenizer(Counting(), [byte_tokens[ord("a")]])
         text = "".join(stream.push(token) for _ in range(1000) for token in tokens)
         assert len(tokens) * 1000 - 4 <= len(text) <= len(tokens) * 1000 if tokens != silent else not text
     assert max(decoded) < 50

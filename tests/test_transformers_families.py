@@ -20,8 +20,9 @@ from strategies import CHATS, MIXES, QUESTIONS, STORIES, Answer, alone, answers,
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmpipe import LLMInitializationError, Request, SamplingConfig, TransformersRunner
-from llmpipe.records import Chunk, complete
+from llmpipe.records import Chunk
 from llmpipe.runners.weights import BUNDLED_DIR
+from llmpipe.stopwatch import complete
 
 MAX_TOKENS = 12
 LEAST_GAP = 5e-5

@@ -1,58 +1,52 @@
-"""The options of each backend: what all have, what those with continuous batching have, and what is one's own.
-
-Fields declared with `speed` change how fast a run is, never what it answers.
-"""
+"""The options of each backend: what all have, what those with continuous batching have, and what is one's own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from llmpipe.config.checks import check, count, number
-from llmpipe.config.choices import BackendType, Batching, Dtype, RopeScaling, Switch
+from llmpipe.config.choices import BackendType, Batching, CacheType, Dtype, RopeScaling, Switch
 from llmpipe.config.conversion import integer, settle
+from llmpipe.config.options import option
 from llmpipe.exceptions import LLMConfigError
 
 BUNDLED = "bundled"
 """The value of `backend.model` that means the small model shipped with the package."""
 
 
-def speed(default: Any) -> Any:
-    """Declare a field that changes how fast a run is, never what it answers.
-
-    Such fields stay out of a run's fingerprint: a run may be resumed with other values of them.
-    """
-    return field(default=default, metadata={"speed": True})
-
-
-def takes_trust(default: Any) -> Any:
-    """Declare a field with which a model may bring code: a person has to set it, no group and no run directory."""
-    return field(default=default, metadata={"takes_trust": True})
-
-
 @dataclass
 class BackendConfig:
     """What every backend has; one of its own only adds to it."""
 
-    _target_: str = "???"
-    """Import path of the runner class; outside llmpipe it must be trusted, see trusted_modules."""
-    model: str = BUNDLED
-    """A local file or directory, a hub id, or `bundled`."""
-    slots: Any = speed("auto")
-    """Rows in flight at once: a number, or auto."""
-    threads: int | None = speed(None)
-    """CPU threads; by default the physical cores that this process may use (CPU affinity, cgroup quota)."""
-    context: int | None = None
-    """Most tokens of prompt and completion; by default what it was trained for (llama.cpp: and memory allows)."""
-    reproducible: bool = False
-    """Give up speed so that a row's answer does not depend on the rows beside it."""
-    chat_template: str | None = None
-    """A Jinja chat template, or a file that holds one, instead of the model's own."""
-    isolation: bool = speed(False)
-    """Load the model in a process of its own, so that a row that crashes or hangs it becomes an error row."""
-    row_timeout_s: float | None = speed(None)
-    """With isolation: seconds without any progress after which the backend hangs, and is started again."""
+    _target_: str = option(
+        "???", "Import path of the runner class; outside llmpipe it must be trusted, see trusted_modules."
+    )
+    model: str = option(BUNDLED, "A local file or directory, a hub id, or `bundled`.")
+    slots: Any = option("auto", "Rows in flight at once: a number, or auto.", decides="nothing")
+    threads: int | None = option(
+        None,
+        "CPU threads; by default the physical cores that this process may use (CPU affinity, cgroup quota).",
+        decides="nothing",
+    )
+    context: int | None = option(
+        None, "Most tokens of prompt and completion; by default what it was trained for (llama.cpp: and memory allows)."
+    )
+    reproducible: bool = option(False, "Give up speed so that a row's answer does not depend on the rows beside it.")
+    chat_template: str | None = option(
+        None, "A Jinja chat template, or a file that holds one, instead of the model's own."
+    )
+    isolation: bool = option(
+        False,
+        "Load the model in a process of its own, so that a row that crashes or hangs it becomes an error row.",
+        decides="nothing",
+    )
+    row_timeout_s: float | None = option(
+        None,
+        "With isolation: seconds without any progress after which the backend hangs, and is started again.",
+        decides="nothing",
+    )
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -79,8 +73,7 @@ class BackendConfig:
 class BatchingConfig(BackendConfig):
     """What the backends with continuous batching have."""
 
-    batch_tokens: int = speed(2048)
-    """Most prompt tokens computed in one call."""
+    batch_tokens: int = option(2048, "Most prompt tokens computed in one call.", decides="last_digits")
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -97,36 +90,39 @@ class LlamaCppConfig(BatchingConfig):
     """GGUF models in process, through llama-cpp-python."""
 
     _target_: str = "llmpipe.runners.LlamaCppRunner"
-    n_gpu_layers: int | None = speed(None)
-    """Layers kept on the GPU; by default all where the device is one, else none. -1 is all."""
-    main_gpu: int = speed(0)
-    """The GPU that holds what is not split."""
-    tensor_split: list[float] = field(default_factory=list, metadata={"speed": True})
-    """Share of the model per GPU, such as [0.5, 0.5]; by default as memory allows."""
-    flash_attention: Switch = Switch.auto
-    """Fused attention. Its sums depend on the batch: backend.reproducible turns it off."""
-    cache_type_k: str = "f16"
-    """Number format of cached keys: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0."""
-    cache_type_v: str = "f16"
-    """Number format of cached values; quantised ones need flash attention."""
-    micro_batch_tokens: int = speed(512)
-    """Tokens computed at once inside a call; larger takes more memory."""
-    mmap: bool = speed(True)
-    """Map the file into memory instead of reading it."""
-    mlock: bool = speed(False)
-    """Keep the model from being swapped out."""
-    repack: Switch = speed(Switch.auto)
-    """Lay quantised weights out for this processor, which is faster; auto: unless that crashes, as it may with AMX."""
-    lora: list[str] = field(default_factory=list)
-    """LoRA adapters in GGUF, each FILE or FILE=SCALE."""
-    rope_scaling: RopeScaling = RopeScaling.model
-    """model, none, linear or yarn: how contexts longer than trained for are reached."""
-    rope_freq_base: float = 0.0
-    """RoPE base frequency; 0 is the model's."""
-    rope_freq_scale: float = 0.0
-    """RoPE frequency scale, such as 0.5 for twice the context; 0 is the model's."""
-    yarn_original_context: int = 0
-    """Context the model was trained for, for yarn; 0 is the model's."""
+    n_gpu_layers: int | None = option(
+        None,
+        "Layers kept on the GPU; by default all where the device is one, else none. -1 is all.",
+        decides="last_digits",
+    )
+    main_gpu: int = option(0, "The GPU that holds what is not split.", decides="last_digits")
+    tensor_split: list[float] = option(
+        [], "Share of the model per GPU, such as [0.5, 0.5]; by default as memory allows.", decides="last_digits"
+    )
+    flash_attention: Switch = option(
+        Switch.auto, "Fused attention. Its sums depend on the batch: backend.reproducible turns it off."
+    )
+    cache_type_k: CacheType = option(CacheType.f16, f"Number format of cached keys: {', '.join(CacheType)}.")
+    cache_type_v: CacheType = option(
+        CacheType.f16, "Number format of cached values; quantised ones need flash attention."
+    )
+    micro_batch_tokens: int = option(
+        512, "Tokens computed at once inside a call; larger takes more memory.", decides="last_digits"
+    )
+    mmap: bool = option(True, "Map the file into memory instead of reading it.", decides="nothing")
+    mlock: bool = option(False, "Keep the model from being swapped out.", decides="nothing")
+    repack: Switch = option(
+        Switch.auto,
+        "Lay quantised weights out for this processor, which is faster; auto: unless that crashes, as it may with AMX.",
+        decides="last_digits",
+    )
+    lora: list[str] = option([], "LoRA adapters in GGUF, each FILE or FILE=SCALE.")
+    rope_scaling: RopeScaling = option(
+        RopeScaling.model, "model, none, linear or yarn: how contexts longer than trained for are reached."
+    )
+    rope_freq_base: float = option(0.0, "RoPE base frequency; 0 is the model's.")
+    rope_freq_scale: float = option(0.0, "RoPE frequency scale, such as 0.5 for twice the context; 0 is the model's.")
+    yarn_original_context: int = option(0, "Context the model was trained for, for yarn; 0 is the model's.")
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -135,14 +131,6 @@ class LlamaCppConfig(BatchingConfig):
             LLMConfigError: names the option, the value and the bounds.
         """
         super().__post_init__()
-        allowed = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-        for name in ("cache_type_k", "cache_type_v"):
-            check(
-                getattr(self, name) in allowed,
-                f"backend.{name}",
-                getattr(self, name),
-                f"one of {', '.join(allowed)}",
-            )
         count("backend.micro_batch_tokens", self.micro_batch_tokens, 1, "an integer >= 1")
         number("backend.rope_freq_base", self.rope_freq_base, 0, 1e12, "a number >= 0 (0 is the model's)")
         number("backend.rope_freq_scale", self.rope_freq_scale, 0, 1e6, "a number >= 0 (0 is the model's)")
@@ -159,30 +147,42 @@ class TransformersConfig(BatchingConfig):
     """Any causal language model of transformers, on PyTorch."""
 
     _target_: str = "llmpipe.runners.TransformersRunner"
-    dtype: Dtype = Dtype.auto
-    """Number format of weights and activations."""
-    batching: Batching = speed(Batching.auto)
-    """auto, slots or padded: how rows share the model."""
-    attn_implementation: str | None = takes_trust(None)
-    """eager, sdpa, flash_attention_2, …: transformers' own attention, in padded batches."""
-    compile: bool = speed(False)
-    """torch.compile the forward pass; pays off on long runs on a GPU."""
-    device_map: str | None = speed(None)
-    """Spread the model over GPUs, host memory and disk through accelerate, such as auto; overrides device."""
-    max_memory: dict[Any, str] = field(default_factory=dict, metadata={"speed": True})
-    """Most memory of the weights per device for device_map, such as {0: 20GiB, cpu: 60GiB}."""
-    offload_folder: str | None = speed(None)
-    """Where device_map puts the weights for which there is no memory."""
-    lora: list[str] = field(default_factory=list)
-    """LoRA adapters of peft, each DIRECTORY or DIRECTORY=SCALE; merged into the weights."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-    local_files_only: bool = speed(False)
-    """Never ask the hub; use what is in its cache."""
-    trust_remote_code: bool = takes_trust(False)
-    """Run the Python code that a checkpoint brings. Off: such code can do anything. Not for a config group to set."""
-    allow_pickle: bool = takes_trust(False)
-    """Load weights that are not safetensors. Off: unpickling can run code. Not for a config group to set."""
+    dtype: Dtype = option(Dtype.auto, "Number format of weights and activations.")
+    batching: Batching = option(
+        Batching.auto, "auto, slots or padded: how rows share the model.", decides="last_digits"
+    )
+    attn_implementation: str | None = option(
+        None, "eager, sdpa, flash_attention_2, …: transformers' own attention, in padded batches.", takes_trust=True
+    )
+    compile: bool = option(
+        False, "torch.compile the forward pass; pays off on long runs on a GPU.", decides="last_digits"
+    )
+    device_map: str | None = option(
+        None,
+        "Spread the model over GPUs, host memory and disk through accelerate, such as auto; overrides device.",
+        decides="last_digits",
+    )
+    max_memory: dict[Any, str] = option(
+        {},
+        "Most memory of the weights per device for device_map, such as {0: 20GiB, cpu: 60GiB}.",
+        decides="last_digits",
+    )
+    offload_folder: str | None = option(
+        None, "Where device_map puts the weights for which there is no memory.", decides="nothing"
+    )
+    lora: list[str] = option([], "LoRA adapters of peft, each DIRECTORY or DIRECTORY=SCALE; merged into the weights.")
+    revision: str | None = option(None, "Branch, tag or commit of a hub model.")
+    local_files_only: bool = option(False, "Never ask the hub; use what is in its cache.", decides="nothing")
+    trust_remote_code: bool = option(
+        False,
+        "Run the Python code that a checkpoint brings. Off: such code can do anything. Not for a config group to set.",
+        takes_trust=True,
+    )
+    allow_pickle: bool = option(
+        False,
+        "Load weights that are not safetensors. Off: unpickling can run code. Not for a config group to set.",
+        takes_trust=True,
+    )
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -200,8 +200,7 @@ class EchoConfig(BackendConfig):
     """No model: every row is answered with its own prompt, word by word. For trying a dataset and a config."""
 
     _target_: str = "llmpipe.runners.EchoRunner"
-    model: str = speed("none")
-    """There is none."""
+    model: str = option("none", "There is none.", decides="nothing")
 
 
 BACKENDS: dict[BackendType, type[BackendConfig]] = {

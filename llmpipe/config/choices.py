@@ -85,6 +85,19 @@ class Switch(str, Enum):
     off = "off"
 
 
+class CacheType(str, Enum):
+    """Number format of cached keys or values, by ggml's name for it."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+    q5_1 = "q5_1"
+    q5_0 = "q5_0"
+    q4_1 = "q4_1"
+    q4_0 = "q4_0"
+
+
 class RopeScaling(str, Enum):
     """How positions beyond those a model was trained for are squeezed into its range."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmpipe.config.checks import check
-from llmpipe.config.reading import conf_dir, references_of
+from llmpipe.config.directories import conf_dir
+from llmpipe.config.references import references_of
+from llmpipe.config.run import RunConfig
 from llmpipe.config.trust import DESCRIPTIVE, TAKES_TRUST, check_composed, check_group, key_of, leaves, trusted_modules
-from llmpipe.exceptions import LLMConfigError
-from llmpipe.place import check_configs, check_link
+from llmpipe.exceptions import LLMConfigError, LLMError
+from llmpipe.links import check_link
 
 _TRUSTED_PLACES = ("structured:", "pkg://hydra.", "pkg://hydra_plugins.")
 """Where what Python code has registered, Hydra and its plugins have their config files."""
 
 _SWEPT = ("params", "search_space", "parametrization")
 """Where sweepers are told what to sweep over."""
+_KEYS = {"hydra", *(field.name for field in fields(RunConfig))}
+"""First names of the keys that a composed configuration has."""
 
 
 class CheckedLoader(ConfigLoaderImpl):
@@ -116,3 +121,16 @@ def checked() -> Iterator[None]:
         ) from error
     finally:
         home.ConfigLoaderImpl = theirs
+
+
+def check_configs(file: Path) -> None:
+    """Refuse to let Hydra write a composed config over that of another program.
+
+    Raises:
+        LLMError: names the file.
+    """
+    with suppress(OSError):  # not there, or whoever opens it will say what is wrong
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        # Of a beginning that was killed, any first part is there; its last line may end anywhere.
+        if not all(line[:1] in ("", " ", "-") or line.partition(":")[0] in _KEYS for line in lines):
+            raise LLMError(f"{file} is another program's, and would be written over: choose another directory")

@@ -12,19 +12,20 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from llmpipe.config.backends import BACKENDS
 from llmpipe.config.checks import unknown_name
+from llmpipe.config.options import default_of
 from llmpipe.config.run import RunConfig
-from llmpipe.exceptions import MOST_CHARACTERS
+from llmpipe.exceptions import MOST_CHARACTERS, one_line
 from llmpipe.quoting import shortened
-from llmpipe.records import harmless
 from llmpipe.redaction import redacted
+from llmpipe.text import harmless
 
 FIELDS = "__dataclass_fields__"
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(\S+?)=(.*)'$", re.MULTILINE)
 _RAISED = re.compile(r"""^\w+ raised while resolving interpolation: ["']?(.*?)["']?$""")
 
 
-def one_line(error: Exception) -> str:
-    """Return an error as one readable line; an unknown name is followed by those there are."""
+def in_words(error: Exception) -> str:
+    """Return what is wrong in one readable line; an unknown name is followed by those there are."""
     return shortened(_in_words(error), MOST_CHARACTERS)
 
 
@@ -49,7 +50,7 @@ def _in_words(error: Exception) -> str:
         cause = cause.__cause__
     if isinstance(cause, OmegaConfBaseException):
         return _of_key(cause)
-    return harmless(" ".join(redacted(str(error)).split()))
+    return harmless(redacted(one_line(error)))
 
 
 def _quoted(key: str, value: str) -> str:
@@ -82,6 +83,6 @@ def _of_key(error: OmegaConfBaseException) -> str:
 
 def _deeper(name: str) -> list[str]:
     """Return the keys of that name inside the groups."""
-    keys = [f"{f.name}.{name}" for f in fields(RunConfig) if name in getattr(f.default_factory, FIELDS, ())]
+    keys = [f"{f.name}.{name}" for f in fields(RunConfig) if name in getattr(default_of(f), FIELDS, ())]
     ours = any(name in getattr(schema, FIELDS) for schema in BACKENDS.values())
     return [*keys, *([f"backend.{name}"] if ours else [])]

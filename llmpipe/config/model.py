@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
-from llmpipe.config.backends import BUNDLED
-from llmpipe.config.checks import check
+from llmpipe.config.backends import BUNDLED, BackendConfig
+from llmpipe.config.checks import check, reject_unknown
 from llmpipe.config.choices import BackendType, DeviceType
+from llmpipe.config.options import option
 from llmpipe.config.run import DeviceConfig
 from llmpipe.config.sampling import SamplingConfig
+from llmpipe.config.values import build
 
 
 @dataclass
@@ -21,14 +23,12 @@ class ModelConfig(SamplingConfig):
     `options`, and in a dictionary configuration beside the others.
     """
 
-    model_path: str = BUNDLED
-    """A local file or directory, a hub id, or `bundled`."""
-    backend: BackendType | str = BackendType.LLAMA_CPP
-    """A `BackendType`, its name, or a name given to `LLMRunnerFactory.register`."""
-    device: DeviceType | str = DeviceType.AUTO
-    """A `DeviceType` or its name, such as `cuda` or `cuda:1`."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Options of the backend, as in its config class."""
+    model_path: str = option(BUNDLED, "A local file or directory, a hub id, or `bundled`.")
+    backend: BackendType | str = option(
+        BackendType.LLAMA_CPP, "A `BackendType`, its name, or a name given to `LLMRunnerFactory.register`."
+    )
+    device: DeviceType | str = option(DeviceType.AUTO, "A `DeviceType` or its name, such as `cuda` or `cuda:1`.")
+    options: dict[str, Any] = option({}, "Options of the backend, as in its config class.")
 
     def __post_init__(self) -> None:
         """Check sampling and device; the factory checks the backend and its options.
@@ -58,3 +58,20 @@ class ModelConfig(SamplingConfig):
     def sampling(self) -> SamplingConfig:
         """The sampling options alone."""
         return SamplingConfig(**{f.name: getattr(self, f.name) for f in fields(SamplingConfig)})
+
+
+def backend_config(
+    config: BackendConfig | ModelConfig | Mapping[str, Any], config_type: type[BackendConfig]
+) -> BackendConfig:
+    """Return the options of a backend, in whichever form they come.
+
+    Raises:
+        LLMConfigError: an option is unknown, of the wrong type or out of range.
+    """
+    if isinstance(config, ModelConfig):
+        own = [f.name for f in fields(config_type)]
+        reject_unknown(config.options, own, "option", extra=[f.name for f in fields(ModelConfig)])
+        config = {"model": config.model_path, **config.options}
+    if isinstance(config, Mapping):
+        config = cast(BackendConfig, build(config_type, config, "backend option"))
+    return config

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from llmpipe.config.backends import BACKENDS
 from llmpipe.config.checks import naming, reject_unknown
+from llmpipe.config.directories import conf_dir, data_dir
 from llmpipe.config.escapes import read_escapes
+from llmpipe.config.references import environment_variable, references_of
 from llmpipe.config.run import RunConfig
-from llmpipe.config.trust import check_options, is_said_by_user, trusted_modules
+from llmpipe.config.trust import check_options, is_own, is_said_by_user, trusted_modules
 from llmpipe.exceptions import LLMConfigError
-from llmpipe.redaction import Place, below, conceal
+from llmpipe.redaction import below
 
 _one_at_a_time = threading.RLock()
-_asked: ContextVar[set[str] | None] = ContextVar("asked", default=None)
-"""Names of the environment's variables that a value was made of, while one is looked at."""
 
 
 def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> RunConfig:
@@ -40,7 +37,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
     from omegaconf.errors import OmegaConfBaseException
 
     from llmpipe.config.loading import checked
-    from llmpipe.config.messages import one_line
+    from llmpipe.config.messages import in_words
 
     extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
@@ -48,7 +45,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
             register_schemas()
             return to_run_config(hydra.compose("config", [*overrides, *extra]), overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise LLMConfigError(one_line(error)) from error
+        raise LLMConfigError(in_words(error)) from error
 
 
 @contextmanager
@@ -85,7 +82,7 @@ def to_run_config(
 
     read_escapes(composed, overrides)
     target = OmegaConf.select(composed, "backend._target_", default=None)
-    foreign = target is not None and not str(target).startswith("llmpipe.")
+    foreign = target is not None and not is_own(target)
     _refuse_added_keys(composed, but=["backend"] if foreign else [])
     references = dict(references_of(composed, OmegaConf.to_container(composed, resolve=False)))
     with naming(below(references, "sampling") | references):  # whose checks leave the group out: rows have it, too
@@ -97,57 +94,6 @@ def to_run_config(
         config.backend = OmegaConf.to_container(composed.backend, resolve=True, enum_to_str=True)
     config.references = references
     return config
-
-
-def references_of(node: Any, raw: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
-    """Yield what is written where values come from the environment, directly or by way of other keys and resolvers.
-
-    Args:
-        node: A part of a composed config.
-        raw: The same, unresolved, as plain values.
-        place: Where it stands in the config.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    for key, text in raw.items() if isinstance(raw, dict) else enumerate(raw):
-        here = (*place, str(key))
-        if not OmegaConf.is_interpolation(node, key):
-            if isinstance(text, (dict, list)):
-                yield from references_of(node[key], text, here)
-            continue
-        asked: set[str] = set()
-        token = _asked.set(asked)
-        try:
-            value = node[key]
-            value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        except OmegaConfBaseException as error:
-            if not asked or asked - os.environ.keys():
-                raise
-            kind = re.search(r"could not be converted to (\w+)", str(error))  # all that may be told of the value
-            why = f"the environment has no {kind[1]} there" if kind else "what the environment has there cannot be read"
-            raise LLMConfigError(f"{'.'.join(here)}={text!r} is not allowed: {why}") from None
-        finally:
-            _asked.reset(token)
-        if found := asked & os.environ.keys():
-            for name in found:
-                reference = f"${{oc.env:{name}}}"
-                conceal(os.environ[name], reference if reference[:-1] in text else text)
-            conceal(value, text)
-        if asked:
-            yield here, text
-
-
-def _environment(name: str, *default: Any, _node_: Any) -> Any:
-    """Return what OmegaConf's own `oc.env` does, and note that it was asked for."""
-    from omegaconf.resolvers import oc
-
-    if _node_ is not None and _node_._get_full_key(None) == "hydra.job.override_dirname":
-        return f"oc.env:{name}"  # what may be a directory's name, in which Hydra would look for interpolations again
-    asked = _asked.get()
-    if asked is not None:
-        asked.add(name)
-    return oc.env(name, *default)
 
 
 def _refuse_added_keys(node: Any, path: str = "", but: Sequence[str] = ()) -> None:
@@ -168,7 +114,7 @@ def register_schemas() -> None:
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("llmpipe.data", lambda name: str(data_dir() / name), replace=True)
-    OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+    OmegaConf.register_new_resolver("oc.env", environment_variable, replace=True)
     store = ConfigStore.instance()
     store.store(name="run_schema", node=_schema(RunConfig))
     for backend, schema in BACKENDS.items():
@@ -196,15 +142,3 @@ def _loosen(node: Any) -> None:
             _loosen(inner)
         elif isinstance(inner, DictConfig):
             OmegaConf.set_struct(inner, False)
-
-
-def conf_dir() -> Path:
-    """Return the directory of YAML files: beside the package in a checkout, inside it once installed."""
-    package = Path(__file__).parent.parent
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
-
-
-def data_dir() -> Path:
-    """Return the directory of the example datasets, found as `conf_dir` finds its own."""
-    return conf_dir().parent / "data"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -11,6 +11,7 @@ from typing import Any, cast
 from llmpipe.config.checks import auto_or_bool, check, count, number
 from llmpipe.config.choices import ControlTokens, DeviceType, OnError, OutputFormat, Overflow, PromptFormat
 from llmpipe.config.conversion import settle
+from llmpipe.config.options import option
 from llmpipe.config.sampling import SamplingConfig
 from llmpipe.config.values import describe
 from llmpipe.redaction import References, as_written
@@ -20,10 +21,8 @@ from llmpipe.redaction import References, as_written
 class DeviceConfig:
     """Where the model runs."""
 
-    type: str = "auto"
-    """auto, cpu, cuda or mps."""
-    index: int | None = None
-    """Which of several, as in cuda:1."""
+    type: str = option("auto", "auto, cpu, cuda or mps.")
+    index: int | None = option(None, "Which of several, as in cuda:1.")
 
     def __post_init__(self) -> None:
         """Refuse a device that does not exist.
@@ -65,20 +64,25 @@ class DeviceConfig:
 class ColumnsConfig:
     """What the dataset calls its columns. Every other column rides along untouched."""
 
-    id: str | None = "id"
-    """Unique names of the rows; rows without one are called row-0, row-1, … by position, and with null all rows are."""
-    prompt: str = "prompt"
-    """Plain prompts."""
-    messages: str = "messages"
-    """Chats: lists of {role, content}. Used before prompt where a row has both."""
-    reference: str = "reference"
-    """Right answers, for the scorers: text, a number, true, a date, …; one, or a list of which any will do."""
-    tools: str | None = "tools"
-    """What the model may call in a chat: lists of tools in OpenAI's format, instead of prompt.tools; null: none."""
-    chat_template_kwargs: str | None = "chat_template_kwargs"
-    """Objects of arguments for the chat template, above those of prompt.chat_template_kwargs; null: none."""
-    sampling: str = "sampling"
-    """Objects of sampling options that override the run's for their row."""
+    id: str | None = option(
+        "id",
+        "Unique names of the rows; rows without one are called row-0, row-1, … by position; with null, all rows are.",
+    )
+    prompt: str = option("prompt", "Plain prompts.")
+    messages: str = option("messages", "Chats: lists of {role, content}. Used before prompt where a row has both.")
+    reference: str = option(
+        "reference",
+        "Right answers, for the scorers: text, a number, true, a date, …; one, or a list of which any will do.",
+    )
+    tools: str | None = option(
+        "tools",
+        "What the model may call in a chat: lists of tools in OpenAI's format, instead of prompt.tools; null: none.",
+    )
+    chat_template_kwargs: str | None = option(
+        "chat_template_kwargs",
+        "Objects of arguments for the chat template, above those of prompt.chat_template_kwargs; null: none.",
+    )
+    sampling: str = option("sampling", "Objects of sampling options that override the run's for their row.")
 
     def __post_init__(self) -> None:
         """Refuse values of another type.
@@ -93,8 +97,9 @@ class ColumnsConfig:
 class CsvConfig:
     """How CSV is written."""
 
-    delimiter: str = "auto"
-    """What parts the cells: one character, or comma, semicolon, tab or pipe; auto asks the header."""
+    delimiter: str = option(
+        "auto", "What parts the cells: one character, or comma, semicolon, tab or pipe; auto asks the header."
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot part cells.
@@ -116,24 +121,32 @@ class CsvConfig:
 class DatasetConfig:
     """Which rows to run."""
 
-    path: Any = "???"
-    """A file, a directory, a glob, or a list of them: .jsonl, .json, .csv, .tsv or .parquet; text may be packed."""
-    format: str = "auto"
-    """jsonl, json, csv, tsv or parquet, where neither a file's content nor its name says it."""
-    csv: CsvConfig = field(default_factory=CsvConfig)
-    """How CSV is written."""
-    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    """What the dataset calls its columns; a path such as body.messages goes inside of one."""
-    shuffle: int | None = None
-    """A seed that puts the rows in random order, each keeping its id; files are read once per 65,536 rows or 256 MB."""
-    offset: int = 0
-    """Leave out the first rows, in the order of shuffle, this many."""
-    limit: int | None = None
-    """Run only the first rows after the offset, this many; a run can be resumed with a larger limit."""
-    field: str | None = None
-    """The list of rows inside a JSON file's one object: a key or a path, as data.examples; by default its only list."""
-    max_row_mb: float = 256
-    """Rows of more MB, as they stand in their file, are error rows, and are passed over in little memory."""
+    path: Any = option(
+        "???",
+        "A file, a directory, a glob, or a list of them: .jsonl, .json, .csv, .tsv or .parquet; text may be packed.",
+    )
+    format: str = option(
+        "auto", "jsonl, json, csv, tsv or parquet, where neither a file's content nor its name says it."
+    )
+    csv: CsvConfig = option(CsvConfig(), "How CSV is written.")
+    columns: ColumnsConfig = option(
+        ColumnsConfig(), "What the dataset calls its columns; a path such as body.messages goes inside of one."
+    )
+    shuffle: int | None = option(
+        None,
+        "A seed that puts rows in random order, each keeping its id; files are read once per 65,536 rows or 256 MB.",
+    )
+    offset: int = option(0, "Leave out the first rows, in the order of shuffle, this many.")
+    limit: int | None = option(
+        None, "Run only the first rows after the offset, this many; a run can be resumed with a larger limit."
+    )
+    field: str | None = option(
+        None,
+        "The list of rows inside a JSON file's one object: a key or path, as data.examples; by default its only list.",
+    )
+    max_row_mb: float = option(
+        256, "Rows of more MB, as they stand in their file, are error rows, and are passed over in little memory."
+    )
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -167,24 +180,33 @@ class DatasetConfig:
 class PromptConfig:
     """How a row becomes a prompt."""
 
-    format: PromptFormat = PromptFormat.auto
-    """auto, chat or raw; says what a plain prompt becomes. Chats are always rendered by the chat template."""
-    system: str | None = None
-    """A system message put before chats and plain prompts that have none (not with raw)."""
-    template: str | None = None
-    """Text in which {column} stands for the row's value, instead of the prompt column; {{ and }} are braces."""
-    tools: Any = None
-    """What the model may call in chats, in OpenAI's format: a JSON file, or a list of tools."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments for the chat template, such as {enable_thinking: false}."""
-    continue_final: Any = "auto"
-    """true, false or auto: go on with a chat's last message instead of closing it; auto if it is the assistant's."""
-    overflow: Overflow = Overflow.error
-    """error or truncate a prompt that exceeds the context."""
-    control_tokens: ControlTokens = ControlTokens.literal
-    """literal or parse: what a control token's text is inside of a message. Raw prompts are always parsed."""
-    add_bos: Any = "auto"
-    """auto, true or false: BOS before a prompt. auto: before raw text, as the model says, unless it begins with one."""
+    format: PromptFormat = option(
+        PromptFormat.auto,
+        "auto, chat or raw; says what a plain prompt becomes. Chats are always rendered by the chat template.",
+    )
+    system: str | None = option(
+        None, "A system message put before chats and plain prompts that have none (not with raw)."
+    )
+    template: str | None = option(
+        None, "Text in which {column} stands for the row's value, instead of the prompt column; {{ and }} are braces."
+    )
+    tools: Any = option(None, "What the model may call in chats, in OpenAI's format: a JSON file, or a list of tools.")
+    chat_template_kwargs: dict[str, Any] = option(
+        {}, "Further arguments for the chat template, such as {enable_thinking: false}."
+    )
+    continue_final: Any = option(
+        "auto",
+        "true, false or auto: go on with a chat's last message instead of closing it; auto if it is the assistant's.",
+    )
+    overflow: Overflow = option(Overflow.error, "error or truncate a prompt that exceeds the context.")
+    control_tokens: ControlTokens = option(
+        ControlTokens.literal,
+        "literal or parse: what a control token's text is inside of a message. Raw prompts are always parsed.",
+    )
+    add_bos: Any = option(
+        "auto",
+        "auto, true or false: BOS before a prompt. auto: before raw text, as the model says, unless it begins with it.",
+    )
 
     def __post_init__(self) -> None:
         """Refuse values of another type or out of range.
@@ -201,12 +223,9 @@ class PromptConfig:
 class OutputConfig:
     """How the answers are written."""
 
-    format: OutputFormat = OutputFormat.jsonl
-    """jsonl or parquet."""
-    prefix: str = ""
-    """Put before the name of every column that llmpipe adds."""
-    source: bool = False
-    """Add source_file and source_line: where each row stands in the dataset."""
+    format: OutputFormat = option(OutputFormat.jsonl, "jsonl or parquet.")
+    prefix: str = option("", "Put before the name of every column that llmpipe adds.")
+    source: bool = option(False, "Add source_file and source_line: where each row stands in the dataset.")
 
     def __post_init__(self) -> None:
         """Refuse values of another type.
@@ -221,10 +240,11 @@ class OutputConfig:
 class MetricsConfig:
     """What is measured."""
 
-    scorers: list[str] = field(default_factory=lambda: ["exact_match"])
-    """Scores of rows with a reference: exact_match (the same text, outer white space aside), contains."""
-    memory_interval_s: float = 0.05
-    """Seconds between two looks at the process's memory."""
+    scorers: list[str] = option(
+        ["exact_match"],
+        "Scores of rows with a reference: exact_match (the same text, outer white space aside), contains.",
+    )
+    memory_interval_s: float = option(0.05, "Seconds between two looks at the process's memory.")
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -240,40 +260,42 @@ class MetricsConfig:
 class RunConfig:
     """A whole run."""
 
-    backend: Any = "???"
-    """Which runner, and its options."""
-    device: DeviceConfig = field(default_factory=DeviceConfig)
-    """Where the model runs."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How tokens are chosen."""
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    """Which rows to run."""
-    prompt: PromptConfig = field(default_factory=PromptConfig)
-    """How a row becomes a prompt."""
-    output: OutputConfig = field(default_factory=OutputConfig)
-    """How the answers are written."""
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    """What is measured."""
-    seed: int = 0
-    """Seed of the run; every row and sample derives its own from it."""
-    on_error: OnError = OnError.quarantine
-    """quarantine error rows in errors.jsonl, or stop at the first one; the run can be resumed."""
-    max_error_rate: float | None = None
-    """End the run if more than this share of 100 or more rows (or all), resumed ones too, are errors; null: never."""
-    run_timeout_s: float | None = None
-    """End the run, resumable, after so many seconds of generating; native code that hangs has to be isolated."""
-    resume: str | None = None
-    """A run directory to continue, with its own configuration."""
-    plan: bool = False
-    """Check config and dataset without loading weights, and say what a run would do and take."""
-    export: str | None = None
-    """A run directory, also of a run that is under way or was killed, whose answers so far are written to a file."""
-    export_to: str | None = None
-    """The file to write them to, .jsonl or .parquet; by default partial.jsonl or .parquet in that directory."""
-    export_force: bool = False
-    """Replace an export of another run, too; what llmpipe did not write, or was changed since, is never replaced."""
-    trusted_modules: list[str] = field(default_factory=list)
-    """Modules whose code a _target_ may name, Hydra's nodes included; no group can trust, nor a run directory."""
+    backend: Any = option("???", "Which runner, and its options.")
+    device: DeviceConfig = option(DeviceConfig(), "Where the model runs.")
+    sampling: SamplingConfig = option(SamplingConfig(), "How tokens are chosen.")
+    dataset: DatasetConfig = option(DatasetConfig(), "Which rows to run.")
+    prompt: PromptConfig = option(PromptConfig(), "How a row becomes a prompt.")
+    output: OutputConfig = option(OutputConfig(), "How the answers are written.")
+    metrics: MetricsConfig = option(MetricsConfig(), "What is measured.")
+    seed: int = option(0, "Seed of the run; every row and sample derives its own from it.")
+    on_error: OnError = option(
+        OnError.quarantine, "quarantine error rows in errors.jsonl, or stop at the first one; the run can be resumed."
+    )
+    max_error_rate: float | None = option(
+        None,
+        "End the run if more than this share of 100 or more rows (or all), resumed ones too, are errors; null: never.",
+    )
+    run_timeout_s: float | None = option(
+        None, "End the run, resumable, after so many seconds of generating; native code that hangs has to be isolated."
+    )
+    resume: str | None = option(None, "A run directory to continue, with its own configuration.")
+    plan: bool = option(
+        False, "Check config and dataset without loading weights, and say what a run would do and take."
+    )
+    export: str | None = option(
+        None,
+        "A run directory, also of a run that is under way or was killed, whose answers so far are written to a file.",
+    )
+    export_to: str | None = option(
+        None, "The file to write them to, .jsonl or .parquet; by default partial.jsonl or .parquet in that directory."
+    )
+    export_force: bool = option(
+        False,
+        "Replace an export of another run, too; what llmpipe did not write, or was changed since, is never replaced.",
+    )
+    trusted_modules: list[str] = option(
+        [], "Modules whose code a _target_ may name, Hydra's nodes included; no group can trust, nor a run directory."
+    )
 
     references = cast(References, MappingProxyType({}))
     """What was written where options came from the environment; no option itself, so it has no annotation."""

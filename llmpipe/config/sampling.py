@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from llmpipe.config.checks import check, count, number, reject_unknown
 from llmpipe.config.conversion import integer, settle
+from llmpipe.config.options import option
 
 MAX_SAMPLES = 4096
 """Most samples of one row; they are held in memory together."""
@@ -21,36 +22,41 @@ class SamplingConfig:
     min_p, typical_p; a token is then drawn from what is left.
     """
 
-    temperature: float = 0.0
-    """Divides the logits; 0 takes the most likely token (greedy). In [0, 100]."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the smallest set of tokens whose probabilities sum to top_p (Holtzman et al. 2020); 1 keeps all."""
-    min_p: float = 0.0
-    """Drop tokens less likely than min_p times the most likely one (Nguyen et al. 2024); 0 keeps all."""
-    typical_p: float = 1.0
-    """Keep the locally typical tokens of mass typical_p (Meister et al. 2022); 1 keeps all."""
-    repetition_penalty: float = 1.0
-    """Divide (multiply where negative) the logits of tokens in prompt and completion (Keskar et al. 2019); 1 is off."""
-    presence_penalty: float = 0.0
-    """Subtract from the logit of each token already in the completion, as OpenAI defines it. In [-2, 2]."""
-    frequency_penalty: float = 0.0
-    """Subtract once per occurrence of the token in the completion, as OpenAI defines it. In [-2, 2]."""
-    logit_bias: dict[Any, float] = field(default_factory=dict)
-    """Add to the logits of these token ids, as {5: -100}."""
-    max_tokens: int = 256
-    """Most tokens to generate per sample; the end token is not counted."""
-    stop: list[str] = field(default_factory=list)
-    """Strings that end the completion; they are cut off, also where they span tokens, or are a control token."""
-    stop_token_ids: list[int] = field(default_factory=list)
-    """Tokens that end the completion, also with ignore_eos; they are not part of its text."""
-    n: int = 1
-    """Samples per row, each with its own seed."""
-    seed: int | None = None
-    """Of a run the same as seed=; of one row's sampling the row's own, by default derived from the run's and its id."""
-    ignore_eos: bool = False
-    """Generate max_tokens tokens, end tokens or not (for benchmarks)."""
+    temperature: float = option(0.0, "Divides the logits; 0 takes the most likely token (greedy). In [0, 100].")
+    top_k: int = option(0, "Keep the k most likely tokens; 0 keeps all.")
+    top_p: float = option(
+        1.0, "Keep the smallest set of tokens whose probabilities sum to top_p (Holtzman et al. 2020); 1 keeps all."
+    )
+    min_p: float = option(
+        0.0, "Drop tokens less likely than min_p times the most likely one (Nguyen et al. 2024); 0 keeps all."
+    )
+    typical_p: float = option(
+        1.0, "Keep the locally typical tokens of mass typical_p (Meister et al. 2022); 1 keeps all."
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "Divide (multiply where negative) logits of tokens in prompt and completion (Keskar et al. 2019); 1 is off.",
+    )
+    presence_penalty: float = option(
+        0.0, "Subtract from the logit of each token already in the completion, as OpenAI defines it. In [-2, 2]."
+    )
+    frequency_penalty: float = option(
+        0.0, "Subtract once per occurrence of the token in the completion, as OpenAI defines it. In [-2, 2]."
+    )
+    logit_bias: dict[Any, float] = option({}, "Add to the logits of these token ids, as {5: -100}.")
+    max_tokens: int = option(256, "Most tokens to generate per sample; the end token is not counted.")
+    stop: list[str] = option(
+        [], "Strings that end the completion; they are cut off, also where they span tokens, or are a control token."
+    )
+    stop_token_ids: list[int] = option(
+        [], "Tokens that end the completion, also with ignore_eos; they are not part of its text."
+    )
+    n: int = option(1, "Samples per row, each with its own seed.")
+    seed: int | None = option(
+        None,
+        "Of a run the same as seed=; of a row's sampling the row's own, by default derived from the run's and its id.",
+    )
+    ignore_eos: bool = option(False, "Generate max_tokens tokens, end tokens or not (for benchmarks).")
 
     def __post_init__(self) -> None:
         """Refuse values out of range.

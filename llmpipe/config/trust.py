@@ -92,6 +92,11 @@ def check_composed(values: Mapping[str, Any], trusted: Sequence[str]) -> None:
                 check_trusted(name, trusted, key)
 
 
+def is_own(path: object) -> bool:
+    """Say whether an import path, such as a class's `__module__`, is one of llmpipe's own."""
+    return str(path).partition(".")[0] == "llmpipe"
+
+
 def check_trusted(target: str, trusted: Sequence[str], key: str = "backend._target_", ours: bool = True) -> None:
     """Refuse a target whose module is not trusted.
 
@@ -107,7 +112,7 @@ def check_trusted(target: str, trusted: Sequence[str], key: str = "backend._targ
     module = target.rpartition(".")[0]
     if not re.fullmatch(r"[\w.]+", module):
         raise LLMConfigError(f"{key}={target!r} is not allowed; it must be MODULE.CLASS")
-    if not any(module == name or module.startswith(name + ".") for name in [*(["llmpipe"] if ours else []), *trusted]):
+    if not (ours and is_own(module)) and not any(f"{module}.".startswith(f"{name}.") for name in trusted):
         where = "outside llmpipe" if ours else "code"
         raise LLMConfigError(
             f"{key}={target!r} is {where} and not trusted: "

@@ -16,7 +16,8 @@ from llmpipe.datasets.jsonl import DEFAULTS, too_large
 from llmpipe.datasets.opening import open_bytes
 from llmpipe.exceptions import DatasetError
 from llmpipe.quoting import listed, quoted, repeated
-from llmpipe.records import Row, is_utf8
+from llmpipe.records import Row
+from llmpipe.text import is_utf8
 
 MAX_ROW_LINES = 2**16
 """Most lines that the quoted cells of a row may span; what goes on longer is a quote that was never closed."""

@@ -20,7 +20,7 @@ from llmpipe.datasets.parquet import fits, parquet_file, read_parquet, type_of
 from llmpipe.datasets.partitions import with_columns
 from llmpipe.datasets.shuffle import Positions, permutation, rows_at
 from llmpipe.datasets.sources import Source, sources_of
-from llmpipe.exceptions import DatasetError, LLMError
+from llmpipe.exceptions import DatasetError, LLMError, one_line
 from llmpipe.quoting import listed, quoted, shortened
 from llmpipe.records import Row
 from llmpipe.sharegpt import CONVERSATIONS
@@ -258,4 +258,4 @@ def _faults_named(file: Path) -> Iterator[None]:
     except (LLMError, GeneratorExit):
         raise
     except Exception as error:  # gzip, zstandard and pyarrow each have errors of their own for a damaged file
-        raise DatasetError(f"{file} cannot be read to its end: {' '.join(str(error).split())}") from error
+        raise DatasetError(f"{file} cannot be read to its end: {one_line(error)}") from error

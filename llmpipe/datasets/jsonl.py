@@ -12,7 +12,8 @@ import orjson
 from llmpipe.cells import MAX_LEVELS, is_too_deep
 from llmpipe.config import DatasetConfig
 from llmpipe.datasets.opening import blocks_of_lines, open_bytes
-from llmpipe.records import Row, is_utf8
+from llmpipe.records import Row
+from llmpipe.text import is_utf8
 
 KEPT_BYTES = 1000
 """What is kept of a row that is too large."""

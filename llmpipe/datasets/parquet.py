@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmpipe.config import DatasetConfig
 from llmpipe.datasets.jsonl import DEFAULTS, parse_json, too_large
-from llmpipe.exceptions import DatasetError, MissingDependencyError
+from llmpipe.exceptions import DatasetError, MissingDependencyError, one_line
 from llmpipe.quoting import listed, quoted, repeated
 from llmpipe.records import Row
 
@@ -84,7 +84,7 @@ def _plain_cell(cell: pa.Scalar[Any]) -> Any:
         try:
             return cell.cast("string").as_py()
         except Exception:  # text that is no UTF-8, lists of such dates
-            return _Unreadable(" ".join(str(error).split()))
+            return _Unreadable(one_line(error))
 
 
 def _converted(cell: Any, convert: Callable[[Any], Any]) -> Any:
@@ -143,7 +143,7 @@ def parquet_file(path: Path) -> Any:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
     except Exception as error:
-        raise DatasetError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())}") from error
+        raise DatasetError(f"{path} is not a readable Parquet file: {one_line(error)}") from error
     if len(set(names)) != len(names):
         raise DatasetError(f"{path} names a column twice: {listed(repeated(names))}")
     return file

@@ -6,7 +6,7 @@ name it in `WRITERS`.
 
 from llmpipe.files import found_files, new_files, seal
 from llmpipe.outputs.arrow_types import ColumnTypes
-from llmpipe.outputs.layout import COLUMNS, ID, POSITION, Answered, Layout, all_names, join
+from llmpipe.outputs.layout import COLUMNS, ID, POSITION, Answered, Layout, all_names, join, layout_of
 from llmpipe.outputs.own import is_same, own_file, refuse_foreign
 from llmpipe.outputs.reading import RunFiles, read_run
 from llmpipe.outputs.writing import (
@@ -40,6 +40,7 @@ __all__ = [
     "is_same",
     "join",
     "json_text",
+    "layout_of",
     "new_files",
     "output_file",
     "output_files",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmpipe.exceptions import MissingDependencyError
 from llmpipe.quoting import listed
-from llmpipe.records import Row, is_utf8
+from llmpipe.records import Row
+from llmpipe.text import is_utf8
 
 if TYPE_CHECKING:
     import pyarrow as pa

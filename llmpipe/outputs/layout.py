@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from llmpipe.config import RunConfig
 from llmpipe.exceptions import DatasetError, LLMError
 from llmpipe.records import Completion, Row
 
@@ -79,6 +80,28 @@ class Layout:
                 f"the dataset already has the column {', '.join(map(repr, taken))} that llmpipe would add: "
                 f"set output.prefix=, for instance output.prefix=llm_"
             )
+
+
+def layout_of(config: RunConfig, dataset_columns: Sequence[str], samples: int) -> Layout:
+    """Return the columns that the answers gain, for rows of at most so many samples.
+
+    Raises:
+        DatasetError: the dataset already has one of them; names the columns and the remedy.
+    """
+    columns, has_id = config.dataset.columns, ID in dataset_columns
+    layout = Layout(
+        prefix=config.output.prefix,
+        id_column=columns.id,
+        source=config.output.source,
+        adds_id=columns.id != ID or not has_id,
+        sample=samples > 1,
+        truncated=config.prompt.overflow.value == "truncate",
+        scorers=tuple(config.metrics.scorers) if columns.reference in dataset_columns else (),
+        # Where rows are named by position, ids of their own ride along.
+        id_name=POSITION if columns.id is None and has_id else ID,
+    )
+    layout.check(dataset_columns)
+    return layout
 
 
 def all_names(prefix: str, scorers: Iterable[str]) -> set[str]:

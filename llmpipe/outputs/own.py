@@ -18,7 +18,7 @@ import filelock
 
 from llmpipe.exceptions import LLMError
 from llmpipe.files import file_digest, new_files, seal
-from llmpipe.place import check_link
+from llmpipe.links import check_link
 
 
 def note_of(path: Path) -> Path:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from llmpipe.cells import is_missing
 from llmpipe.config import ColumnsConfig
-from llmpipe.records import Completion, Row, harmless
+from llmpipe.records import Completion, Row
 from llmpipe.redaction import redacted
 from llmpipe.sharegpt import as_messages, chat_of
+from llmpipe.text import harmless
 
 CHARACTERS = 2000
 """What is kept of each text."""

@@ -44,7 +44,7 @@ from llmpipe.records import Chunk, Request
 from llmpipe.redaction import conceal, concealed
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.chat import ChatTemplateError
-from llmpipe.runners.factory import import_class
+from llmpipe.runners.targets import import_class
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from llmpipe.records import Chunk, Request
+from llmpipe.records import Chunk, Request, error_chunk
 
 
 class Utf8Stream:
@@ -72,6 +72,10 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
+OPTIONS = frozenset({"max_tokens", "stop", "stop_token_ids", "ignore_eos", "n", "seed"})
+"""Sampling options that an `Answer` honours, and those of which its request has made samples and their seeds."""
+
+
 class Answer:
     """The answer to one sample as it grows, and the rules by which it ends.
 
@@ -123,7 +127,7 @@ class Answer:
     def fail(self, reason: str) -> Chunk:
         """Return the last chunk: the answer cannot be finished."""
         self.finished = True
-        return Chunk(self.request.id, self.sample, finish_reason="error", error=reason)
+        return error_chunk(self.request.id, reason, self.sample)
 
     def _finish(self, text: str, reason: str) -> Chunk:
         self.finished = True

@@ -11,8 +11,8 @@ from typing import Any
 
 from llmpipe.chats import parse_messages
 from llmpipe.config import EchoConfig
-from llmpipe.records import Chunk, Message, Request
-from llmpipe.runners.base import BaseLLMRunner, error_chunks
+from llmpipe.records import Chunk, Message, Request, error_chunks
+from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.decoding import StopStrings
 
 
@@ -20,6 +20,10 @@ class EchoRunner(BaseLLMRunner):
     """Echoes prompts; a token is a word. A chat is answered with its last message."""
 
     config_type = EchoConfig
+    # Each next word is certain, and certain it stays however a distribution is scaled or cut. But words have no ids at
+    # which to stop, or to bias; and after the last word there is nothing to go on with.
+    honours = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"})
+    honours |= {"presence_penalty", "frequency_penalty", "max_tokens", "stop", "n", "seed"}
 
     def _initialize_model(self) -> None:
         """Nothing to load."""
@@ -39,13 +43,19 @@ class EchoRunner(BaseLLMRunner):
         return str(parse_messages(messages, any_role=True)[-1]["content"])
 
     def encode(self, request: Request) -> tuple[list[int], int]:
-        """Return a number for each word of the prompt."""
+        """Return a number for each word of the prompt.
+
+        Raises:
+            ValueError: the request cannot be run.
+        """
+        self.check_sampling(request.sampling)
         return list(range(len(self.prompt_text(request).split(" ")))), 0
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
         """Answer each request with its prompt's words, up to max_tokens and the stop strings."""
         for request in requests:
             try:
+                self.check_sampling(request.sampling)
                 words = self.prompt_text(request).split(" ")
             except ValueError as error:
                 yield from error_chunks(request, str(error))

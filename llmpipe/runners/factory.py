@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
-from inspect import isabstract
 from typing import Any
 
 from llmpipe.config import (
@@ -13,13 +11,16 @@ from llmpipe.config import (
     BackendType,
     DeviceConfig,
     ModelConfig,
+    backend_config,
     build,
     check_trusted,
     describe,
     unknown_name,
 )
 from llmpipe.exceptions import LLMConfigError
-from llmpipe.runners.base import BaseLLMRunner, backend_config
+from llmpipe.runners.base import BaseLLMRunner
+from llmpipe.runners.isolated import IsolatedRunner
+from llmpipe.runners.targets import import_class
 
 
 class LLMRunnerFactory:
@@ -62,7 +63,7 @@ class LLMRunnerFactory:
             names = [backend.value for backend in BackendType] + list(cls._registered)
             raise LLMConfigError(unknown_name(name, names, "backend"))
         if backend_config(config, schema).isolation:  # then nothing of a backend of llmpipe's is imported here
-            return _isolated(target, schema, config)
+            return IsolatedRunner(target, schema, config)
         return import_class(target)(config) if builtin is not None else runner(config)
 
     @classmethod
@@ -83,20 +84,13 @@ class LLMRunnerFactory:
         target = str(values.get("_target_", "???"))
         check_trusted(target, trusted_modules)
         own = any(type(backend) is schema and target == schema._target_ for schema in BACKENDS.values())
-        if own and weights and values.get("isolation"):  # then nothing of it is imported here
-            return _isolated(target, type(backend), backend, device)
+        if isinstance(backend, BackendConfig) and own and weights and backend.isolation:  # nothing of it is needed here
+            return IsolatedRunner(target, type(backend), backend, device)
         runner = import_class(target)
         config = backend if type(backend) is runner.config_type else build(runner.config_type, values, "backend option")
         if weights and config.isolation:
-            return _isolated(target, runner.config_type, config, device)
+            return IsolatedRunner(target, runner.config_type, config, device)
         return runner(config, device) if weights else runner(config, device, weights=False)
-
-
-def _isolated(target: str, config_type: type[Any], *arguments: Any) -> BaseLLMRunner:
-    """Load the runner in a process of its own; this one then needs no class of a backend of llmpipe's."""
-    from llmpipe.runners.isolated import IsolatedRunner
-
-    return IsolatedRunner(target, config_type, *arguments)
 
 
 def _builtin(name: str) -> BackendType | None:
@@ -104,23 +98,3 @@ def _builtin(name: str) -> BackendType | None:
         return BackendType(name)
     except ValueError:
         return None
-
-
-def import_class(target: str) -> type[BaseLLMRunner]:
-    """Return the runner class of that import path.
-
-    Raises:
-        LLMConfigError: it cannot be imported, or is no runner.
-    """
-    module, _, name = target.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
-            raise
-        raise LLMConfigError(f"backend._target_={target!r}: there is no module {error.name}") from error
-    except AttributeError as error:
-        raise LLMConfigError(f"backend._target_={target!r}: {module} has no {name}") from error
-    if not (isinstance(found, type) and issubclass(found, BaseLLMRunner)) or isabstract(found):
-        raise LLMConfigError(f"backend._target_={target!r} is no subclass of BaseLLMRunner that can be used")
-    return found

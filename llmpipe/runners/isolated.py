@@ -26,8 +26,8 @@ from typing import Any
 from llmpipe.chats import parse_messages, parse_template_kwargs, parse_tools
 from llmpipe.config import BackendConfig, DeviceConfig, DeviceType, ModelConfig, SamplingConfig
 from llmpipe.exceptions import LLMConfigError, LLMInferenceError, LLMInitializationError
-from llmpipe.records import Chunk, Message, Request
-from llmpipe.runners.base import BaseLLMRunner, error_chunks
+from llmpipe.records import Chunk, Message, Request, error_chunks
+from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.child import Child, ChildDied, ChildHung, ChildKilled, ChildStarved, error_of
 from llmpipe.runners.facts import Facts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llmpipe.runners.batching import Footprint, Plan, Sample
+from llmpipe.runners.batching import Footprint, Sample, Sizes
 
 
 @dataclass(frozen=True)
@@ -18,5 +18,5 @@ class Preview:
     """Most tokens of prompt and completion that a row may have."""
     footprint: Footprint
     """Its mapped bytes are all the weights': memory that is free now, and will not be."""
-    sizes: Callable[[Sequence[Sample]], Plan]
+    sizes: Callable[[Sequence[Sample]], Sizes]
     """Chooses the slots for samples that wait."""

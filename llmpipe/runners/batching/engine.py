@@ -24,12 +24,14 @@ from dataclasses import dataclass, field
 
 from llmpipe.config import BatchingConfig
 from llmpipe.exceptions import LLMInitializationError, LLMOutOfMemoryError
-from llmpipe.records import Chunk, Request, Tick, no_tick
+from llmpipe.records import Chunk, Request, error_chunk
 from llmpipe.runners.batching import sizing
-from llmpipe.runners.batching.executor import NO_NUMBERS, Context, Executor, Sampler, Text
+from llmpipe.runners.batching.executor import NO_NUMBERS, Context, Detokenizer, Executor, Sampler
 from llmpipe.runners.batching.lookahead import Encode, LookAhead, Sample, Tokens
-from llmpipe.runners.batching.sizing import Plan
+from llmpipe.runners.batching.sizing import Sizes
+from llmpipe.runners.batching.throughput import Throughput
 from llmpipe.runners.decoding import Answer
+from llmpipe.stopwatch import Tick, no_tick
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class Row:
     sample: Sample
     sampler: Sampler
     answer: Answer
-    text: Text
+    text: Detokenizer
     tokens: Tokens
     """The prompt's, and all that were generated."""
     slot: int = -1
@@ -82,13 +84,14 @@ class Engine:
         """Most rows that were in flight at once."""
         self.reasons: list[str] = []
         """Why the sizes are what they are."""
+        self.throughput = Throughput()
         self.context_s = 0.0
         """Seconds spent making contexts."""
         self.device_bytes = 0
         """Most bytes of device memory that were in use after a context was made."""
         self.shrinks = 0
         """How often memory ran out and the context was made smaller."""
-        self._cap: Plan | None = None
+        self._cap: Sizes | None = None
         """The largest plan that is known to fit, once one did not."""
         self._finished_since = 0
         self._decode_s = 0.0
@@ -117,6 +120,7 @@ class Engine:
         ahead = LookAhead(requests, encode, self.limit, share=not self._config.reproducible)
         count = sizing.look_ahead(sizing.wanted_slots(self._config, self._executor.footprint))
         self.cancelled.clear()
+        self.throughput = Throughput()
         try:
             while True:
                 if len(ahead.waiting) <= count // 2:
@@ -164,30 +168,30 @@ class Engine:
             return
         while self._free and self._suspended:
             self._seat(self._suspended.pop(0))
-        while self._free and (sample := ahead.next(self.context.plan.context)) is not None:
+        while self._free and (sample := ahead.next(self.context.sizes.context)) is not None:
             self._enter(sample)
         self.most_slots = max(self.most_slots, len(self._rows))
         # Samples that still wait need larger slots: they get them once the rows in flight are done.
         self._compact()
 
-    def _plan(self, ahead: LookAhead) -> Plan:
-        held = self.context.plan.tokens if self.context is not None else 0
+    def _plan(self, ahead: LookAhead) -> Sizes:
+        held = self.context.sizes.tokens if self.context is not None else 0
         samples = [*(row.sample for row in self._suspended), *ahead.waiting]
         free = self._executor.free_bytes()
-        wanted = sizing.plan(self._config, self._executor.footprint, samples, self.limit, held, free)
+        wanted = sizing.choose(self._config, self._executor.footprint, samples, self.limit, held, free)
         return wanted if self._cap is None else wanted.within(self._cap)
 
-    def _fit(self, plan: Plan) -> None:
+    def _fit(self, plan: Sizes) -> None:
         """See to it that there is a context for `plan`, with fewer slots where memory has no room for so many.
 
         Raises:
             LLMInitializationError: not even one slot can be had, or not as many as are set by hand.
         """
-        if self.context is not None and self.context.plan.covers(plan):
+        if self.context is not None and self.context.sizes.covers(plan):
             return
         self.close()
         started = time.perf_counter()
-        smaller: Plan | None = plan
+        smaller: Sizes | None = plan
         while smaller is not None and self.context is None:
             plan = smaller
             try:
@@ -210,7 +214,7 @@ class Engine:
 
     def _enter(self, sample: Sample) -> None:
         answer = Answer(sample.request, sample.number, len(sample.prompt), sample.truncated, self.limit)
-        sampler, text = self._executor.sampler(sample), self._executor.text(sample)
+        sampler, text = self._executor.sampler(sample), self._executor.detokenizer(sample)
         row = Row(sample, sampler, answer, text, list(sample.prompt))
         self._seat(row)
         row.cached, copied = self._copy_prefix(sample, row.slot)
@@ -262,14 +266,14 @@ class Engine:
         for row in [row for row in (*self._rows, *self._suspended) if row.sample.request.id in ids]:
             self._leave(row)
             gone.append(row.sample)
-        yield from (refused(sample, "cancelled") for sample in gone)
+        yield from (error_chunk(sample.request.id, "cancelled", sample.number) for sample in gone)
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
     def _shrink(self, reason: str) -> Iterator[Chunk]:
         """Make do with half the context after `reason`; a row that does not fit even by itself is an error."""
         assert self.context is not None
-        smaller = self.context.plan.halved()
+        smaller = self.context.sizes.halved()
         if smaller is None:
             row = next(iter(self._prefilling or self._rows))
             yield row.answer.fail(f"{reason} for this row alone: use a smaller sampling.max_tokens or backend.context")
@@ -309,7 +313,7 @@ class Engine:
             yield row.answer.fail(reason)
             self._leave(row)
         if not most:
-            yield from (refused(sample, reason) for sample in ahead.take_longest())
+            yield from (error_chunk(sample.request.id, reason, sample.number) for sample in ahead.take_longest())
 
     def _spoil(self) -> None:
         """Let no row begin in this context any more: a row of NaN was in it."""
@@ -358,16 +362,17 @@ class Engine:
         for start in range(done, len(tokens), batch.capacity):
             batch.clear()
             batch.add(tokens[start : start + batch.capacity], start, prefix.slot, False)
-            self._compute()
+            self._compute(is_prefill=True)
         prefix.tokens = tokens
 
     # --- computing ------------------------------------------------------------------------------------------------
 
-    def _compute(self) -> None:
+    def _compute(self, is_prefill: bool) -> None:
         """Compute the batch; every step of the engine is one call of this."""
         assert self.context is not None
         self._tick()
-        self.context.decode()
+        with self.throughput.step(self.context.batch.size, is_prefill):
+            self.context.decode()
 
     def _prefill(self) -> Iterator[Chunk]:
         """Compute one batch of tokens of new rows; those that lack none get the next one."""
@@ -384,10 +389,10 @@ class Engine:
             row.cached += len(part)
             if done:
                 outputs.append(row)
-        self._compute()
+        self._compute(is_prefill=True)
         for row in outputs:
             self._prefilling.remove(row)
-        yield from self._sample(outputs)
+        yield from self._sample(outputs, is_prefill=True)
 
     def _decode(self) -> Iterator[Chunk]:
         """Compute one token for every row."""
@@ -399,18 +404,19 @@ class Engine:
         if company:  # any token will do, and it is forgotten again
             tokens, positions, slots = [*tokens, tokens[0]], [*positions, 0], [*slots, slots[0] + 1]
         self.context.batch.set_columns(tokens, positions, slots)
-        self._compute()
+        self._compute(is_prefill=False)
         if company:
             self.context.forget(slots[-1])
         for row in rows:
             row.cached += 1
-        yield from self._sample(rows)
+        yield from self._sample(rows, is_prefill=False)
 
-    def _sample(self, rows: list[Row]) -> Iterator[Chunk]:
+    def _sample(self, rows: list[Row], is_prefill: bool) -> Iterator[Chunk]:
         """Choose a token for each of `rows`, whose logits are the outputs of the batch, in this order."""
         assert self.context is not None
         # All tokens are taken before the first chunk is given out: whoever gets it may do as he likes meanwhile.
-        tokens = self.context.choose([row.sampler for row in rows])
+        with self.throughput.step(0, is_prefill):
+            tokens = self.context.choose([row.sampler for row in rows])
         chunks = [self._take(row, token) for row, token in zip(rows, tokens, strict=True)]
         yield from (chunk for chunk in chunks if chunk is not None)
 
@@ -427,11 +433,6 @@ class Engine:
         if row.answer.finished:
             self._leave(row)
         return chunk
-
-
-def refused(sample: Sample, reason: str) -> Chunk:
-    """Return the only chunk of a sample that is not run."""
-    return Chunk(sample.request.id, sample.number, finish_reason="error", error=reason)
 
 
 def _begins(tokens: Tokens, start: Tokens) -> int:

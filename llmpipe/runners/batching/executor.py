@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmpipe.runners.batching.lookahead import Sample
-from llmpipe.runners.batching.sizing import Footprint, Plan
+from llmpipe.runners.batching.sizing import Footprint, Sizes
 
 NO_NUMBERS = "the model computed NaN instead of logits: try a wider number format, or milder penalties"
 """Why a row ends whose next token cannot be chosen: a logit is NaN or infinite, or all are minus infinity."""
@@ -63,7 +63,7 @@ class Context(Protocol):
     """Slots with a cache each, computed together."""
 
     @property
-    def plan(self) -> Plan:
+    def sizes(self) -> Sizes:
         """Its sizes."""
 
     @property
@@ -109,7 +109,7 @@ class Sampler(Protocol):
         """Free what it holds."""
 
 
-class Text(Protocol):
+class Detokenizer(Protocol):
     """Turns the tokens of one completion into text as they come."""
 
     def push(self, token: int) -> str:
@@ -134,7 +134,7 @@ class Executor(Protocol):
         As it does where zero times what is there is added to a sum, or where a state is multiplied by zero to empty it.
         """
 
-    def context(self, plan: Plan) -> Context:
+    def context(self, sizes: Sizes) -> Context:
         """Make a context.
 
         Raises:
@@ -150,7 +150,7 @@ class Executor(Protocol):
     def sampler(self, sample: Sample) -> Sampler:
         """Return how the sample's tokens are chosen."""
 
-    def text(self, sample: Sample) -> Text:
+    def detokenizer(self, sample: Sample) -> Detokenizer:
         """Return what turns the sample's tokens into text."""
 
     def is_end(self, token: int) -> bool:

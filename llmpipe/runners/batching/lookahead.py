@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from llmpipe.records import Chunk, Request
-from llmpipe.runners.base import error_chunks
+from llmpipe.records import Chunk, Request, error_chunks
 
 MIN_SHARED_TOKENS = 32
 """Prefixes shorter than this are computed again: copying a slot's cache is not free."""

@@ -51,7 +51,7 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Sizes:
     """The sizes of a context."""
 
     slots: int
@@ -69,7 +69,7 @@ class Plan:
         """Tokens of cache in all."""
         return (self.slots + self.prefixes) * self.context
 
-    def covers(self, other: Plan) -> bool:
+    def covers(self, other: Sizes) -> bool:
         """Say whether a context of this plan can do the work of one of the other."""
         return (
             self.slots >= other.slots
@@ -78,7 +78,7 @@ class Plan:
             and self.batch_tokens >= other.batch_tokens
         )
 
-    def within(self, cap: Plan) -> Plan:
+    def within(self, cap: Sizes) -> Sizes:
         """Return a plan with no more slots, and no more tokens per call, than `cap`."""
         return replace(
             self,
@@ -87,7 +87,7 @@ class Plan:
             batch_tokens=min(self.batch_tokens, cap.batch_tokens),
         )
 
-    def halved(self) -> Plan | None:
+    def halved(self) -> Sizes | None:
         """Return a plan with half the slots and half the tokens per call, or None where there is no less."""
         if self.slots == 1 and not self.prefixes and self.batch_tokens <= FEWEST_BATCH_TOKENS:
             return None
@@ -96,7 +96,7 @@ class Plan:
             self, slots=max(1, self.slots // 2), prefixes=self.prefixes // 2, batch_tokens=batch_tokens, reasons=()
         )
 
-    def doubled(self) -> Plan:
+    def doubled(self) -> Sizes:
         """Return a plan with twice the slots and twice the tokens per call."""
         return replace(
             self,
@@ -107,9 +107,9 @@ class Plan:
         )
 
 
-def smallest(config: BatchingConfig) -> Plan:
+def smallest(config: BatchingConfig) -> Sizes:
     """Return the sizes before any row is known."""
-    return Plan(slots=1, prefixes=0, context=CONTEXT_STEP, batch_tokens=config.batch_tokens)
+    return Sizes(slots=1, prefixes=0, context=CONTEXT_STEP, batch_tokens=config.batch_tokens)
 
 
 def threads(config: BackendConfig) -> int:
@@ -150,14 +150,14 @@ def look_ahead(slots: int) -> int:
     return slots * LOOK_AHEAD
 
 
-def plan(
+def choose(
     config: BatchingConfig,
     model: Footprint,
     waiting: Sequence[Sample],
     limit: int,
     held_tokens: int = 0,
     free_bytes: int | None = None,
-) -> Plan:
+) -> Sizes:
     """Choose the sizes for the samples that wait.
 
     Args:
@@ -201,7 +201,7 @@ def plan(
         prefixes = min(prefixes, 1) if room > 1 else 0
         slots = min(slots, room - prefixes)
         reasons.append(f"{slots} slots and {prefixes} for prefixes instead: {free / 1e6:,.0f} MB of memory are free")
-    return Plan(slots, prefixes, context, config.batch_tokens, tuple(reasons))
+    return Sizes(slots, prefixes, context, config.batch_tokens, tuple(reasons))
 
 
 def _round_up(tokens: int) -> int:

@@ -8,6 +8,7 @@ context.py     sequences, decode calls, logits
 sampler.py     `SamplingConfig` → a chain of llama.cpp samplers
 probe.py       a file that was never loaded → first into a process of its own
 devices.py     the memory of GPUs
+ggml.py        number formats
 log.py         llama.cpp's log → Python's logging
 """
 

@@ -13,13 +13,13 @@ import numpy.typing as npt
 
 from llmpipe.config import LlamaCppConfig, RopeScaling, Switch
 from llmpipe.exceptions import LLMInferenceError, LLMInitializationError
-from llmpipe.runners.batching import Batch, Plan
+from llmpipe.runners.batching import Batch, Sizes
 from llmpipe.runners.llama_cpp import log
 from llmpipe.runners.llama_cpp.abort import Abort
+from llmpipe.runners.llama_cpp.ggml import number_format
 from llmpipe.runners.llama_cpp.model import Model
 from llmpipe.runners.llama_cpp.sampler import Sampler
 
-CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
 FLASH_ATTENTION = {Switch.auto: -1, Switch.off: 0, Switch.on: 1}
 REASONS = {1: "no room in the KV cache", 2: "it was interrupted"}
 ROPE_SCALING = {RopeScaling.model: -1, RopeScaling.none: 0, RopeScaling.linear: 1, RopeScaling.yarn: 2}
@@ -51,7 +51,7 @@ class LlamaContext:
     Args:
         model: The loaded model.
         config: Arithmetic and batch sizes.
-        plan: How many sequences of which length.
+        sizes: How many sequences of which length.
         threads: CPU threads.
         on_gpu: Whether a GPU may take part.
         abort: Ends what it computes.
@@ -61,20 +61,21 @@ class LlamaContext:
     """
 
     def __init__(
-        self, model: Model, config: LlamaCppConfig, plan: Plan, threads: int, on_gpu: bool, abort: Abort
+        self, model: Model, config: LlamaCppConfig, sizes: Sizes, threads: int, on_gpu: bool, abort: Abort
     ) -> None:
-        self.plan = plan
+        self.sizes = sizes
         self._model = model
         # In reproducible mode a row is never decoded alone, see the engine.
-        sequences = max(plan.slots + plan.prefixes, 2 if config.reproducible else 1)
+        sequences = max(sizes.slots + sizes.prefixes, 2 if config.reproducible else 1)
         params = llama_cpp.llama_context_default_params()
         params.n_seq_max = sequences
-        params.n_ctx = sequences * plan.context
-        params.n_batch = max(min(plan.batch_tokens, params.n_ctx), sequences)
+        params.n_ctx = sequences * sizes.context
+        params.n_batch = max(min(sizes.batch_tokens, params.n_ctx), sequences)
         params.n_ubatch = max(min(config.micro_batch_tokens, params.n_batch), sequences)
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = FLASH_ATTENTION[Switch.off if config.reproducible else config.flash_attention]
-        params.type_k, params.type_v = CACHE_TYPES[config.cache_type_k], CACHE_TYPES[config.cache_type_v]
+        params.type_k = number_format(config.cache_type_k).type
+        params.type_v = number_format(config.cache_type_v).type
         params.rope_scaling_type = ROPE_SCALING[config.rope_scaling]
         params.rope_freq_base, params.rope_freq_scale = config.rope_freq_base, config.rope_freq_scale
         params.yarn_orig_ctx = config.yarn_original_context
@@ -87,7 +88,7 @@ class LlamaContext:
         self._handle: Any = llama_cpp.llama_init_from_model(model.handle, params)
         if not self._handle:
             raise LLMInitializationError(
-                f"llama.cpp cannot make {sequences} slots of {plan.context} tokens: "
+                f"llama.cpp cannot make {sequences} slots of {sizes.context} tokens: "
                 f"{log.last_errors() or 'no reason given'}; try a smaller backend.slots or backend.context"
             )
         self._memory = llama_cpp.llama_get_memory(self._handle)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from llmpipe.config import LlamaCppConfig
-from llmpipe.runners.batching import Footprint, Plan, Sample
+from llmpipe.runners.batching import Footprint, Sample, Sizes
 from llmpipe.runners.decoding import Utf8Stream
 from llmpipe.runners.llama_cpp import devices
 from llmpipe.runners.llama_cpp.abort import Abort
 from llmpipe.runners.llama_cpp.context import LlamaContext
+from llmpipe.runners.llama_cpp.ggml import number_format
 from llmpipe.runners.llama_cpp.model import Model
 from llmpipe.runners.llama_cpp.sampler import Sampler
 
 GPU_SLOTS = 32
-BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32}
-BYTES_PER_VALUE |= {"q4_1": 20 / 32, "q4_0": 18 / 32}
 
 
 class LlamaExecutor:
@@ -37,7 +36,8 @@ class LlamaExecutor:
         self._offload = offload
         self._abort = abort
         keys, values = model.cache_values_per_token
-        per_token = keys * BYTES_PER_VALUE[config.cache_type_k] + values * BYTES_PER_VALUE[config.cache_type_v]
+        of_key, of_value = number_format(config.cache_type_k), number_format(config.cache_type_v)
+        per_token = keys * of_key.bytes_per_value + values * of_value.bytes_per_value
         self.footprint = Footprint(
             parameters=model.parameters,
             cache_bytes_per_token=int(per_token),
@@ -46,9 +46,9 @@ class LlamaExecutor:
             state_bytes=model.state_bytes,
         )
 
-    def context(self, plan: Plan) -> LlamaContext:
+    def context(self, sizes: Sizes) -> LlamaContext:
         """Make a context; see `LlamaContext`."""
-        return LlamaContext(self._model, self._config, plan, self._threads, self._offload, self._abort)
+        return LlamaContext(self._model, self._config, sizes, self._threads, self._offload, self._abort)
 
     def free_bytes(self) -> int | None:
         """Return the GPUs' free memory where all of the cache goes there, else None."""
@@ -65,16 +65,16 @@ class LlamaExecutor:
         request = sample.request
         return Sampler(request.sampling, request.seed_of(sample.number), self._model, sample.prompt, sample.need)
 
-    def text(self, sample: Sample) -> PieceText:
+    def detokenizer(self, sample: Sample) -> Detokenizer:
         """Return what joins the bytes of tokens to text."""
-        return PieceText(self._model)
+        return Detokenizer(self._model)
 
     def is_end(self, token: int) -> bool:
         """Say whether `token` ends a generation."""
         return self._model.is_end(token)
 
 
-class PieceText:
+class Detokenizer:
     """Tokens → text: every token stands for some bytes, whatever is beside it."""
 
     def __init__(self, model: Model) -> None:

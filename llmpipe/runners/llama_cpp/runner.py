@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from llmpipe.config import LlamaCppConfig, RopeScaling
 from llmpipe.exceptions import LLMConfigError, LLMInitializationError, MissingDependencyError
 from llmpipe.records import Chunk, Request
+from llmpipe.runners import decoding
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
 from llmpipe.runners.encoding import tokens_of, with_stop_tokens
@@ -22,7 +23,7 @@ try:
     import llama_cpp
 
     from llmpipe.runners.batching import Engine, sizing
-    from llmpipe.runners.llama_cpp import devices
+    from llmpipe.runners.llama_cpp import devices, sampler
     from llmpipe.runners.llama_cpp import log as llama_log
     from llmpipe.runners.llama_cpp.abort import Abort
     from llmpipe.runners.llama_cpp.executor import LlamaExecutor
@@ -49,6 +50,7 @@ class LlamaCppRunner(BaseLLMRunner):
 
     config_type = LlamaCppConfig
     ticks = True
+    honours = decoding.OPTIONS | sampler.OPTIONS
     config: LlamaCppConfig
     _model: Model | None = None
     _engine: Engine | None = None
@@ -77,7 +79,7 @@ class LlamaCppRunner(BaseLLMRunner):
             device=self._where,
             context=self._limit,
             footprint=footprint,
-            sizes=lambda waiting: sizing.plan(self.config, footprint, waiting, self._limit, free_bytes=free_bytes),
+            sizes=lambda waiting: sizing.choose(self.config, footprint, waiting, self._limit, free_bytes=free_bytes),
         )
 
     def _find_model(self) -> Path:
@@ -144,6 +146,7 @@ class LlamaCppRunner(BaseLLMRunner):
             ValueError: the prompt is empty, exceeds the context, is no text, or the template refuses it.
         """
         assert self._model is not None
+        self.check_sampling(request.sampling)
         check_tokens(request.sampling, self._model.n_vocab)
         tokens = tokens_of(request, self.prompt_text, self._model)
         return fit_prompt(tokens, self._limit, request.truncate)
@@ -196,10 +199,11 @@ class LlamaCppRunner(BaseLLMRunner):
             "context": self._engine.limit,
             "threads": self._threads,
             "slots": self._engine.most_slots,
-            "slot_tokens": context.plan.context if context else None,
-            "prefix_slots": context.plan.prefixes if context else None,
+            "slot_tokens": context.sizes.context if context else None,
+            "prefix_slots": context.sizes.prefixes if context else None,
             "sizes": self._engine.reasons,
             "shrinks": self._engine.shrinks,
+            "engine": asdict(self._engine.throughput),
             "reproducible": self.config.reproducible and not self._caveat,
             "decode_s": self._engine.decode_s,
             "context_s": self._engine.context_s,

@@ -11,6 +11,9 @@ import numpy as np
 from llmpipe.config import SamplingConfig
 from llmpipe.runners.llama_cpp.model import Model
 
+OPTIONS = frozenset({"logit_bias", "repetition_penalty", "presence_penalty", "frequency_penalty", "temperature"})
+OPTIONS |= {"top_k", "top_p", "min_p", "typical_p"}
+"""Sampling options that a chain honours."""
 MIN_KEEP = 1
 
 

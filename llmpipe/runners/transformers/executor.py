@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-import time
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from llmpipe.runners.batching import Batch, Footprint, Plan, Sample
+from llmpipe.exceptions import one_line
+from llmpipe.runners.batching import Footprint, Sample, Sizes
 from llmpipe.runners.transformers import memory
-from llmpipe.runners.transformers.attention import NAME, KeyValueCache, Step, Style, running
-from llmpipe.runners.transformers.sampler import Sampler, choose
-from llmpipe.runners.transformers.text import TokenText
+from llmpipe.runners.transformers.attention import NAME, Style
+from llmpipe.runners.transformers.context import SlotContext
+from llmpipe.runners.transformers.detokenizer import Detokenizer
+from llmpipe.runners.transformers.sampler import Sampler
 
 GPU_SLOTS = 128
 PROBES = (7, 12)
@@ -26,79 +24,6 @@ HALF_TOLERANCE = 0.05
 
 class UnsuitableModelError(Exception):
     """The model cannot be computed in slots; says why."""
-
-
-class SlotContext:
-    """Slots with a key-value cache each; see `Context` in `batching.executor`."""
-
-    def __init__(self, model: Any, plan: Plan) -> None:
-        self.plan = plan
-        self.batch = Batch(max(plan.batch_tokens, plan.slots))
-        self.decode_s = 0.0
-        self.logits: torch.Tensor
-        """Of the last call's outputs: (outputs, vocabulary), float32."""
-        self.styles: dict[int, Style] = {}
-        """What each layer wanted of attention in the last call."""
-        self._model = model
-        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._cache = KeyValueCache(plan.slots + plan.prefixes, plan.context)
-        self._lengths = np.zeros(plan.slots + plan.prefixes, np.int64)
-
-    @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def decode(self) -> None:
-        """Compute the batch in one forward pass, its rows packed to one sequence.
-
-        Raises:
-            LLMOutOfMemoryError: there is too little memory.
-            LLMInferenceError: the model fails.
-        """
-        started = time.perf_counter()
-        batch, device = self.batch, memory.input_device(self._model)
-        step = Step(batch, self._cache)
-        outputs = torch.from_numpy(batch.output_indices).to(device)
-        inputs: dict[str, Any] = {
-            "input_ids": torch.from_numpy(batch.tokens[: batch.size].astype(np.int64))[None].to(device),
-            "position_ids": torch.from_numpy(batch.positions[: batch.size].astype(np.int64))[None].to(device),
-            "use_cache": False,
-        }
-        if self._takes_logits_to_keep:
-            inputs["logits_to_keep"] = outputs
-        with memory.failures_of(self._model), running(step):
-            logits = self._model(**inputs).logits[0]
-            self.logits = (logits if self._takes_logits_to_keep else logits[outputs.to(logits.device)]).float()
-        # Of a slot's tokens the last one counts: numpy assigns in order.
-        self._lengths[batch.slots[: batch.size]] = batch.positions[: batch.size] + 1
-        self.styles = step.styles
-        self.decode_s += time.perf_counter() - started
-
-    def choose(self, samplers: Sequence[Sampler]) -> list[int]:
-        """Choose a token for each of the batch's outputs, in order; see `sampler.choose`."""
-        with memory.failures_of(self._model):
-            tokens: list[int] = choose(self.logits, samplers)
-        return tokens
-
-    @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def copy(self, source: int, target: int) -> None:
-        """Make `target` what `source` is."""
-        self._cache.copy(source, target, self._lengths[source])
-        self._lengths[target] = self._lengths[source]
-
-    @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def forget(self, slot: int) -> None:
-        """Empty a slot."""
-        self._cache.clear(slot, self._lengths[slot])
-        self._lengths[slot] = 0
-
-    def close(self) -> None:
-        """Free the memory."""
-        del self._cache
-        self.logits = torch.empty(0)
-        memory.empty_caches()
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of cache that a token takes."""
-        return self._cache.bytes_per_token
 
 
 class SlotExecutor:
@@ -128,9 +53,9 @@ class SlotExecutor:
             gpu_slots=GPU_SLOTS if on_gpu else None,
         )
 
-    def context(self, plan: Plan) -> SlotContext:
+    def context(self, sizes: Sizes) -> SlotContext:
         """Make a context; its memory is taken when it is first used."""
-        return SlotContext(self._model, plan)
+        return SlotContext(self._model, sizes)
 
     def free_bytes(self) -> int:
         """Return the memory that is free where the model is."""
@@ -144,9 +69,9 @@ class SlotExecutor:
         """Return the options and the random stream of the sample."""
         return Sampler(sample.request.sampling, sample.request.seed_of(sample.number), sample.prompt)
 
-    def text(self, sample: Sample) -> TokenText:
+    def detokenizer(self, sample: Sample) -> Detokenizer:
         """Return what turns the sample's tokens into text."""
-        return TokenText(self._tokenizer, sample.prompt)
+        return Detokenizer(self._tokenizer, sample.prompt)
 
     def is_end(self, token: int) -> bool:
         """Say whether `token` ends a generation."""
@@ -167,7 +92,7 @@ def adopt(model: Any) -> int:
     try:
         expected = [_alone(model, _probe(model, length)) for length in PROBES]
         model.set_attn_implementation(NAME)
-        context = SlotContext(model, Plan(slots=2, prefixes=0, context=32, batch_tokens=64))
+        context = SlotContext(model, Sizes(slots=2, prefixes=0, context=32, batch_tokens=64))
         found = _in_pieces(context, *(_probe(model, length) for length in PROBES))
         _check_windows(model, context.styles)
         limit = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
@@ -181,7 +106,7 @@ def adopt(model: Any) -> int:
         raise
     except Exception as error:  # a model is a program of someone else's: it may fail in any way
         model.set_attn_implementation(before)
-        raise UnsuitableModelError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise UnsuitableModelError(one_line(error)) from error
 
 
 def refuse_unsuitable(model: Any) -> None:

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from llmpipe.config import DeviceConfig, Dtype, TransformersConfig, split_adapter
-from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
+from llmpipe.exceptions import LLMInitializationError, MissingDependencyError, one_line
 from llmpipe.runners.batching import Footprint
 from llmpipe.runners.chat import read_template
 from llmpipe.runners.transformers.executor import GPU_SLOTS
@@ -177,7 +177,7 @@ def _packages_named(model: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         raise LLMInitializationError(f"{model} needs a package that is not installed: {text}") from error
 
 

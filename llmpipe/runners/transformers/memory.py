@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llmpipe import machine
-from llmpipe.exceptions import LLMInferenceError, LLMOutOfMemoryError
+from llmpipe.exceptions import LLMInferenceError, LLMOutOfMemoryError, one_line
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 """What PyTorch's allocators say, each in its own words; only CUDA's has a type of its own."""
@@ -26,7 +26,7 @@ def failures_of(model: Any) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in SIGNS):
             raise LLMOutOfMemoryError(f"out of memory on {input_device(model)}") from error
         raise LLMInferenceError(f"the model fails: {text}") from error

@@ -17,13 +17,15 @@ import torch
 from transformers import DynamicCache
 
 from llmpipe.exceptions import LLMOutOfMemoryError
-from llmpipe.records import Chunk, Request, Tick, no_tick
+from llmpipe.records import Chunk, Request
 from llmpipe.runners.batching import NO_NUMBERS
 from llmpipe.runners.batching.lookahead import Encode, LookAhead, Sample
+from llmpipe.runners.batching.throughput import Throughput
 from llmpipe.runners.decoding import Answer
 from llmpipe.runners.transformers import memory
+from llmpipe.runners.transformers.detokenizer import Detokenizer
 from llmpipe.runners.transformers.sampler import Sampler, choose
-from llmpipe.runners.transformers.text import TokenText
+from llmpipe.stopwatch import Tick, no_tick
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class Row:
     tokens: list[int]
     """The prompt's, and all that were generated."""
     sampler: Sampler
-    text: TokenText
+    text: Detokenizer
 
 
 class PaddedEngine:
@@ -63,6 +65,7 @@ class PaddedEngine:
         self.limit = context
         self.cancelled: set[int] = set()
         """Ids of requests to give up; their rows leave before the next forward pass."""
+        self.throughput = Throughput()
         self.shrinks = 0
         """How often memory ran out and batches were made smaller."""
         self._most = slots
@@ -80,6 +83,7 @@ class PaddedEngine:
         self._tick = tick
         ahead = LookAhead(requests, encode, self.limit, share=False)
         self.cancelled.clear()
+        self.throughput = Throughput()
         while True:
             if len(ahead.waiting) < self._most:
                 yield from ahead.fill(self._most * LOOK_AHEAD)
@@ -93,7 +97,7 @@ class PaddedEngine:
         request = sample.request
         answer = Answer(request, sample.number, len(sample.prompt), sample.truncated, self.limit)
         sampler = Sampler(request.sampling, request.seed_of(sample.number), sample.prompt)
-        return Row(answer, list(sample.prompt), sampler, TokenText(self._tokenizer, sample.prompt))
+        return Row(answer, list(sample.prompt), sampler, Detokenizer(self._tokenizer, sample.prompt))
 
     def _run(self, rows: list[Row]) -> Iterator[Chunk]:
         """Generate until every row has finished; where memory runs out, half of them first."""
@@ -129,8 +133,13 @@ class PaddedEngine:
         cache = DynamicCache(config=self._model.config)
         while True:
             self._tick()
-            logits = self._forward(ids, mask, cache)
-            yield from self._take(rows, logits)
+            is_prefill = ids.shape[1] > 1
+            tokens = sum(len(row.tokens) for row in rows) if is_prefill else len(rows)
+            with self.throughput.step(tokens, is_prefill):
+                logits = self._forward(ids, mask, cache)
+                chosen = self._choose(rows, logits)
+            chunks = [self._add(row, token) for row, token in chosen]
+            yield from (chunk for chunk in chunks if chunk is not None)
             keep = [i for i, row in enumerate(rows) if not row.answer.finished]
             if not keep:
                 return
@@ -173,15 +182,13 @@ class PaddedEngine:
             logits: torch.Tensor = self._model(**inputs).logits
         return logits[:, -1].float()
 
-    def _take(self, rows: list[Row], logits: torch.Tensor) -> Iterator[Chunk]:
-        """Choose a token for every unfinished row and yield the chunks they complete."""
+    def _choose(self, rows: list[Row], logits: torch.Tensor) -> list[tuple[Row, int]]:
+        """Choose a token for every unfinished row."""
         going_on = [i for i, row in enumerate(rows) if not row.answer.finished]
         with memory.failures_of(self._model):
             some = logits if len(going_on) == len(rows) else logits[torch.tensor(going_on, device=logits.device)]
             tokens = choose(some, [rows[i].sampler for i in going_on])
-        # All tokens are taken before the first chunk is given out: whoever gets it may do as he likes meanwhile.
-        chunks = [self._add(rows[i], token) for i, token in zip(going_on, tokens, strict=True)]
-        yield from (chunk for chunk in chunks if chunk is not None)
+        return [(rows[i], token) for i, token in zip(going_on, tokens, strict=True)]
 
     def _add(self, row: Row, token: int) -> Chunk | None:
         """Add a token to its row; return the chunk it completes, if any."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 from llmpipe.config import Batching, TransformersConfig
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
 from llmpipe.records import Chunk, Request
+from llmpipe.runners import decoding
 from llmpipe.runners.base import BaseLLMRunner
-from llmpipe.runners.batching import Engine, Plan, Sample, sizing
+from llmpipe.runners.batching import Engine, Sample, Sizes, sizing
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
 from llmpipe.runners.encoding import tokens_of, with_stop_tokens
 from llmpipe.runners.facts import Facts
@@ -25,7 +26,7 @@ try:
     import torch
     import transformers
 
-    from llmpipe.runners.transformers import loading, memory
+    from llmpipe.runners.transformers import loading, memory, sampler
     from llmpipe.runners.transformers.executor import SlotExecutor, UnsuitableModelError, refuse_unsuitable
     from llmpipe.runners.transformers.padded import PaddedEngine
     from llmpipe.runners.transformers.tokens import Tokens
@@ -42,10 +43,10 @@ def _padded_slots(config: TransformersConfig) -> int:
     return PADDED_SLOTS if config.slots == "auto" else int(config.slots)
 
 
-def _padded_plan(config: TransformersConfig, waiting: Sequence[Sample]) -> Plan:
+def _padded_plan(config: TransformersConfig, waiting: Sequence[Sample]) -> Sizes:
     """Return the sizes of a batch whose rows are as long as the longest."""
     longest = max(sample.need for sample in waiting)
-    return Plan(min(_padded_slots(config), len(waiting)), 0, longest, config.batch_tokens)
+    return Sizes(min(_padded_slots(config), len(waiting)), 0, longest, config.batch_tokens)
 
 
 def _chats_of(tokenizer: Any) -> dict[str, ChatTemplate]:
@@ -69,6 +70,7 @@ class TransformersRunner(BaseLLMRunner):
 
     config_type = TransformersConfig
     ticks = True
+    honours = decoding.OPTIONS | sampler.OPTIONS
     config: TransformersConfig
     _model: Any = None
     _tokenizer: Any = None
@@ -113,7 +115,7 @@ class TransformersRunner(BaseLLMRunner):
         try:
             self._refuse_slots()
             refuse_unsuitable(model)
-            plan = partial(sizing.plan, config, footprint, limit=self._limit, free_bytes=memory.free_bytes([device]))
+            plan = partial(sizing.choose, config, footprint, limit=self._limit, free_bytes=memory.free_bytes([device]))
         except UnsuitableModelError as error:
             self._choose_padded(error)
             plan = partial(_padded_plan, config)
@@ -180,6 +182,7 @@ class TransformersRunner(BaseLLMRunner):
         Raises:
             ValueError: the prompt is empty, exceeds the context, is no text, or the template refuses it.
         """
+        self.check_sampling(request.sampling)
         check_tokens(request.sampling, self._vocabulary)
         return fit_prompt(tokens_of(request, self.prompt_text, self._tokens), self._limit, request.truncate)
 
@@ -228,6 +231,7 @@ class TransformersRunner(BaseLLMRunner):
             "context": engine.limit,
             "sizes": [*self._choices, *(engine.reasons if isinstance(engine, Engine) else [])],
             "shrinks": engine.shrinks,
+            "engine": asdict(engine.throughput),
             "decode_s": engine.decode_s if isinstance(engine, Engine) else None,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

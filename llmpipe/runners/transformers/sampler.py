@@ -14,6 +14,9 @@ import torch
 
 from llmpipe.config import SamplingConfig
 
+OPTIONS = frozenset({"logit_bias", "repetition_penalty", "presence_penalty", "frequency_penalty", "temperature"})
+OPTIONS |= {"top_k", "top_p", "min_p", "typical_p"}
+"""Sampling options that the choice of a token honours."""
 FEW = 256
 """Tokens that are ranked first: seldom are more likely enough to count, and to rank a vocabulary takes its time."""
 

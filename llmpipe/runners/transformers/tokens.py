@@ -9,6 +9,7 @@ from typing import Any
 
 import tokenizers
 
+from llmpipe.exceptions import one_line
 from llmpipe.runners.control_tokens import ControlTexts
 from llmpipe.runners.encoding import Around
 
@@ -42,7 +43,7 @@ class Tokens:
             # What native code raises is no more than an Exception, or, from a panic, even less.
             if type(error) is not Exception and type(error).__name__ != "PanicException":
                 raise
-            raise ValueError(f"the tokenizer fails on this text: {' '.join(str(error).split())}") from error
+            raise ValueError(f"the tokenizer fails on this text: {one_line(error)}") from error
 
     @cached_property
     def control(self) -> ControlTexts:

@@ -13,7 +13,7 @@ MOST_GARBAGE = 16
 """Tokens of no character that are kept."""
 
 
-class TokenText:
+class Detokenizer:
     """Decodes one token at a time; gives out only what later tokens can no longer change.
 
     A tokenizer's `decode` may look at neighbouring tokens (spaces, multi-byte characters), so each new token is decoded

@@ -1,0 +1,67 @@
+"""What a run directory knows of the run that began there, and what it notes of one that goes on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llmpipe.config import DatasetConfig
+from llmpipe.datasets import Scan, first_change
+from llmpipe.ledger import Ledger, begun, saved
+
+log = logging.getLogger(__name__)
+
+
+class Before(NamedTuple):
+    """What is noted in a directory of the run that began there, if one did."""
+
+    begun: bool = False
+    fingerprint: dict[str, Any] | None = None
+    files: list[list[Any]] | None = None
+    """What the rows of its dataset held, file by file."""
+
+    @classmethod
+    def of(cls, directory: Path) -> Before:
+        """Read it; the ledger is left as it is.
+
+        Raises:
+            LedgerError: it is damaged.
+        """
+        return cls(True, *saved(directory, "fingerprint", "dataset_files")) if begun(directory) else cls()
+
+    @property
+    def rows(self) -> int | None:
+        """How many there were."""
+        rows: int | None = (self.fingerprint or {}).get("dataset", {}).get("rows")
+        return rows
+
+    def change(self, scan: Scan, config: DatasetConfig) -> str | None:
+        """Say which file of the dataset has changed in the rows that it had, if one has; not of other rows of it."""
+        known = (self.fingerprint or {}).get("dataset", {})
+        others = (config.shuffle, config.offset) != (known.get("shuffle"), known.get("offset"))
+        if others or (config.limit is not None and config.limit < (self.rows or 0)):
+            return None
+        return first_change(self.files or [], scan.contents if scan.earlier is None else scan.earlier)
+
+
+def begun_with(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the command line of a run as it is noted, with the directory from which it names its files."""
+    try:
+        place = os.getcwd()
+    except OSError:  # it is gone, and so nothing was named from there
+        place = None
+    return {"arguments": list(arguments), "working_directory": place}
+
+
+def note_asked(ledger: Ledger, asked: dict[str, Any], scan: Scan, arguments: Sequence[str]) -> None:
+    """Note what is asked of the run where that is new: at its beginning, and when its dataset has grown."""
+    known = ledger.get("fingerprint")["dataset"]
+    facts = {**(begun_with(arguments) if arguments else {}), "dataset_files": scan.contents}
+    if asked["dataset"]["rows"] != known["rows"]:
+        log.info("the dataset has grown from %d to %d rows: the new ones are run", known["rows"], scan.rows)
+        ledger.grow(asked, **facts)
+    elif asked["dataset"] != known or ledger.get("arguments") is None:
+        ledger.set(fingerprint=asked, **facts)
