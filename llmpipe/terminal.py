@@ -6,6 +6,7 @@ No generated text reaches the terminal from here; of a plan's prompts, what a te
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ class ProgressBar:
         )
         self._id = self._bar.add_task("loading", total=None, figures="")
         self._done = -1
-        self._shown_at, self._logged_at = 0.0, time.monotonic()
+        self._shown_at, self._logged_at = 0.0, math.inf
 
     def update(self, progress: Progress) -> None:
         """Show how far the run is, where that is due."""
@@ -58,6 +59,7 @@ class ProgressBar:
         if now - self._shown_at < SHOWN_EVERY_S and (self._done == progress.done or progress.done < progress.expected):
             return
         self._shown_at, self._done = now, progress.done
+        self._logged_at = min(self._logged_at, now)
         outlook = progress.outlook()
         figures = [f"{progress.done:,}/{progress.expected:,}", f"{outlook.tokens_per_s:,.0f} tokens/s"]
         if outlook.left_s is not None and progress.done < progress.expected:

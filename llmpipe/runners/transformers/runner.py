@@ -34,7 +34,6 @@ except ImportError as error:
     raise MissingDependencyError("transformers and torch", "transformers", "backend=transformers") from error
 
 log = logging.getLogger(__name__)
-transformers.utils.logging.disable_progress_bar()  # llmpipe shows its own
 
 PADDED_SLOTS = 16
 
