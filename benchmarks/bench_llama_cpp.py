@@ -11,6 +11,7 @@ within a round. `llama-server` and `llama-batched-bench` are used where they are
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import os
@@ -22,7 +23,9 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -80,15 +83,36 @@ def ours(setting: Setting) -> Figures:
 def ours_on(setting: Setting, jobs: list[Job], n: int = 1, temperature: float = 0.0, **options: Any) -> Figures:
     """Run jobs through llmpipe's runner."""
     from llmpipe import LlamaCppRunner
+    from llmpipe.runners.llama_cpp.context import LlamaContext
 
-    with LlamaCppRunner({"model": path_of(setting), "threads": THREADS, **options}, "cpu") as runner:
+    config = {"model": path_of(setting), "threads": THREADS, **options}
+    with LlamaCppRunner(config, "cpu") as runner, timed(LlamaContext, "compute") as inside:
         figures = run_llmpipe(runner, jobs, n, temperature)
-        info = runner.info()
-    inside, contexts = info["decode_s"], info.get("context_s", 0)
+        contexts = runner.info()["context_s"]
     return figures | {
-        "outside_decode": 1 - inside / figures["wall_s"],
-        "outside_decode_and_contexts": 1 - (inside + contexts) / figures["wall_s"],
+        "outside_decode": 1 - sum(inside) / figures["wall_s"],
+        "outside_decode_and_contexts": 1 - (sum(inside) + contexts) / figures["wall_s"],
     }
+
+
+@contextmanager
+def timed(owner: type, method: str) -> Iterator[list[float]]:
+    """Yield the seconds that each call of a method takes, as they come."""
+    function, seconds = getattr(owner, method), []
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return function(*args)
+        finally:
+            seconds.append(time.perf_counter() - started)
+
+    setattr(owner, method, call)
+    try:
+        yield seconds
+    finally:
+        setattr(owner, method, function)
 
 
 def loop(setting: Setting, **options: Any) -> Figures:

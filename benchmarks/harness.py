@@ -207,7 +207,7 @@ def run_llmpipe(runner: Any, jobs: Sequence[Job], n: int = 1, temperature: float
         raise RuntimeError(f"{len(errors)} of {len(done)} rows failed, one with: {errors[0]}")
     figures = speed(wall, sum(completion.completion_tokens or 0 for completion in done))
     return figures | {
-        "slots": runner.info().get("slots"),
+        "most_rows_in_flight": runner.info()["most_rows_in_flight"],
         "cached": sum(completion.cached_prompt_tokens or 0 for completion in done),
     }
 

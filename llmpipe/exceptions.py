@@ -30,7 +30,8 @@ MOST_CHARACTERS = 4000
 
 def one_line(error: BaseException) -> str:
     """Return what an error says, as one line; the name of its class where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    lines = (line.strip() for line in str(error).splitlines())  # within one, a path may have blanks in a row
+    return " ".join(filter(None, lines)) or type(error).__name__
 
 
 def presentable(text: object) -> str:

@@ -1,4 +1,4 @@
-"""`export=RUN_DIR`: the answers that a run has so far, also while it goes on or after it was killed.
+"""The answers that a run has so far, also while it goes on or after it was killed.
 
 Reads the ledger as it is at one moment, without its lock, and writes the rows that are finished, in input order and
 with the columns of the final output. The run, if there is one, does not notice.
@@ -42,13 +42,14 @@ class Exported(NamedTuple):
     """Rows of the dataset."""
 
 
-def export(config: RunConfig, directory: str | Path, file: str | Path | None = None) -> Exported:
+def export(config: RunConfig, directory: str | Path, file: str | Path | None = None, force: bool = False) -> Exported:
     """Write the answers that a run has so far.
 
     Args:
         config: The run's configuration; its output options may differ from the run's.
         directory: The run directory.
         file: Where to, .jsonl or .parquet; by default `partial.jsonl` or `partial.parquet` in the directory.
+        force: Replace an export of another run, too; what llmpipe did not write, or was changed since, never is.
 
     Raises:
         LLMConfigError: the file is of no known type, one of a run's own, or one that the run reads.
@@ -62,7 +63,7 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
     config = config.replace({"output": replace(config.output, format=_format_of(path, directory))})
     with LedgerSnapshot(directory) as ledger, Inputs(directory, begun=True, resumed=True) as inputs:
         run = _named(directory, ledger, path)
-        refuse_foreign(path, run, config.export_force)  # before all is read
+        refuse_foreign(path, run, force)  # before all is read
         _refuse_inputs(path, config)
         before = Before.of(directory)
         dataset, scan, types = look_through(config, inputs, before)
@@ -78,7 +79,7 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         counter = _Counter()
         answered = counter.finished(dataset.rows(), ledger.completions(), prompts)
-        with own_file(path, run, config.export_force) as opened:
+        with own_file(path, run, force) as opened:
             writer = WRITERS[config.output.format](opened, layout, types)
             try:
                 for one in scored(answered, config.metrics.scorers, config.dataset.columns.reference):
@@ -126,11 +127,11 @@ def _format_of(path: Path, directory: Path) -> OutputFormat:
     """
     formats = [format.value for format in OutputFormat]
     if path.suffix.removeprefix(".") not in formats:
-        raise LLMConfigError(f"export_to={str(path)!r} is not allowed; it must end in .{' or .'.join(formats)}")
+        raise LLMConfigError(f"cannot export to {str(path)!r}: it must end in .{' or .'.join(formats)}")
     own = [ERRORS_FILE, *(f"outputs.{format}" for format in formats)]
     of_a_run = path.parent.resolve() == directory.resolve() or (path.parent / FILE).exists()
     if path.name.casefold() in own and of_a_run:  # for there are file systems that know no capitals
-        raise LLMConfigError(f"export_to={str(path)!r} is not allowed: that file is the run's own; choose another name")
+        raise LLMConfigError(f"cannot export to {str(path)!r}: that file is the run's own; choose another name")
     if not path.parent.is_dir():
         raise LLMError(f"cannot write {path}: there is no directory {path.parent}")
     return OutputFormat(path.suffix.removeprefix("."))
@@ -164,7 +165,7 @@ def _refuse_inputs(path: Path, config: RunConfig) -> None:
             pattern = name if has_magic(str(name)) else name / "**" / "*"
             if is_same(path, name) or (option == "dataset.path" and _is_found(_parts(path), _parts(pattern))):
                 raise LLMConfigError(
-                    f"export_to={str(path)!r} is not allowed: {option}={str(name)!r} reads it; choose another name"
+                    f"cannot export to {str(path)!r}: {option}={str(name)!r} reads it; choose another name"
                 )
 
 

@@ -14,30 +14,8 @@ from llmpipe import machine
 from llmpipe.records import Completion
 from llmpipe.version import __version__
 
-Numbers = np.ndarray[Any, np.dtype[np.float64]]
 TIMES = ("queue_s", "first_token_s", "latency_s")
 _times_of = attrgetter(*TIMES)
-
-
-class Values:
-    """Millions of numbers, in blocks: one array that grows would be moved again and again, and leave holes behind."""
-
-    BLOCK = 8192
-
-    def __init__(self) -> None:
-        self._last = array("d")
-        self._blocks = [self._last]
-
-    def append(self, value: float) -> None:
-        """Add a number."""
-        if len(self._last) == self.BLOCK:
-            self._last = array("d")
-            self._blocks.append(self._last)
-        self._last.append(value)
-
-    def joined(self) -> Numbers:
-        """Return all numbers, in the order in which they came."""
-        return np.concatenate([np.asarray(block) for block in self._blocks])
 
 
 class Totals:
@@ -49,9 +27,11 @@ class Totals:
         self._completions = 0
         self._prompt_tokens = 0
         self._cached_prompt_tokens = 0
-        self._completion_tokens = 0
         self._truncated = 0
-        self._times = {name: Values() for name in TIMES}
+        self.times = {name: array("d") for name in TIMES}
+        """Seconds, of each answer."""
+        self.answer_tokens = array("I")
+        """Completion tokens of each answer whose runner counts them."""
         self._scores: dict[str, list[float]] = {}
         self._finish_reasons: dict[str, int] = {}
 
@@ -74,9 +54,10 @@ class Totals:
         self._completions += 1
         self._prompt_tokens += completion.prompt_tokens or 0
         self._cached_prompt_tokens += completion.cached_prompt_tokens or 0
-        self._completion_tokens += completion.completion_tokens or 0
         self._truncated += bool(completion.truncated_prompt_tokens)
-        for times, value in zip(self._times.values(), _times_of(completion), strict=True):
+        if completion.completion_tokens is not None:
+            self.answer_tokens.append(completion.completion_tokens)
+        for times, value in zip(self.times.values(), _times_of(completion), strict=True):
             if value is not None:
                 times.append(value)
 
@@ -92,6 +73,7 @@ class Totals:
             wall_s: Seconds spent generating, loading not counted; rates are per second of it.
         """
         self._end_row()
+        completion_tokens = sum(self.answer_tokens)
 
         def per_s(count: int) -> float | None:
             return count / wall_s if wall_s > 0 else None
@@ -104,19 +86,19 @@ class Totals:
             "finish_reasons": self._finish_reasons,
             "prompt_tokens": self._prompt_tokens,
             "cached_prompt_tokens": self._cached_prompt_tokens,
-            "completion_tokens": self._completion_tokens,
+            "completion_tokens": completion_tokens,
             "truncated_prompts": self._truncated,
             "wall_s": wall_s,
             "prompt_tokens_per_s": per_s(self._prompt_tokens),
-            "completion_tokens_per_s": per_s(self._completion_tokens),
+            "completion_tokens_per_s": per_s(completion_tokens),
             "rows_per_s": per_s(sum(self._rows.values())),
-            **{name: percentiles(times.joined()) for name, times in self._times.items()},
+            **{name: percentiles(times) for name, times in self.times.items()},
             "scores": {name: total / count for name, (total, count) in self._scores.items()},
             "scored_samples": {name: int(count) for name, (_, count) in self._scores.items()},
         }
 
 
-def percentiles(values: Sequence[float] | Numbers) -> dict[str, float | None]:
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
     """Return p50, p90, p99 (linear interpolation), mean and max; nulls where there are no values."""
     names = ("p50", "p90", "p99", "mean", "max")
     if not len(values):

@@ -14,7 +14,6 @@ from llmpipe.config import RunConfig, describe, is_own
 from llmpipe.datasets import Dataset, Inputs, Scan
 from llmpipe.exceptions import (
     LedgerError,
-    LLMConfigError,
     LLMError,
     LLMInferenceError,
     LLMInitializationError,
@@ -59,7 +58,11 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    config: RunConfig, directory: str | Path, progress: Watch | None = None, arguments: Sequence[str] = ()
+    config: RunConfig,
+    directory: str | Path,
+    progress: Watch | None = None,
+    arguments: Sequence[str] = (),
+    resumed: bool = False,
 ) -> dict[str, Any]:
     """Run a dataset through a model, or continue where an earlier run in `directory` ended.
 
@@ -67,7 +70,8 @@ def run(
         config: The run; see `llmpipe.compose`.
         directory: Where outputs, metrics and ledger go.
         progress: Told how far the run is, at each step and of each answer.
-        arguments: The command line `config` was composed from; kept in the directory for `llmpipe resume=`.
+        arguments: The command line `config` was composed from; kept in the directory for `llmpipe resume`.
+        resumed: Of standard input and pipes, take the copies that the directory has, without a look at the streams.
 
     Returns:
         The content of `metrics.json`.
@@ -80,13 +84,9 @@ def run(
     """
     directory = Path(directory)
     config = config.replace({"prompt": settle_prompt(config.prompt)})
-    if config.plan or config.export is not None:
-        raise LLMConfigError("plan=true and export= generate nothing: call llmpipe.plan.plan or llmpipe.export.export")
-    if config.resume is not None and Path(config.resume).resolve() != directory.resolve():
-        raise LLMConfigError(f"resume={config.resume!r} is not allowed here: give that directory to run() itself")
     check_place(directory)
     with held(directory) as lock:
-        return begin_or_continue(config, directory, lock, progress, arguments)
+        return begin_or_continue(config, directory, lock, progress, arguments, resumed)
 
 
 def begin_or_continue(
@@ -95,10 +95,11 @@ def begin_or_continue(
     lock: BaseFileLock,
     progress: Watch | None,
     arguments: Sequence[str],
+    resumed: bool,
 ) -> dict[str, Any]:
     """Run, as `run`, in a directory that no other process works in."""
     before = Before.of(directory)
-    with Inputs(directory, before.begun, resumed=config.resume is not None) as inputs:
+    with Inputs(directory, before.begun, resumed) as inputs:
         dataset, scan, types = look_through(config, inputs, before)
         if not before.begun:  # a fresh run: it leaves nothing where it may not write at its end
             found_files(directory, output_files(config.output), {})
@@ -264,7 +265,7 @@ def conclude(
             "output": output_file(config.output),
         }
         write_metrics(files, metrics)
-        files[REPORT_FILE].write(report.page(metrics, written))
+        files[REPORT_FILE].write(report.page(metrics, written, totals.times["latency_s"], totals.answer_tokens))
         # Known before they have their names, so that a run that is killed here knows them; until all have theirs,
         # those of before may stand there.
         new = {name: list(dict.fromkeys([digest, there.get(name, digest)])) for name, digest in seal(files).items()}

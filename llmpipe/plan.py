@@ -1,4 +1,4 @@
-"""`plan=true`: what a run would do and take, before any weights are loaded.
+"""What a run would do and take, before any weights are loaded.
 
 Every check of a real run is made, in its order and with its words; every row is read and becomes a request. Memory does
 not grow with the dataset: of a long one, tokens are counted in every k-th row only, and the plan says so. A directory
@@ -14,13 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llmpipe.config import RunConfig, is_own
 from llmpipe.datasets import Inputs, Scan
 from llmpipe.exceptions import LLMError, LLMInitializationError, one_line
 from llmpipe.fingerprint import compare_facts, continued, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
+from llmpipe.histogram import bars
 from llmpipe.ledger import LedgerSnapshot
 from llmpipe.metrics import percentiles
 from llmpipe.outputs import found_files, json_text, output_files, own_file, refuse_foreign
@@ -67,7 +66,7 @@ def plan(config: RunConfig, directory: str | Path) -> dict[str, Any]:
     before = Before.of(directory)
     if not before.begun:
         refuse_foreign(directory / PLAN_FILE, {})
-    with Inputs(directory if before.begun else None, before.begun, resumed=config.resume is not None) as inputs:
+    with Inputs(directory if before.begun else None, before.begun) as inputs:
         found: dict[str, Any] = redacted(_planned(config, directory, inputs, before))
     if not before.begun:
         write_plan(directory, found)
@@ -220,9 +219,10 @@ def histogram(counts: Sequence[int]) -> list[dict[str, int]]:
     """Return how many of the counts are `from` so many `to` so many, both included, in bins of equal width."""
     if not counts:
         return []
-    low, width = min(counts), (max(counts) - min(counts)) // BINS + 1
-    rows = np.bincount((np.asarray(counts) - low) // width).tolist()
-    return [{"from": low + i * width, "to": low + (i + 1) * width - 1, "rows": n} for i, n in enumerate(rows)]
+    low, high = min(counts), max(counts)
+    width = (high - low) // BINS + 1
+    edges = range(low, high + width + 1, width)
+    return [{"from": int(bar.start), "to": int(bar.end) - 1, "rows": bar.size} for bar in bars(counts, edges)]
 
 
 def what_it_takes(runner: BaseLLMRunner, survey: Survey) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections import Counter
 from collections.abc import Iterable
@@ -35,14 +36,28 @@ def listed(names: Iterable[object]) -> str:
     return str(Names(names))
 
 
-def how_to_resume(directory: object, *overrides: str) -> str:
+def how_to_resume(directory: object, *settings: str) -> str:
     """Return the command that goes on with the run in a directory, so that it can be pasted into a shell.
 
     Args:
         directory: The run directory, whatever it is called.
-        overrides: What is to be given besides.
+        settings: What is to be given besides.
     """
-    return shlex.join(["llmpipe", f"resume={directory}", *overrides])
+    name = str(directory)
+    return shell_command("resume", f"./{name}" if name.startswith("-") else name, *settings)
+
+
+def shell_command(*words: str) -> str:
+    """Return an llmpipe command in one line, as a shell reads it."""
+    return " ".join(["llmpipe", *map(_for_shell, words)])
+
+
+def _for_shell(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    # Line breaks, and bytes that are no UTF-8; bash, zsh and POSIX of 2024 know this kind of quotes.
+    spelt_out = (chr(b) if 32 <= b < 127 and b not in b"\\'" else f"\\{b:03o}" for b in os.fsencode(word))
+    return f"$'{''.join(spelt_out)}'"
 
 
 def repeated(names: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The arguments that a run is composed from, as its directory keeps them for `resume=` and `export=`.
+"""The arguments that a run is composed from, as its directory keeps them.
 
 A directory may be from somebody else, whose ledger says anything. So what is replayed is a list of what describes a
 run. Everything else has to be given again: Hydra's own configuration, where config files are, what is trusted, and what
@@ -15,6 +15,7 @@ import re
 import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from llmpipe.config import BACKENDS, BUNDLED, conf_dir
 from llmpipe.config.escapes import as_override, unescaped
-from llmpipe.config.trust import DESCRIPTIVE, TAKES_TRUST, VERBS, brings_code, key_of, leaves
+from llmpipe.config.trust import DESCRIPTIVE, TAKES_TRUST, brings_code, key_of, leaves
 from llmpipe.exceptions import LedgerError
 from llmpipe.ledger import saved, saved_arguments
 from llmpipe.text import harmless
@@ -47,7 +48,7 @@ def composed_from(composed: DictConfig, job: Any) -> list[str]:
         composed: The job's configuration, without Hydra's node.
         job: That node.
     """
-    overrides = [text for text in typed(job) if key_of(text) not in VERBS]
+    overrides = typed(job)
     files = {source.path for source in job.runtime.config_sources if source.schema != "structured"}
     own = files <= {"hydra.conf", str(conf_dir())} and job.job.config_name == "config"
     if own and GROUP not in map(key_of, overrides):
@@ -70,7 +71,7 @@ def typed(job: Any) -> list[str]:
 def replayed(directory: Path, given: Sequence[str]) -> list[str]:
     """Return the arguments of the run in a directory that the given ones do not replace.
 
-    Files that are not to be found from here are named as they were found from where the run was begun.
+    Files are named as they are found from where the run was begun; those that are not there, as they were.
 
     Raises:
         LedgerError: the directory holds no run, or one with arguments that a directory cannot give.
@@ -79,20 +80,20 @@ def replayed(directory: Path, given: Sequence[str]) -> list[str]:
     before: list[str] = []
     refused: list[str] = []
     (there,) = saved(directory, "working_directory")
-    there = there if isinstance(there, str) and os.path.isabs(there) else os.curdir
+    there = there if isinstance(there, str) and os.path.isabs(there) else os.getcwd()
     for text in saved_arguments(directory):
         if text.startswith("{"):
             values = _without(_read(text), names)
             wrong = [f"{'.'.join(path)}={value}" for path, value in leaves(values) if not _may_be(path, value)]
             if not wrong:
-                _find_files(values, there)
+                find_files(values, there)
                 ConfigStore.instance().store(OPTION, values, group=GROUP, package="_global_")
             refused += wrong
             before += [] if "backend" in {*names, *map(key_of, before)} else ["~backend"]
             before.append(f"+{GROUP}={OPTION}")
         elif key_of(text) not in names:
             describes = _describes_a_run(text)
-            before.append(_with_files(text, there) if describes else text)
+            before.append(with_files(text, there) if describes else text)
             refused += [] if describes else [text]
     if refused:
         shown = textwrap.shorten(harmless(shlex.join(refused)), 2000)
@@ -119,8 +120,26 @@ def _without(values: dict[str, Any], names: Iterable[str], path: str = "") -> di
     return {n: _without(v, names, f"{path}{n}.") if isinstance(v, dict) else v for n, v in kept.items()}
 
 
-def _with_files(argument: str, there: str) -> str:
-    """Return an argument that names files as they can be found from here."""
+def find_files(values: dict[str, Any], there: str) -> None:
+    """Name, in the values of a configuration, files as they can be found from here.
+
+    Args:
+        values: By group; those of a group are a map or a dataclass, and are changed.
+        there: The directory from which they were named.
+    """
+    for key in _FILES:
+        group, _, name = key.partition(".")
+        options: Any = values.get(group)
+        options = vars(options) if is_dataclass(options) else options
+        if isinstance(options, dict) and name in options:
+            options[name] = _found(options[name], there)
+
+
+def with_files(argument: str, there: str) -> str:
+    """Return an argument, or values, of a run, that name files as they can be found from here."""
+    if argument.startswith("{"):
+        find_files(values := json.loads(argument), there)
+        return json.dumps(values)
     if key_of(argument) not in _FILES:
         return argument
     value = OverridesParser.create().parse_override(argument).value()
@@ -128,21 +147,13 @@ def _with_files(argument: str, there: str) -> str:
     return argument if found == value else as_override(argument.partition("=")[0], cast(Any, found))
 
 
-def _find_files(values: dict[str, Any], there: str) -> None:
-    """Name, in the values of a configuration, files as they can be found from here."""
-    for key in _FILES:
-        group, _, name = key.partition(".")
-        if isinstance(options := values.get(group), dict) and name in options:
-            options[name] = _found(options[name], there)
-
-
 def _found(value: Any, there: str) -> Any:
-    """Return what names a file, or files, with the way to them where they are not here, but there."""
+    """Return what names a file, or files, with the way to them where they are there."""
     if isinstance(value, list):
         return [_found(one, there) for one in value]
-    path = os.path.join(there, value) if isinstance(value, str) else ""
-    if not path or "\0" in path or value == BUNDLED or _is_file(value):
+    if not isinstance(value, str) or "\0" in value or value == BUNDLED or there == os.getcwd():
         return value
+    path = os.path.join(there, value)
     return path if _is_file(path) else value
 
 

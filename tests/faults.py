@@ -141,6 +141,7 @@ def serve() -> None:
     import llmpipe.cli
     import llmpipe.pipeline
     import llmpipe.runners  # noqa: F401
+    import llmpipe.verbs.resume
 
     compose = functools.cache(lambda *overrides: llmpipe.compose(list(overrides)))
     for line in sys.stdin:
@@ -183,7 +184,7 @@ def run_child(job: dict[str, Any], taken: int, config: Any) -> int:
             raise fault(job["fault"][1], kind)
 
     directory = Path(job["directory"])
-    asked = [f"resume={directory}"] if job.get("resume") else [*job["overrides"], f"hydra.run.dir={directory}"]
+    asked = ["resume", str(directory)] if job.get("resume") else [*job["overrides"], f"hydra.run.dir={directory}"]
 
     def run() -> int:
         if config is None:

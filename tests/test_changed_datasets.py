@@ -345,7 +345,7 @@ def test_the_copy_of_a_stream_is_compared_as_files_are(
         with pytest.raises(DatasetError, match=r"\.input-0 was changed while it was read"):
             llmpipe.run(config, run, progress=when(1, lambda: (run / ".input-0").write_bytes(text_of(OTHER))))
     (run / ".input-0").write_bytes(text_of(PROMPTS))
-    llmpipe.run(replace(config, resume=str(run)), run)
+    llmpipe.run(config, run, resumed=True)
     assert answers(run) == PROMPTS
 
 

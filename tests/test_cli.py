@@ -21,10 +21,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from traps import Said
 
 import llmpipe
-from llmpipe.cli import Interrupted
 from llmpipe.config import BACKENDS, ColumnsConfig, RunConfig, SamplingConfig, conf_dir, field_docs
 from llmpipe.config.escapes import as_override, text_of
 from llmpipe.exceptions import RunInterrupted
+from llmpipe.verbs.jobs import Interrupted
 
 
 @pytest.fixture
@@ -80,7 +80,6 @@ def test_rows_that_fail_make_the_exit_code_3(tmp_path: Path, three_rows: Path) -
         ("dataset.path=nowhere.jsonl", "does not exist"),
         ("dataset.path=conf", "conf"),
         ("metrics.scorers=[exact]", "exact_match"),
-        ("resume=nowhere", "no run directory"),
         ("prompt.template='{question'", "brace"),
         ("output.format=xml", "parquet"),
         ("dataset.columns.prompt=question", "prompt"),
@@ -98,7 +97,7 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_the_remedy(
 def test_a_finished_run_is_not_run_again(tmp_path: Path, three_rows: Path) -> None:
     first = run_llmpipe("backend=echo", f"dataset.path={three_rows}", "hydra.run.dir=out", cwd=tmp_path)
     before = {f: (tmp_path / "out" / f).read_bytes() for f in ("outputs.jsonl", "metrics.json")}
-    again = run_llmpipe("resume=out", cwd=tmp_path)
+    again = run_llmpipe("resume", "out", cwd=tmp_path)
     assert (first.returncode, again.returncode) == (0, 0), again.stderr
     assert {f: (tmp_path / "out" / f).read_bytes() for f in before} == before
 
@@ -106,16 +105,16 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, three_rows: Path) -> No
 def test_resuming_with_other_options_is_refused_and_names_the_difference(tmp_path: Path, three_rows: Path) -> None:
     run_llmpipe("backend=echo", f"dataset.path={three_rows}", "hydra.run.dir=out", cwd=tmp_path)
     composed = (tmp_path / "out" / ".hydra" / "config.yaml").read_bytes()
-    other = run_llmpipe("resume=out", "sampling.temperature=0.5", cwd=tmp_path)
+    other = run_llmpipe("resume", "out", "sampling.temperature=0.5", cwd=tmp_path)
     assert other.returncode == 1
     assert "sampling.temperature was 0.0, is 0.5" in other.stderr
     assert (tmp_path / "out" / ".hydra" / "config.yaml").read_bytes() == composed
-    assert run_llmpipe("resume=out", cwd=tmp_path).returncode == 0
+    assert run_llmpipe("resume", "out", cwd=tmp_path).returncode == 0
 
 
 def test_a_finished_run_can_be_written_again_in_another_format(tmp_path: Path, three_rows: Path) -> None:
     run_llmpipe("backend=echo", f"dataset.path={three_rows}", "hydra.run.dir=out", cwd=tmp_path)
-    again = run_llmpipe("resume=out", "output=parquet", cwd=tmp_path)
+    again = run_llmpipe("resume", "out", "output=parquet", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "out" / "outputs.parquet").is_file()
 
@@ -163,7 +162,7 @@ def test_an_interrupted_sweep_begins_no_further_job(tmp_path: Path, write_jsonl:
     sweep.send_signal(signal.SIGINT)
     said = sweep.communicate(timeout=60)[1]
     assert sweep.returncode == 130
-    assert "interrupted by SIGINT; continue with: llmpipe resume=" in said.splitlines()[-1]
+    assert "interrupted by SIGINT; continue with: llmpipe resume " in said.splitlines()[-1]
     assert "Error executing job" not in said
     assert not (tmp_path / "sweep" / "1").exists()
 
@@ -204,7 +203,7 @@ def test_a_backend_beside_the_data_is_found_and_its_faults_end_the_run_in_a_line
         return
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    hint = f"what was finished is safe: llmpipe resume={tmp_path / 'out'}"
+    hint = f"what was finished is safe: llmpipe resume {tmp_path / 'out'}"
     assert last == f"llmpipe: Shout failed: division by zero; {hint}"
     assert "division by zero" in (tmp_path / "out" / "run.log").read_text()
 
@@ -235,8 +234,10 @@ def test_a_log_that_cannot_be_opened_is_said_in_a_line(tmp_path: Path, three_row
 
 
 def test_resume_without_a_directory_is_refused(tmp_path: Path) -> None:
-    done = run_llmpipe("resume=", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (1, "llmpipe: resume= names no run directory\n")
+    for given in ([], [""]):
+        done = run_llmpipe("resume", *given, cwd=tmp_path)
+        said = "llmpipe: no run directory is named; see llmpipe resume --help\n"
+        assert (done.returncode, done.stderr) == (1, said)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -322,21 +323,27 @@ def test_a_run_with_files_of_ones_own_can_be_resumed_without_naming_them_again(
     first = run_llmpipe("--config-dir", "my", *asked, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     (tmp_path / "out" / "outputs.jsonl").unlink()
-    again = run_llmpipe("resume=out", cwd=tmp_path)
+    again = run_llmpipe("resume", "out", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert [row["completion"] for row in outputs(tmp_path / "out")] == ["say"] * 3
 
 
-@pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir", "resume", "export"])
-def test_a_directory_on_another_machine_is_refused_and_no_folder_of_its_name_is_made(key: str, tmp_path: Path) -> None:
-    for value in ("s3://bucket/run", '"gs://bucket/run"'):
-        done = run_llmpipe("backend=echo", f"{key}={value}", cwd=tmp_path)
-        assert done.returncode == 1
-        assert (
-            done.stderr
-            == f"llmpipe: {key}={value} is not supported yet: it must be on this machine; copy it from there\n"
-        )
-        assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["hydra.run.dir=s3://bucket/run"], "hydra.run.dir=s3://bucket/run"),
+        (['hydra.sweep.dir="gs://bucket/run"'], 'hydra.sweep.dir="gs://bucket/run"'),
+        (["resume", "s3://bucket/run"], "'s3://bucket/run'"),
+        (["export", "out", "--to", "s3://bucket/file.jsonl"], "--to 's3://bucket/file.jsonl'"),
+    ],
+)
+def test_a_place_on_another_machine_is_refused_and_no_folder_of_its_name_is_made(
+    given: list[str], named: str, tmp_path: Path
+) -> None:
+    done = run_llmpipe(*given, "backend=echo", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == f"llmpipe: {named} is not supported yet: it must be on this machine; copy it from there\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def unreadable(tmp_path: Path) -> Path:
@@ -389,8 +396,8 @@ LONG_NAME = "x" * 300
         (["backend.lora=['locked=0.5']"], "backend.lora=['locked=0.5'] cannot be read: Permission denied"),
         (["backend.lora=[closed/x]"], "cannot be read"),
         (["--config-dir=yaml", "+experiment=locked"], "cannot read a configuration: "),
-        ([f"resume={LONG_NAME}"], "cannot be read: File name too long"),
-        (["export=closed/x"], "cannot be read: "),
+        (["resume", LONG_NAME], "cannot be read: File name too long"),
+        (["export", "closed/x"], "cannot be read: "),
         ([f"hydra.run.dir={LONG_NAME}"], "cannot write to the run directory: "),
         (["hydra.run.dir=closed/x"], "cannot write to the run directory: "),
     ],
@@ -436,8 +443,8 @@ NAMES = ["a=b", "a,b", "{x}", "it's", 'a"b', "é", "end\\", "b\\'c", "#", "[x](y
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_text_can_be_handed_on_to_hydra(name: str) -> None:
-    (parsed,) = OverridesParser.create().parse_overrides([as_override("resume", name)])
-    assert parsed.value() == text_of(as_override("resume", name)) == name
+    (parsed,) = OverridesParser.create().parse_overrides([as_override("hydra.run.dir", name)])
+    assert parsed.value() == text_of(as_override("hydra.run.dir", name)) == name
     (parsed,) = OverridesParser.create().parse_overrides([as_override("dataset.path", [name, "b"])])
     assert parsed.value() == [name, "b"]
 
@@ -446,8 +453,8 @@ def test_a_directory_of_any_name_can_be_resumed_and_exported(place: Path, three_
     directory = place / '"it\'s", {a=[b]} #é\\ '
     assert said("backend=echo", f"dataset.path={three_rows}", as_override("hydra.run.dir", str(directory)))[0] == 0
     (directory / "outputs.jsonl").unlink()
-    assert said(f"resume={directory.name}") == (0, "")
-    assert said(as_override("export", directory.name)) == (0, "")
+    assert said("resume", directory.name) == (0, "")
+    assert said("export", directory.name) == (0, "")
     assert len(outputs(directory)) == 3 and (directory / "partial.jsonl").is_file()
     assert [path for path in place.iterdir() if path.is_dir()] == [directory]
 
@@ -469,7 +476,7 @@ def test_the_command_that_goes_on_can_be_pasted_into_a_shell(place: Path, write_
     code, error = said(*asked, "max_error_rate=0.5")
     assert code == 1
     pasted = shlex.split(error.partition("to go on with the rows after them: ")[2])
-    assert pasted == ["llmpipe", f"resume={directory}", "max_error_rate=null"]
+    assert pasted == ["llmpipe", "resume", str(directory), "max_error_rate=null"]
     assert said(*pasted[1:])[0] == 3
 
 

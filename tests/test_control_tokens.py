@@ -157,7 +157,7 @@ def test_a_run_and_its_plan_read_control_tokens_as_they_are_told(
     for how, isolation in (("literal", "true"), ("parse", "false")):
         chosen = f"prompt.control_tokens={how}"
         totals[how] = run(config(chosen, f"backend.isolation={isolation}"), tmp_path / how)["prompt_tokens"]
-        found = plan(config(chosen, "plan=true"), tmp_path / f"{how}-plan")
+        found = plan(config(chosen), tmp_path / f"{how}-plan")
         assert found["prompt_tokens"]["total"] == totals[how]
         assert FORGED in found["prompts"][0]["text"]
     assert totals["literal"] > totals["parse"]

@@ -56,7 +56,7 @@ def test_a_run_answers_the_rows_beside_one_that_overflowed_the_stack(
 def test_a_plan_counts_the_tokens_of_a_row_that_overflowed_the_stack(
     recursing: Path, write_jsonl: Write, tmp_path: Path
 ) -> None:
-    run = [f"backend.model={recursing}", f"dataset.path={write_jsonl(*ROWS)}", "prompt=raw", "plan=true"]
+    run = ["plan", f"backend.model={recursing}", f"dataset.path={write_jsonl(*ROWS)}", "prompt=raw"]
     done = llmpipe(*run, f"hydra.run.dir={tmp_path / 'out'}")
     assert done.returncode == 3, done.stderr  # it is longer than the context
     assert orjson.loads((tmp_path / "out" / "plan.json").read_bytes())["longest"][0]["prompt_tokens"] > RUN

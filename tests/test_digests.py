@@ -245,7 +245,7 @@ def test_answers_of_a_model_that_is_changed_meanwhile_do_not_count(
             change() if done == 8 else undo()
 
     with pytest.raises(
-        LLMInferenceError, match=rf"{file.name} was changed .*continue with: llmpipe resume={directory}"
+        LLMInferenceError, match=rf"{file.name} was changed .*continue with: llmpipe resume {directory}"
     ):
         llmpipe.run(config, directory, act)
     assert not (directory / "outputs.jsonl").exists()
@@ -264,7 +264,7 @@ def test_a_model_that_was_replaced_is_not_answered_from_when_the_backend_is_star
             if "llmpipe.runners.child" in " ".join(child.cmdline()):
                 os.kill(child.pid, signal.SIGKILL)
 
-    with pytest.raises(LLMInferenceError, match="tiny-chat.gguf was changed .*resume="):
+    with pytest.raises(LLMInferenceError, match="tiny-chat.gguf was changed .*resume "):
         llmpipe.run(config, tmp_path / "run", at(8, replace_and_kill))
     shutil.copy2(BUNDLED_DIR / "tiny-chat.gguf", model)
     assert llmpipe.run(config, tmp_path / "run")["rows_ok"] == 24

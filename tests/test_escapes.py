@@ -90,7 +90,7 @@ def test_a_run_stops_at_a_line_break_and_so_does_its_resumption_and_a_sweep(
     assert main([*fixed, *typed, f"hydra.run.dir={tmp_path / 'one'}"]) == 0
     assert completion(tmp_path / "one") == "line one"
     before = (tmp_path / "one" / "outputs.jsonl").read_bytes()
-    assert main([f"resume={tmp_path / 'one'}"]) == 0  # refused if the same text had become another
+    assert main(["resume", str(tmp_path / "one")]) == 0  # refused if the same text had become another
     assert (tmp_path / "one" / "outputs.jsonl").read_bytes() == before
     sweep = [f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=job-${hydra.job.num}"]
     assert main(["-m", *fixed, r'sampling.stop=["\n"],["\x","\ntwo"]', *sweep]) == 0

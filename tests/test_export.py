@@ -1,4 +1,4 @@
-"""`export=` gives what a run has so far: while it goes on, after it was killed, and when it is done."""
+"""`llmpipe export` gives what a run has so far: while it goes on, after it was killed, and when it is done."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def test_answers_of_a_running_and_of_a_killed_run_are_there_and_the_run_goes_on_
     assert 0 < while_running.rows == len(seen) < while_running.of == 300
 
     before = {file.name: file.read_bytes() for file in out.rglob("*") if file.is_file() and "-shm" not in file.name}
-    killed = run_llmpipe("export=out", "export_to=killed.parquet", cwd=tmp_path)
+    killed = run_llmpipe("export", "out", "--to", "killed.parquet", cwd=tmp_path)
     assert killed.returncode == 0, killed.stderr
     table = pq.read_table(tmp_path / "killed.parquet")
     assert f"{table.num_rows} of 300 rows\nkilled.parquet" in killed.stdout
     assert {file.name: file.read_bytes() for file in out.rglob("*") if file.name in before} == before
     assert {file.name for file in out.rglob("*") if file.is_file()} == {*before, "ledger.sqlite-shm"}
 
-    assert run_llmpipe("resume=out", cwd=tmp_path).returncode == 0
+    assert run_llmpipe("resume", "out", cwd=tmp_path).returncode == 0
     final = lines(out / "outputs.jsonl")
     assert len(final) == 300
     whole = set(final)
@@ -177,12 +177,10 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(
         export(config, tmp_path / "out", tmp_path / "nowhere" / "answers.jsonl")
     with pytest.raises(LedgerError, match="no run directory"):
         export(config, tmp_path)
-    with pytest.raises(LLMConfigError, match="given with export="):
-        echo_config(path, "export_to=x.jsonl")
     path.write_text('{"prompt": "y"}\n')
     with pytest.raises(DatasetError, match="dataset.digest was"):
         export(config, tmp_path / "out")
-    assert run_llmpipe("export=nowhere", cwd=tmp_path).stderr == (
+    assert run_llmpipe("export", "nowhere", cwd=tmp_path).stderr == (
         "llmpipe: nowhere is no run directory: no run has begun in it; give the run's own command\n"
     )
 
@@ -207,10 +205,10 @@ def test_an_export_is_written_again_and_another_runs_is_replaced_only_when_asked
     first = file.read_bytes()
     export(two_runs[0], tmp_path / "0", file)
     assert file.read_bytes() == first
-    with pytest.raises(LLMError, match=r"exported from another run \(in 0\); .*export_force=true"):
+    with pytest.raises(LLMError, match=r"exported from another run \(in 0\); .*replace it with --force"):
         export(two_runs[1], tmp_path / "1", file)
     assert file.read_bytes() == first
-    export(replace(two_runs[1], export="1", export_force=True), tmp_path / "1", file)
+    export(two_runs[1], tmp_path / "1", file, force=True)
     assert file.read_bytes() != first
 
 
@@ -238,7 +236,6 @@ def test_an_export_that_was_killed_between_its_two_names_can_be_written_again(
 def test_an_export_replaces_nothing_that_llmpipe_did_not_write(
     force: bool, two_runs: list[RunConfig], tmp_path: Path
 ) -> None:
-    config = replace(two_runs[0], export="0", export_force=force)
     answers = export(two_runs[1], tmp_path / "1", tmp_path / "earlier.jsonl").path
     edited = export(two_runs[0], tmp_path / "0", tmp_path / "edited.jsonl").path
     edited.write_bytes(edited.read_bytes() + b"{}\n")
@@ -257,7 +254,7 @@ def test_an_export_replaces_nothing_that_llmpipe_did_not_write(
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     for file in files:
         with pytest.raises(LLMError):
-            export(config, tmp_path / "0", file)
+            export(two_runs[0], tmp_path / "0", file, force)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
     assert not [file for file in tmp_path.rglob("*.tmp")]
 
@@ -293,7 +290,7 @@ def test_an_earlier_export_that_the_run_reads_is_not_replaced_and_no_file_is_add
         for file in (earlier, tmp_path / "other" / "earlier.jsonl", tmp_path / "other" / "new.jsonl"):
             if file.exists() or path != earlier:
                 with pytest.raises(LLMConfigError, match="dataset.path=.* reads it"):
-                    export(replace(config, export="again", export_force=True), out, file)
+                    export(config, out, file, force=True)
     assert sorted(file.name for file in (tmp_path / "rows").iterdir()) == [".earlier.jsonl.llmpipe", "earlier.jsonl"]
 
 

@@ -122,8 +122,8 @@ RUN_OPTIONS: dict[str, Kind] = {
     "run_timeout_s": (NEVER, 60),
     "trusted_modules": (NEVER, ["a"]),
 }
-NOT_OF_A_RUN = {"resume", "plan", "export", "export_to", "export_force", "dataset.path", "backend"}
-"""Where the dataset is does not count, nor what is done with the run."""
+NOT_OF_A_RUN = {"dataset.path", "backend"}
+"""Where the dataset is does not count."""
 
 
 def options_of(config: Any, path: str = "") -> Iterator[str]:

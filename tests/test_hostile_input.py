@@ -192,7 +192,7 @@ def test_on_error_stop_ends_the_run_at_an_error_and_each_resumption_goes_on_afte
     path = write_jsonl({"prompt": "a"}, b"{bad", {"prompt": "b"}, {"prompt": ""}, {"prompt": "c"})
     config = echo_config(path, "on_error=stop")
     for line, reason in ((2, "not valid JSON"), (4, "the prompt is empty")):
-        with pytest.raises(RunStopped, match=rf"rows\.jsonl line {line}: {reason}.* llmpipe resume=") as stopped:
+        with pytest.raises(RunStopped, match=rf"rows\.jsonl line {line}: {reason}.* llmpipe resume ") as stopped:
             llmpipe.run(config, tmp_path / "run")
         assert "\n" not in str(stopped.value)
         assert not (tmp_path / "run" / "outputs.jsonl").exists()
@@ -210,12 +210,12 @@ def test_a_stopped_run_says_so_in_a_line_and_resumes_with_another_mind(
     said = []
     for arguments in (
         ["backend=echo", f"dataset.path={path}", "on_error=stop", "hydra.run.dir=out"],
-        ["resume=out", "on_error=quarantine"],
+        ["resume", "out", "on_error=quarantine"],
     ):
         command = [sys.executable, "-m", "llmpipe", *arguments]
         said.append(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60))
     assert [one.returncode for one in said] == [1, 3], said
-    assert re.fullmatch(r"llmpipe: on_error=stop, .*rows\.jsonl line 2: .*resume=\S*out\n", said[0].stderr)
+    assert re.fullmatch(r"llmpipe: on_error=stop, .*rows\.jsonl line 2: .*resume \S*out\n", said[0].stderr)
 
 
 @pytest.mark.parametrize(("rate", "bad", "ends"), [(0.1, 10, False), (0.1, 11, True), (1.0, 100, False)])
@@ -228,7 +228,7 @@ def test_a_run_ends_where_more_than_max_error_rate_of_its_rows_are_errors_until_
         with pytest.raises(
             RunStopped,
             match=rf"{bad} of 100 rows are errors, over max_error_rate=0.1; the last: .*line {bad}: not.*"
-            r"llmpipe resume=\S+ max_error_rate=null",
+            r"llmpipe resume \S+ max_error_rate=null",
         ):
             llmpipe.run(config, tmp_path / "run")
         assert not (tmp_path / "run" / "outputs.jsonl").exists()

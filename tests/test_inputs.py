@@ -40,7 +40,7 @@ def test_standard_input_is_run_resumed_without_it_and_never_taken_for_another(tm
     assert first.returncode == 0, first.stderr
     assert completions(tmp_path / "out") == ["a b", "c"]
     (tmp_path / "out" / "outputs.jsonl").unlink()
-    again = run_llmpipe("resume=out", cwd=tmp_path)
+    again = run_llmpipe("resume", "out", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert completions(tmp_path / "out") == ["a b", "c"]
     same = run_llmpipe(*ECHO, cwd=tmp_path, given=gzip.compress(TEXT, 9))
@@ -50,8 +50,8 @@ def test_standard_input_is_run_resumed_without_it_and_never_taken_for_another(tm
 
 
 def test_a_refused_or_planned_run_leaves_no_copy(tmp_path: Path) -> None:
-    for given, *options in ((b"{bad\n{bad\n",), (TEXT, "plan=true")):
-        run_llmpipe(*ECHO, *options, cwd=tmp_path, given=given)
+    for given, *verb in ((b"{bad\n{bad\n",), (TEXT, "plan")):
+        run_llmpipe(*verb, *ECHO, cwd=tmp_path, given=given)
         assert not [file.name for file in (tmp_path / "out").iterdir() if "input" in file.name]
 
 
@@ -84,13 +84,12 @@ def test_a_pipe_with_a_name_is_read_once_however_often_the_run_is_taken_up(tmp_p
     planned = plan(config, tmp_path / "run")
     feed(tmp_path / "pipe", b"prompt;note\na b;1\n")
     assert llmpipe.run(config, tmp_path / "run")["rows"] == planned["rows"] == 1
-    config.resume = str(tmp_path / "run")
     (tmp_path / "run" / "outputs.jsonl").unlink()
-    llmpipe.run(config, tmp_path / "run")
+    llmpipe.run(config, tmp_path / "run", resumed=True)
     assert completions(tmp_path / "run") == ["a b"]
     (tmp_path / "run" / ".input-0").unlink()
     with pytest.raises(DatasetError, match=r"\.input-0 is gone, the copy of what was read"):
-        llmpipe.run(config, tmp_path / "run")
+        llmpipe.run(config, tmp_path / "run", resumed=True)
 
 
 def test_a_copy_that_a_killed_beginning_left_is_never_taken_for_what_another_run_reads(tmp_path: Path) -> None:
@@ -101,9 +100,8 @@ def test_a_copy_that_a_killed_beginning_left_is_never_taken_for_what_another_run
     config = llmpipe.compose(["backend=echo", f"dataset.path={tmp_path / 'rows.jsonl'}"])
     llmpipe.run(config, tmp_path / "run")
     assert not list((tmp_path / "run").glob(".input-*"))
-    config.resume = str(tmp_path / "run")
     (tmp_path / "run" / "outputs.jsonl").unlink()
-    llmpipe.run(config, tmp_path / "run")
+    llmpipe.run(config, tmp_path / "run", resumed=True)
     assert completions(tmp_path / "run") == ["a b", "c"]
 
 

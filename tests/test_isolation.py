@@ -258,7 +258,7 @@ def test_a_run_that_is_over_time_ends_though_its_backend_hangs_and_can_be_resume
     write_jsonl: Callable[..., Path], tmp_path: Path
 ) -> None:
     rows = write_jsonl(*({"prompt": prompt} for prompt in ["fine", "hang", "good"]))
-    with pytest.raises(LLMInferenceError, match=r"run_timeout_s=1.0 is over; continue with: llmpipe resume="):
+    with pytest.raises(LLMInferenceError, match=r"run_timeout_s=1.0 is over; continue with: llmpipe resume "):
         llmpipe.run(config_of(rows, "run_timeout_s=1", held=1), tmp_path / "run")
     assert llmpipe.run(config_of(rows, held=1, row_timeout_s=1), tmp_path / "run")["rows_ok"] == 2
 

@@ -116,7 +116,7 @@ def test_a_run_whose_backend_is_killed_again_and_again_ends_and_can_be_resumed(
 ) -> None:
     rows = write_jsonl({"prompt": "first"}, {"prompt": LONG})
     config = config_of(rows, held=1, load="slow", pids=str(tmp_path / "pids"))
-    says = rf"{FROM_OUTSIDE}, and the backend was lost {LOSSES} times in a row; .* is safe: llmpipe resume="
+    says = rf"{FROM_OUTSIDE}, and the backend was lost {LOSSES} times in a row; .* is safe: llmpipe resume "
     with killer(tmp_path / "pids", [0.2, *[0.05] * 10]), pytest.raises(LLMInferenceError, match=says):
         llmpipe.run(config, tmp_path / "run")
     assert len((tmp_path / "pids").read_text().splitlines()) <= LOSSES + 2

@@ -234,14 +234,14 @@ def test_nothing_is_printed_by_default() -> None:
 
 def test_slots_are_free_again_after_every_kind_of_end() -> None:
     with load(slots=2) as runner:
-        engine = runner._engine  # type: ignore[attr-defined]
+        scheduler = runner._engine.scheduler  # type: ignore[attr-defined]
         for max_tokens in (1, 30):
             stream = runner.stream([runner.request(STORY, i, max_tokens=max_tokens, n=2) for i in range(3)])
             next(stream)
             stream.close()  # type: ignore[attr-defined]
-            assert sorted(engine._free) == [0, 1]
+            assert sorted(scheduler._free) == [0, 1]
         runner.run([STORY, "", STORY], max_tokens=2)
-        assert sorted(engine._free) == [0, 1]
+        assert sorted(scheduler._free) == [0, 1]
 
 
 def test_a_failing_decode_call_is_one_readable_error_and_leaves_the_slots_free(monkeypatch: pytest.MonkeyPatch) -> None:

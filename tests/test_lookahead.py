@@ -21,7 +21,7 @@ def ahead_of(
     sampling = SamplingConfig(max_tokens=max_tokens, n=n)
     requests = (Request(i, sampling, samples=tuple(range(n))) for i in range(len(prompts)))
     ahead = LookAhead(requests, lambda request: (prompts[request.id], 0), limit, share)
-    assert not list(ahead.fill(10**6))
+    assert not ahead.fill(10**6)
     return ahead
 
 
@@ -126,10 +126,10 @@ def test_only_a_bounded_number_of_requests_is_pulled_ahead() -> None:
             yield Request(i, SamplingConfig(max_tokens=1))
 
     ahead = LookAhead(requests(), lambda request: ([1, 2], 0), 100, share=True)
-    list(ahead.fill(10))
+    ahead.fill(10)
     assert len(pulled) == 10
     ahead.next(100)
-    list(ahead.fill(10))
+    ahead.fill(10)
     assert len(pulled) == 11
 
 
@@ -141,6 +141,6 @@ def test_a_request_that_cannot_be_encoded_ends_with_an_error_for_every_sample() 
 
     requests = [Request(i, SamplingConfig(n=2), samples=(0, 1)) for i in range(3)]
     ahead = LookAhead(requests, encode, 100, share=True)
-    chunks = list(ahead.fill(100))
+    chunks = ahead.fill(100)
     assert [(chunk.request_id, chunk.sample, chunk.error) for chunk in chunks] == [(1, 0, "no"), (1, 1, "no")]
     assert sorted(sample.request.id for sample in ahead.waiting) == [0, 0, 2, 2]

@@ -1,4 +1,4 @@
-"""`plan=true` tells beforehand what a run then does, and leaves nothing behind but its report."""
+"""`llmpipe plan` tells beforehand what a run then does, and leaves nothing behind but its report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import llmpipe
 import llmpipe.plan
-from llmpipe import BaseLLMRunner, LLMConfigError, LLMInitializationError, RunConfig, compose
+from llmpipe import BaseLLMRunner, LLMInitializationError, RunConfig, compose
 from llmpipe.config import LlamaCppConfig, TransformersConfig
 from llmpipe.plan import BINS, harmless, histogram, plan
 from llmpipe.runners import LlamaCppRunner, TransformersRunner
@@ -113,7 +113,7 @@ def test_the_size_of_a_gguf_model_is_that_of_the_loaded_one(options: dict[str, A
     config = LlamaCppConfig(threads=1, **options)
     with LlamaCppRunner(config, "cpu") as loaded, LlamaCppRunner(config, "cpu", weights=False) as preview:
         assert preview.preview is not None
-        assert preview.preview.footprint == engine_of(loaded)._executor.footprint
+        assert preview.preview.footprint == engine_of(loaded).executor.footprint
         assert preview.preview.context == engine_of(loaded).limit
 
 
@@ -126,7 +126,7 @@ def test_the_cache_per_token_of_other_kinds_of_gguf_models_is_told_or_bounded(
     config = LlamaCppConfig(model=str(path), threads=1)
     with LlamaCppRunner(config, "cpu") as loaded, LlamaCppRunner(config, "cpu", weights=False) as preview:
         assert preview.preview is not None
-        real = engine_of(loaded)._executor.footprint
+        real = engine_of(loaded).executor.footprint
         told = preview.preview.footprint.cache_bytes_per_token
         assert real.cache_bytes_per_token <= told <= most * real.cache_bytes_per_token
         assert preview.preview.context == engine_of(loaded).limit
@@ -137,7 +137,7 @@ def test_the_size_of_a_checkpoint_is_that_of_the_loaded_one(dtype: str) -> None:
     config = TransformersConfig(dtype=llmpipe.config.Dtype(dtype), threads=1)
     with TransformersRunner(config, "cpu") as loaded, TransformersRunner(config, "cpu", weights=False) as preview:
         assert preview.preview is not None
-        real, told = engine_of(loaded)._executor.footprint, preview.preview.footprint
+        real, told = engine_of(loaded).executor.footprint, preview.preview.footprint
         assert (told.parameters, told.cache_bytes_per_token) == (real.parameters, real.cache_bytes_per_token)
         assert told.mapped_bytes == sum(p.numel() * p.element_size() for p in loaded._model.parameters())
 
@@ -253,7 +253,7 @@ def test_the_command_shows_rows_and_prompts_and_tells_by_its_exit_code_whether_a
     write_jsonl: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = write_jsonl({"id": "\x1b[31mred", "prompt": "Say \x1b]0;owned\x07 [bold]\u202eit"})
-    good = run_llmpipe("plan=true", f"dataset.path={path}", "hydra.run.dir=out", cwd=tmp_path)
+    good = run_llmpipe("plan", f"dataset.path={path}", "hydra.run.dir=out", cwd=tmp_path)
     assert good.returncode == 0, good.stderr
     assert r"Say \x1b]0;owned\x07 [bold]\u202eit" in good.stdout
     assert not {"\x1b", "\x07", "\u202e"} & set(good.stdout)
@@ -262,7 +262,7 @@ def test_the_command_shows_rows_and_prompts_and_tells_by_its_exit_code_whether_a
 
     with path.open("a") as file:
         file.write('{"prompt": 5}\n')
-    bad = run_llmpipe("plan=true", "backend=echo", f"dataset.path={path}", cwd=tmp_path)
+    bad = run_llmpipe("plan", "backend=echo", f"dataset.path={path}", cwd=tmp_path)
     assert bad.returncode == 3
     assert f"{path} line 2: the prompt is a number, not text" in bad.stdout
 
@@ -273,7 +273,7 @@ def test_a_plan_of_no_row_that_can_be_run_is_shown(
     backend: str, rows: list[Any], code: int, tmp_path: Path, write_jsonl: Callable[..., Path]
 ) -> None:
     path = write_jsonl(*rows)
-    done = run_llmpipe("plan=true", f"backend={backend}", f"dataset.path={path}", cwd=tmp_path)
+    done = run_llmpipe("plan", f"backend={backend}", f"dataset.path={path}", cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert "there is no row that can be run" in done.stdout
 
@@ -281,7 +281,7 @@ def test_a_plan_of_no_row_that_can_be_run_is_shown(
 def test_what_a_run_refuses_a_plan_refuses_in_the_same_words(write_jsonl: Callable[..., Path], tmp_path: Path) -> None:
     path = write_jsonl({"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"})
     asked = ["backend=echo", f"dataset.path={path}", "hydra.run.dir=out"]
-    planned, run = run_llmpipe("plan=true", *asked, cwd=tmp_path), run_llmpipe(*asked, cwd=tmp_path)
+    planned, run = run_llmpipe("plan", *asked, cwd=tmp_path), run_llmpipe(*asked, cwd=tmp_path)
     assert (planned.returncode, run.returncode) == (1, 1)
     assert planned.stderr == run.stderr
     assert "the id 'a' stands twice" in planned.stderr
@@ -306,16 +306,9 @@ def test_a_directory_that_holds_a_run_is_left_as_it_is(write_jsonl: Callable[...
     assert run_llmpipe(*asked, cwd=tmp_path).returncode == 0
     with filelock.FileLock(tmp_path / "out" / ".lock"):  # as if it went on
         before = content(tmp_path / "out")
-        planned = run_llmpipe("plan=true", "resume=out", cwd=tmp_path)
+        planned = run_llmpipe("plan", *asked, cwd=tmp_path)
         assert planned.returncode == 0, planned.stderr
         assert "2 of them, in the run that is there" in planned.stdout
-        other = run_llmpipe("plan=true", *asked, "seed=1", cwd=tmp_path)
+        other = run_llmpipe("plan", *asked, "seed=1", cwd=tmp_path)
         assert other.returncode == 1 and "seed was 0, is 1" in other.stderr
         assert content(tmp_path / "out") == before
-
-
-def test_a_run_is_not_made_of_a_config_that_asks_for_a_plan(tmp_path: Path) -> None:
-    with pytest.raises(LLMConfigError, match="generate nothing"):
-        llmpipe.run(compose(["backend=echo", "plan=true"]), tmp_path)
-    with pytest.raises(LLMConfigError, match="false with export="):
-        compose(["backend=echo", "plan=true", "export=out"])

@@ -15,7 +15,7 @@ from traps import Said, check_refused
 
 import llmpipe
 from llmpipe import RunConfig, compose, read_run
-from llmpipe.config.trust import DESCRIPTIVE, VERBS
+from llmpipe.config.trust import DESCRIPTIVE, TRUST
 from llmpipe.ledger import Ledger, saved
 from llmpipe.replay import replayed
 
@@ -122,7 +122,7 @@ def test_a_received_run_directory_decides_nothing(
     honest, _ = saved(received, "arguments", "fingerprint")
     write_arguments(place / "run", [*honest, *arguments] if isinstance(arguments, list) else arguments)
     before = {file.name: file.read_bytes() for file in (place / "run").iterdir()}
-    code, error = said(f"{verb}=run")
+    code, error = said(verb, "run")
     check_refused(place, (code, error))
     assert {file.name: file.read_bytes() for file in (place / "run").iterdir()} == before
 
@@ -131,17 +131,17 @@ def test_a_run_that_was_noted_as_no_values_has_none(place: Path, received: Path,
     shutil.copytree(received, place / "run")
     (honest,) = saved(received, "arguments")
     write_arguments(place / "run", [*honest, "{}"])
-    assert said("resume=run")[0] == 0
+    assert said("resume", "run")[0] == 0
 
 
 def test_what_a_person_gives_again_is_theirs(place: Path, received: Path, said: Said) -> None:
     shutil.copytree(received, place / "run")
     (honest,) = saved(received, "arguments")
     write_arguments(place / "run", [*honest, *CALL])
-    code, error = said("resume=run", *CALL)
+    code, error = said("resume", "run", *CALL)
     check_refused(place, (code, error))
     assert "joblib.load' is code and not trusted" in error
-    assert said("resume=run", *CALL, "trusted_modules=[joblib]")[0] == 0
+    assert said("resume", "run", *CALL, "trusted_modules=[joblib]")[0] == 0
     assert (place / "owned").is_dir()
 
 
@@ -172,9 +172,9 @@ def test_a_run_with_config_files_of_ones_own_goes_on_without_them(
     monkeypatch.chdir(place.parent)
     (place / "out").rename(place / "moved")
     (place / "moved" / "outputs.jsonl").unlink()
-    code, error = said(f"resume={place / 'moved'}")
+    code, error = said("resume", str(place / "moved"))
     assert code == 1 and "begun with 'dataset.path=${oc.env:ROWS}', which is not taken from a run directory" in error
-    again = [f"resume={place / 'moved'}", "dataset.path=${oc.env:ROWS}"]
+    again = ["resume", str(place / "moved"), "dataset.path=${oc.env:ROWS}"]
     code, error = said(*again)
     assert code == 0, error
     assert (place / "moved" / "outputs.jsonl").read_bytes() == before
@@ -205,8 +205,8 @@ def test_a_run_that_asked_the_environment_goes_on_where_it_is_asked_again(
     monkeypatch.setenv("TONE", "Be brief.")
     asked = "prompt.template='${oc.env:TONE} {prompt}'"
     assert said("backend=echo", "dataset.path=rows.jsonl", asked, "hydra.run.dir=out")[0] == 0
-    assert "give it again" in said("resume=out")[1]
-    assert said("resume=out", asked)[0] == 0
+    assert "give it again" in said("resume", "out")[1]
+    assert said("resume", "out", asked)[0] == 0
 
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
@@ -228,19 +228,19 @@ def test_a_run_that_names_its_files_from_where_it_was_begun_goes_on_from_anywher
     answers = Path("out/outputs.jsonl").read_bytes()
     Path("out/outputs.jsonl").unlink()
     monkeypatch.chdir(place / "there")
-    assert said("export=../here/out") == (0, "")
-    assert said("resume=../here/out") == (0, "")
+    assert said("export", "../here/out") == (0, "")
+    assert said("resume", "../here/out") == (0, "")
     assert Path("../here/out/outputs.jsonl").read_bytes() == answers
     with Path("../here/b.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     for _ in range(2):  # what is noted of a dataset that has grown says where it is, too
-        code, error = said(f"resume={place / 'here/out'}")
+        code, error = said("resume", str(place / "here/out"))
         assert code == 0, error
         assert len(read_run(place / "here/out").rows) == 3
         monkeypatch.chdir(place)
 
 
-def test_files_of_a_run_are_looked_for_here_before_where_it_was_begun(
+def test_files_of_a_run_are_those_where_it_was_begun_and_only_what_is_not_there_is_looked_for_here(
     place: Path, said: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = ["dataset.path=*.jsonl", "prompt.tools=tools.json", "backend.lora=['my lora.gguf=0.5', none.gguf]"]
@@ -256,11 +256,13 @@ def test_files_of_a_run_are_looked_for_here_before_where_it_was_begun(
     Path("tools.json").write_text("[]")
     assert replayed(place / "out", []) == [
         f"dataset.path='{place}/*.jsonl'",
-        "prompt.tools=tools.json",
+        f"prompt.tools='{place}/tools.json'",
         f"backend.lora=['{place}/my lora.gguf=0.5','none.gguf']",
         f"backend.model='{place}/models/tiny'",
         "prompt.template='none.jsonl'",
     ]
+    (place / "tools.json").unlink()
+    assert replayed(place / "out", [])[1] == "prompt.tools=tools.json"
     write_arguments(place / "out", ["backend=echo", json.dumps({"dataset": {"path": "rows.jsonl"}, "seed": 5})])
     assert compose(replayed(place / "out", [])).dataset.path == str(place / "rows.jsonl")
 
@@ -269,11 +271,10 @@ def test_flags_may_be_given_beside_a_run_directory(place: Path, said: Said) -> N
     assert said("backend=echo", "dataset.path=rows.jsonl", "hydra.run.dir=out")[0] == 0
     (place / "my" / "output").mkdir(parents=True)
     (place / "my" / "output" / "mine.yaml").write_text("prefix: mine_\n")
-    code, error = said("resume=out", "--config-dir", "my", "output=mine")
+    code, error = said("resume", "out", "--config-dir", "my", "output=mine")
     assert code == 0, error
     assert "mine_completion" in (place / "out" / "outputs.jsonl").read_text()
 
 
 def test_it_is_known_of_every_option_whether_it_describes_a_run() -> None:
-    assert set(DESCRIPTIVE) - {f.name for f in fields(RunConfig)} == {"experiment"}
-    assert {"resume", "plan", "export", "export_to", "export_force"} == VERBS
+    assert {f.name for f in fields(RunConfig)} - {TRUST} == set(DESCRIPTIVE) - {"experiment"}

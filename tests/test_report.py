@@ -91,6 +91,12 @@ def metrics_of(*completions: Completion, **changes: Any) -> dict[str, Any]:
     return {**totals.summary(2.0), **nothing, **rest, **changes}
 
 
+def page_of(report: Report, *completions: Completion, config: dict[str, Any] = CONFIG, **changes: Any) -> Page:
+    times = [one.latency_s for one in completions if one.latency_s is not None]
+    tokens = [one.completion_tokens for one in completions if one.completion_tokens is not None]
+    return Page(report.page(metrics_of(*completions, **changes), config, times, tokens))
+
+
 def answer(number: int = 0, text: str = "Paris", score: float | None = None) -> Completion:
     scores = {} if score is None else {"exact_match": score}
     return Completion(number, 0, text, "stop", 5, 0, None, 10, 0.1, 0.2, 0.3, None, scores)
@@ -104,7 +110,7 @@ def page(*answered: tuple[Row, Completion], **changes: Any) -> Page:
     report = Report(ColumnsConfig())
     for one in answered:
         report.add(*one)
-    return Page(report.page(metrics_of(*(completion for _, completion in answered), **changes), CONFIG))
+    return page_of(report, *(completion for _, completion in answered), **changes)
 
 
 def page_with(texts: list[str]) -> Page:
@@ -122,7 +128,7 @@ def page_with(texts: list[str]) -> Page:
     changes = {"finish_reasons": {next(t): 1}, "environment": {"k": next(t)}, "runner": runner}
     config = {**CONFIG, "more": {next(t): {"k": [None, True, texts[0]]}}}
     assert next(t, None) is None
-    return Page(report.page(metrics_of(*answers, **changes), config))
+    return page_of(report, *answers, config=config, **changes)
 
 
 TAME = page_with(["tame"] * PLACES)
@@ -223,7 +229,7 @@ def test_a_row_without_a_prompt_is_shown_whole_but_for_its_reference() -> None:
 def test_of_a_templated_prompt_the_row_is_shown_and_not_what_was_not_asked() -> None:
     report = Report(ColumnsConfig(), templated=True)
     report.add(row(question="Where is it?", messages=[{"role": "user", "content": "Who?"}]), answer())
-    found = Page(report.page(metrics_of(answer()), CONFIG)).text
+    found = page_of(report, answer()).text
     assert '"question": "Where is it?"' in found and "\nuser\n" not in found
 
 
@@ -241,7 +247,7 @@ def test_memory_does_not_grow_with_the_rows() -> None:
         tracemalloc.stop()
     assert after - before < 300_000
     assert peak < 3_000_000
-    found = Page(report.page(metrics_of(), CONFIG)).text
+    found = Page(report.page(metrics_of(), CONFIG, [0.001 * (i + 1) for i in range(200_000)], range(200_000))).text
     assert found.count("of 200,000 answers") == 2
 
 

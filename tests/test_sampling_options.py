@@ -31,7 +31,7 @@ SHOWN: dict[str, Any] = {
 }
 """For each option a value with which a model answers otherwise than with `BASE`; a new option needs one."""
 CERTAIN = {"temperature", "top_k", "top_p", "min_p", "typical_p", "seed"}
-CERTAIN |= {"repetition_penalty", "presence_penalty", "frequency_penalty"}
+CERTAIN |= {"logit_bias", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 """Options that change nothing where each next token is certain."""
 
 

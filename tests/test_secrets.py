@@ -174,14 +174,14 @@ def test_no_artifact_log_or_message_of_a_run_has_a_value(rows: Path, tmp_path: P
     check_hidden(tmp_path, done.stdout, done.stderr)
     assert saved_arguments(tmp_path / "out") == run
     assert "You know ${oc.env:SECRET}" in (tmp_path / "out" / "report.html").read_text()
-    alone = run_llmpipe("resume=out", cwd=tmp_path)  # a directory does not decide what is asked of the environment
+    alone = run_llmpipe("resume", "out", cwd=tmp_path)  # a directory does not decide what is asked of the environment
     assert alone.returncode == 1 and "prompt.system=You know ${oc.env:SECRET}" in alone.stderr
-    again = run_llmpipe("resume=out", *SECRETIVE, cwd=tmp_path)
+    again = run_llmpipe("resume", "out", *SECRETIVE, cwd=tmp_path)
     assert again.returncode == 3, again.stderr
-    changed = run_llmpipe("resume=out", *SECRETIVE, cwd=tmp_path, SECRET=f"{HEAD} and more")
+    changed = run_llmpipe("resume", "out", *SECRETIVE, cwd=tmp_path, SECRET=f"{HEAD} and more")
     assert changed.returncode == 1
     assert "prompt.system is You know ${oc.env:SECRET} as before, but with another value" in changed.stderr
-    missing = run_llmpipe("resume=out", *SECRETIVE, "prompt.system='${oc.env:UNSET}'", cwd=tmp_path)
+    missing = run_llmpipe("resume", "out", *SECRETIVE, "prompt.system='${oc.env:UNSET}'", cwd=tmp_path)
     assert missing.returncode == 1 and "Environment variable 'UNSET' not found" in missing.stderr
     for process in (alone, again, changed, missing):
         check_hidden(tmp_path, process.stdout, process.stderr)
@@ -389,7 +389,7 @@ def test_paths_may_come_from_the_environment(rows: Path, tmp_path: Path, monkeyp
     assert "${oc.env:FILE} line 1" in (tmp_path / "other" / "report.html").read_text()
     listing = config.written()
     assert listing["dataset"]["path"] == "${oc.env:DATA}/*.jsonl"
-    assert redacted(f"llmpipe resume={tmp_path / 'out'}") == f"llmpipe resume={tmp_path / 'out'}"
+    assert redacted(f"llmpipe resume {tmp_path / 'out'}") == f"llmpipe resume {tmp_path / 'out'}"
 
 
 # --- texts that others make -------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def test_a_gguf_file_on_which_llama_cpp_aborts_is_refused(
 def test_a_dry_run_survives_a_file_whose_vocabulary_makes_llama_cpp_abort(tmp_path: Path) -> None:
     file = tmp_path / "bad.gguf"
     file.write_bytes(GGUF[:3810] + bytes([78]) + GGUF[3811:])
-    done = run_llmpipe("plan=true", f"backend.model={file}", "dataset.limit=2", "hydra.run.dir=run", cwd=tmp_path)
+    done = run_llmpipe("plan", f"backend.model={file}", "dataset.limit=2", "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 1
     assert "cannot be loaded, or is damaged" in done.stderr and "crashed the backend (signal 6, SIGABRT)" in done.stderr
 
@@ -335,7 +335,7 @@ def test_a_link_where_a_run_would_write_is_refused_in_a_line_before_anything_is_
                 place.symlink_to({"to a file": file, "to a directory": folder, "to nothing": victim / "new"}[link])
         asked = [["backend=echo", f"dataset.path={rows}", "hydra.run.dir=fresh"]]
         if ".hydra" not in name and name != "run.log":
-            asked = [] if name != ".lock" else [*asked, ["resume=begun"], ["export=begun"], [*asked[0], "plan=true"]]
+            asked = [] if name != ".lock" else [*asked, ["resume", "begun"], ["export", "begun"], ["plan", *asked[0]]]
             for directory in (fresh, begun):
                 with pytest.raises(LLMError, match="is a symlink"):
                     llmpipe.run(config, directory)
@@ -379,7 +379,7 @@ def test_links_in_a_sweep_and_logs_of_other_names_are_refused_too_and_a_link_to_
     done = run_llmpipe(*asked, "hydra.run.dir=link/0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (tmp_path / "run").symlink_to(tmp_path / "real" / "0")
-    for arguments in (["resume=run"], [*asked, "hydra.run.dir=run"]):
+    for arguments in (["resume", "run"], [*asked, "hydra.run.dir=run"]):
         assert run_llmpipe(*arguments, cwd=tmp_path).returncode == 0
 
 

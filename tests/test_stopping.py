@@ -82,7 +82,7 @@ def test_finished_rows_are_durable_and_the_time_limit_acts_within_a_second_while
         target=lambda: durable.append(wait_for(lambda: committed(tmp_path / "run") == 2, 60)), daemon=True
     )
     look.start()
-    with pytest.raises(LLMInferenceError, match=r"run_timeout_s=1.5 is over; continue with: llmpipe resume="):
+    with pytest.raises(LLMInferenceError, match=r"run_timeout_s=1.5 is over; continue with: llmpipe resume "):
         llmpipe.run(config, tmp_path / "run", progress=note)
     look.join()
     assert max(finished) == 2 and durable[0] - finished[2] < SECOND

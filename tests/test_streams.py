@@ -66,12 +66,12 @@ FOREIGN = {
 def test_a_terminal_of_another_encoding_shows_what_it_can_and_files_are_as_ever(
     name: str, rows: Path, tmp_path: Path
 ) -> None:
-    asked = f"llmpipe backend=echo dataset.path={rows} hydra.run.dir=out"
-    planned = shell(f"{asked} plan=true", tmp_path, **FOREIGN[name])
+    asked = f"backend=echo dataset.path={rows} hydra.run.dir=out"
+    planned = shell(f"llmpipe plan {asked}", tmp_path, **FOREIGN[name])
     assert (planned.returncode, planned.stderr) == (0, b"")
     assert b"######" in planned.stdout and rb"\u6f22\u5b57" in planned.stdout
     if name == "c":  # the locale is also that of the files
-        assert shell(asked, tmp_path, **FOREIGN[name]).returncode == 0
+        assert shell(f"llmpipe {asked}", tmp_path, **FOREIGN[name]).returncode == 0
         assert answers(tmp_path / "out") == [row["prompt"] for row in ROWS]
 
 
@@ -81,9 +81,9 @@ def test_help_is_shown_in_ascii(tmp_path: Path) -> None:
     assert b"..." in done.stdout and b"\\u" not in done.stdout
 
 
-@pytest.mark.parametrize("asked", ["--help", "plan=true", ""])
+@pytest.mark.parametrize("asked", ["--help", "plan", ""])
 def test_a_reader_who_leaves_changes_nothing(asked: str, rows: Path, tmp_path: Path) -> None:
-    done = shell(f"llmpipe backend=echo dataset.path={rows} hydra.run.dir=out {asked} | true", tmp_path)
+    done = shell(f"llmpipe {asked} backend=echo dataset.path={rows} hydra.run.dir=out | true", tmp_path)
     assert (done.returncode, done.stderr) == (0, b"")
     if not asked:
         assert len(answers(tmp_path / "out")) == 2
@@ -102,7 +102,7 @@ def test_a_full_output_is_said_and_fails_only_what_was_to_be_printed(
 SWEEP = "-m seed=1,2 hydra.sweep.dir=sweep"
 JOBLIB = f"{SWEEP} hydra/launcher=joblib hydra.launcher.n_jobs=2"
 STREAMS = [">&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | head -0", "2>/dev/full"]
-ASKED = ["hydra.run.dir=out", JOBLIB, SWEEP, "hydra.run.dir=out plan=true", "hydra.run.dir=out max_error_rate=0.1"]
+ASKED = ["hydra.run.dir=out", JOBLIB, SWEEP, "plan hydra.run.dir=out", "hydra.run.dir=out max_error_rate=0.1"]
 AT_ONCE = [*((ASKED[0], streams) for streams in STREAMS), (JOBLIB, STREAMS[0])]
 
 
@@ -123,7 +123,7 @@ def test_what_a_command_does_does_not_depend_on_its_streams(
     for directory in found:
         assert (directory / "plan.json").exists() if "plan" in asked else len(answers(directory)) == 2
     if asked == "hydra.run.dir=out":
-        exported = shell(f"llmpipe export=out {streams}", tmp_path)
+        exported = shell(f"llmpipe export out {streams}", tmp_path)
         assert exported.returncode == 0 and len((tmp_path / "out/partial.jsonl").read_bytes().splitlines()) == 2
 
 

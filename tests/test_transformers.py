@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from llmpipe import BaseLLMRunner, LLMInferenceError, LLMInitializationError, LLMRunnerFactory, SamplingConfig
+from llmpipe.config import TransformersConfig
+from llmpipe.runners.batching import Engine
 from llmpipe.runners.decoding import Utf8Stream
 from llmpipe.runners.transformers.detokenizer import Detokenizer
-from llmpipe.runners.transformers.padded import PaddedEngine
+from llmpipe.runners.transformers.padded import PaddedExecutor
 from llmpipe.runners.weights import BUNDLED_DIR
 
 BATCHING = ["slots", "padded"]
@@ -168,7 +170,8 @@ def test_rows_at_the_contexts_end_do_not_disturb_a_model_with_learned_positions(
     requests = [Request(i, sampling, prompt=str(size)) for i, size in enumerate((15, 12, 14, 2, 1, 3))]
 
     def run(slots: int) -> dict[int, str]:
-        engine = PaddedEngine(model, Tape(), set(), slots, 16)
+        config = TransformersConfig(slots=slots)
+        engine = Engine(PaddedExecutor(model, Tape(), set(), config, 16), config, 16)
         texts = dict.fromkeys(range(6), "")
         for chunk in engine.stream(requests, lambda request: (list(range(1, 1 + int(request.prompt))), 0)):
             texts[chunk.request_id] += chunk.text
@@ -242,13 +245,13 @@ def test_more_rows_are_tried_again_after_memory_ran_out(monkeypatch: pytest.Monk
     with LLMRunnerFactory.create_runner(config) as runner:
         scarce(runner, monkeypatch, 3)
         runner.run(["a"] * 4, prompt_format="raw", max_tokens=4, ignore_eos=True, n=1)
-        engine: Any = runner._engine  # type: ignore[attr-defined]
-        assert engine._cap.slots < 4
+        scheduler: Any = runner._engine.scheduler  # type: ignore[attr-defined]
+        assert scheduler._cap.slots < 4
         monkeypatch.undo()
-        engine.most_slots = 0
+        scheduler.most_rows_in_flight = 0
         runner.run(["a"] * 100, prompt_format="raw", max_tokens=4, ignore_eos=True)
-        assert engine.most_slots == 4
-        assert engine._cap is None or engine._cap.slots >= 4
+        assert scheduler.most_rows_in_flight == 4
+        assert scheduler._cap is None or scheduler._cap.slots >= 4
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -335,7 +338,7 @@ def test_reproducible_runs_each_row_by_itself() -> None:
     config = {"backend": "transformers", "device": "cpu", "reproducible": True, "slots": 8}
     with LLMRunnerFactory.create_runner(config) as runner:
         assert runner.run(["a", "b", "c"], max_tokens=2)[0].error is None
-        assert runner.info()["slots"] == 1
+        assert runner.info()["most_rows_in_flight"] == 1
         assert "1 row at a time: backend.reproducible=true" in runner.info()["sizes"]
 
 

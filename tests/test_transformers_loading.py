@@ -660,9 +660,9 @@ def test_a_chat_template_that_cannot_be_compiled_is_refused_before_any_row_is(
     (checkpoint / file).write_text(template)
     with pytest.raises(LLMConfigError, match=r"^the chat template (cannot be compiled|is not valid Jinja).*$"):
         load(checkpoint)
-    for option in ([], ["plan=true"]):
+    for verb in ([], ["plan"]):
         directory = f"hydra.run.dir={tmp_path / 'run'}"
-        assert main(["backend=transformers", f"backend.model={checkpoint}", "device=cpu", directory, *option]) == 1
+        assert main([*verb, "backend=transformers", f"backend.model={checkpoint}", "device=cpu", directory]) == 1
         said = capsys.readouterr().err.splitlines()
         assert [line for line in said if "the chat template" in line] == said[-1:]
         assert not list(tmp_path.glob("run/*.json*"))

@@ -99,10 +99,15 @@ def test_a_group_runs_no_code(name: str, place: Path, said: Said) -> None:
 
 @pytest.mark.parametrize("name", ["joblib", "a factory of loggers"])
 @pytest.mark.parametrize(
-    "command", [["-m", "hydra.sweep.dir=outs"], ["--help"], ["--cfg=job"], ["--info=config"]], ids=str
+    "command", [["-m", "hydra.sweep.dir=outs"], ["plan"], ["--cfg=job"], ["--info=config"]], ids=str
 )
 def test_a_group_runs_no_code_whatever_is_asked_for(name: str, command: list[str], place: Path, said: Said) -> None:
     check_refused(place, said(*command, *write_group(place, HOSTILE[name])))
+
+
+def test_help_asks_no_group(place: Path, said: Said) -> None:
+    assert said("--help", *write_group(place, HOSTILE["joblib"])) == (0, "")
+    assert not (place / "owned").exists()
 
 
 @pytest.mark.parametrize("values", [{"comment": "a\ntouch owned"}, {"additional_parameters": {"a\ntouch owned\n": 1}}])

@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from llmpipe.config.checks import check
 from llmpipe.config.directories import conf_dir
@@ -46,7 +47,12 @@ class CheckedLoader(ConfigLoaderImpl):
                 over what the environment has.
             LLMError: where Hydra would write a sweep's configuration is a link, or another program's file.
         """
-        composed = super().load_configuration(config_name, overrides, *args, **kwargs)
+        try:
+            composed = super().load_configuration(config_name, overrides, *args, **kwargs)
+        except (ValueError, YAMLError) as error:
+            if isinstance(error, LLMConfigError):
+                raise
+            raise LLMConfigError(f"cannot read a configuration: {error}") from error
         trusted = trusted_modules(overrides, config_name, composed.hydra.runtime.config_sources)
         written = _written(composed)
         check_composed(written, trusted)
@@ -113,8 +119,10 @@ def checked() -> Iterator[None]:
         yield
     except Exception as error:
         in_logging = any(frame.name == "configure_log" for frame in traceback.extract_tb(error.__traceback__))
-        if not in_logging or isinstance(error, LLMConfigError | OSError) or isinstance(error.__cause__, OSError):
+        if not in_logging or isinstance(error, LLMConfigError | OSError):
             raise
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
         said = ": ".join(str(why) for why in (error, error.__cause__) if why is not None)
         raise LLMConfigError(
             f"the loggers of hydra/job_logging or hydra/hydra_logging cannot be set up: {said}"

@@ -278,21 +278,6 @@ class RunConfig:
     run_timeout_s: float | None = option(
         None, "End the run, resumable, after so many seconds of generating; native code that hangs has to be isolated."
     )
-    resume: str | None = option(None, "A run directory to continue, with its own configuration.")
-    plan: bool = option(
-        False, "Check config and dataset without loading weights, and say what a run would do and take."
-    )
-    export: str | None = option(
-        None,
-        "A run directory, also of a run that is under way or was killed, whose answers so far are written to a file.",
-    )
-    export_to: str | None = option(
-        None, "The file to write them to, .jsonl or .parquet; by default partial.jsonl or .parquet in that directory."
-    )
-    export_force: bool = option(
-        False,
-        "Replace an export of another run, too; what llmpipe did not write, or was changed since, is never replaced.",
-    )
     trusted_modules: list[str] = option(
         [], "Modules whose code a _target_ may name, Hydra's nodes included; no group can trust, nor a run directory."
     )
@@ -309,9 +294,6 @@ class RunConfig:
         settle(self)
         count("seed", self.seed, 0, "an integer >= 0", None)
         self._take_seed()
-        check(self.export_to is None or self.export is not None, "export_to", self.export_to, "given with export=")
-        check(not self.export_force or self.export is not None, "export_force", True, "given with export=")
-        check(not (self.plan and self.export), "plan", self.plan, "false with export=")
         if self.max_error_rate is not None:
             number("max_error_rate", self.max_error_rate, 0, 1, "a number in (0, 1], or null", open_low=True)
         if self.run_timeout_s is not None:

@@ -15,17 +15,14 @@ from typing import Any
 
 from llmpipe.config.backends import BACKENDS
 from llmpipe.config.checks import check
-from llmpipe.config.run import RunConfig
 from llmpipe.exceptions import LLMConfigError
 
 DESCRIPTIVE = (
     *("backend", "device", "sampling", "dataset", "prompt", "output", "metrics", "experiment"),
     *("seed", "on_error", "max_error_rate", "run_timeout_s"),
 )
-"""First names of the keys and groups that describe a run, rather than what is done with it or whom it trusts."""
+"""First names of the keys and groups that describe a run, rather than whom it trusts."""
 TRUST = "trusted_modules"
-VERBS = frozenset(f.name for f in fields(RunConfig)) - {*DESCRIPTIVE, TRUST}
-"""Keys that say what is done with runs."""
 TAKES_TRUST = frozenset(
     f"backend.{f.name}" for schema in BACKENDS.values() for f in fields(schema) if f.metadata.get("takes_trust")
 )

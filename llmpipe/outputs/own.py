@@ -58,7 +58,7 @@ def refuse_foreign(path: Path, of: Mapping[str, Any], force: bool = False) -> li
     settled = {name: value for name, value in known.items() if value is not None}
     if not settled.items() <= of.items() and not force:
         where = f" (in {known['directory']})" if isinstance(known.get("directory"), str) else ""
-        raise LLMError(f"{path} was exported from another run{where}; choose another name, or set export_force=true")
+        raise LLMError(f"{path} was exported from another run{where}; choose another name, or replace it with --force")
     return [digest]
 
 

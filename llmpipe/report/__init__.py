@@ -8,7 +8,6 @@ page.py           what is kept of a run, and the page
 page.html.jinja   what stands where
 page.css          how it looks
 excerpts.py       what is kept of a row and its answer
-histogram.py      exact counts in little memory
 """
 
 from llmpipe.report.page import Report

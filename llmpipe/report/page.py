@@ -5,21 +5,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmpipe.config import BACKENDS, ColumnsConfig
+from llmpipe.histogram import TICKS, even_bars, log_bars
 from llmpipe.records import Completion, Row
 from llmpipe.report.excerpts import Answer, Failed, answer_of, failed_of, shown
-from llmpipe.report.histogram import TICKS, Histogram
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 STYLE = Path(__file__).with_name("page.css")
 ERROR_ROWS = 20
 ANSWERS = 10
-COMMANDS = ("resume", "plan", "export", "export_to")
-"""Options that ask something of the program, and nothing of the model; they are not shown."""
 PATHS = 3
 """Files of the dataset that the page's head names."""
 
@@ -35,8 +33,6 @@ class Report:
     def __init__(self, columns: ColumnsConfig, templated: bool = False) -> None:
         self._columns = columns
         self._templated = templated
-        self._latency_s = Histogram()
-        self._tokens = Histogram()
         self._failed: list[Failed] = []
         self._failures = 0
         self._answers: list[Answer] = []
@@ -49,20 +45,20 @@ class Report:
             if len(self._failed) < ERROR_ROWS:
                 self._failed.append(failed_of(row, completion, self._columns))
             return
-        if completion.latency_s is not None:
-            self._latency_s.add(completion.latency_s)
-        if completion.completion_tokens is not None:
-            self._tokens.add(completion.completion_tokens)
         kept = self._wrong if completion.scores and not any(completion.scores.values()) else self._answers
         if len(kept) < ANSWERS:
             kept.append(answer_of(row, completion, self._columns, self._templated))
 
-    def page(self, metrics: dict[str, Any], config: dict[str, Any]) -> bytes:
+    def page(
+        self, metrics: dict[str, Any], config: dict[str, Any], latency_s: Sequence[float], tokens: Sequence[int]
+    ) -> bytes:
         """Return the page, in UTF-8.
 
         Args:
             metrics: The content of `metrics.json`.
             config: The run's configuration as plain values.
+            latency_s: Of each answer, as far as it is known.
+            tokens: Of each answer, as far as they are counted.
         """
         import jinja2
         from markupsafe import Markup
@@ -83,9 +79,9 @@ class Report:
             dataset=_dataset(config),
             m=metrics,
             runner=runner,
-            config={name: value for name, value in config.items() if name not in COMMANDS},
-            latency=self._latency_s.log_bars(),
-            tokens=self._tokens.even_bars(),
+            config=config,
+            latency=log_bars(latency_s),
+            tokens=even_bars(tokens),
             ticks=TICKS,
             failed=self._failed,
             failures=self._failures,

@@ -6,11 +6,7 @@ Knows nothing of tokenizers or models; every runner that generates token by toke
 from __future__ import annotations
 
 import codecs
-import time
 from collections.abc import Sequence
-from typing import Any
-
-from llmpipe.records import Chunk, Request, error_chunk
 
 
 class Utf8Stream:
@@ -70,65 +66,3 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:size]):
             return size
     return 0
-
-
-OPTIONS = frozenset({"max_tokens", "stop", "stop_token_ids", "ignore_eos", "n", "seed"})
-"""Sampling options that an `Answer` honours, and those of which its request has made samples and their seeds."""
-
-
-class Answer:
-    """The answer to one sample as it grows, and the rules by which it ends.
-
-    Args:
-        request: What asked for it.
-        sample: Which of the request's samples it is.
-        prompt_tokens: Tokens of the prompt.
-        truncated: Tokens the prompt lost on the left.
-        context: Most tokens of prompt and completion.
-    """
-
-    def __init__(self, request: Request, sample: int, prompt_tokens: int, truncated: int, context: int) -> None:
-        self.request = request
-        self.sample = sample
-        self.generated = 0
-        self.finished = False
-        self._room = min(request.sampling.max_tokens, context - prompt_tokens)
-        self._stops = StopStrings(request.sampling.stop)
-        self._facts: dict[str, Any] = {
-            "prompt_tokens": prompt_tokens,
-            "truncated_prompt_tokens": truncated,
-            "cached_prompt_tokens": 0,
-            "started_at": time.perf_counter(),
-        }
-
-    def cached(self, tokens: int) -> None:
-        """Note how many of the prompt's tokens were copied rather than computed."""
-        self._facts["cached_prompt_tokens"] = tokens
-
-    def add(self, text: str) -> Chunk | None:
-        """Count a token, and add the text it completes; return a chunk where there is something to tell."""
-        self.generated += 1
-        text = self._stops.push(text)
-        if self._stops.stopped:
-            return self._finish(text, "stop")
-        if self.generated >= self._room:
-            return self._finish(text + self._stops.flush(), "length")
-        return Chunk(self.request.id, self.sample, text) if text else None
-
-    def ends_at(self, token: int, is_end: bool) -> bool:
-        """Say whether `token` ends the answer: one that was asked for, or one that ends any of the model's."""
-        sampling = self.request.sampling
-        return token in sampling.stop_token_ids or (is_end and not sampling.ignore_eos)
-
-    def end(self) -> Chunk:
-        """Return the last chunk: the model has ended by itself, or a token ended it."""
-        return self._finish(self._stops.flush(), "stop")
-
-    def fail(self, reason: str) -> Chunk:
-        """Return the last chunk: the answer cannot be finished."""
-        self.finished = True
-        return error_chunk(self.request.id, reason, self.sample)
-
-    def _finish(self, text: str, reason: str) -> Chunk:
-        self.finished = True
-        return Chunk(self.request.id, self.sample, text, reason, completion_tokens=self.generated, **self._facts)

@@ -20,10 +20,10 @@ class EchoRunner(BaseLLMRunner):
     """Echoes prompts; a token is a word. A chat is answered with its last message."""
 
     config_type = EchoConfig
-    # Each next word is certain, and certain it stays however a distribution is scaled or cut. But words have no ids at
-    # which to stop, or to bias; and after the last word there is nothing to go on with.
-    honours = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"})
-    honours |= {"presence_penalty", "frequency_penalty", "max_tokens", "stop", "n", "seed"}
+    # Each next word is certain, and certain it stays however a distribution is scaled, shifted or cut. Words have no
+    # ids at which to stop, though, and after the last word there is nothing to go on with.
+    honours = frozenset({"logit_bias", "repetition_penalty", "presence_penalty", "frequency_penalty", "temperature"})
+    honours |= {"top_k", "top_p", "min_p", "typical_p", "max_tokens", "stop", "n", "seed"}
 
     def _initialize_model(self) -> None:
         """Nothing to load."""

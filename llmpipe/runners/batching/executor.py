@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmpipe.runners.batching.lookahead import Sample
-from llmpipe.runners.batching.sizing import Footprint, Sizes
+from llmpipe.runners.batching.sizing import Sizes
 
 NO_NUMBERS = "the model computed NaN instead of logits: try a wider number format, or milder penalties"
 """Why a row ends whose next token cannot be chosen: a logit is NaN or infinite, or all are minus infinity."""
@@ -40,15 +40,20 @@ class Batch:
         """Begin a new call."""
         self.size = 0
 
-    def add(self, tokens: Sequence[int], position: int, slot: int, output_last: bool) -> None:
-        """Append successive tokens of one slot; logits are computed for the last one where asked."""
-        span = slice(self.size, self.size + len(tokens))
-        self.tokens[span] = tokens
-        self.positions[span] = np.arange(position, position + len(tokens))
+    def add(self, tokens: Sequence[int], position: int, slot: int, output_last: bool) -> int:
+        """Append successive tokens of one slot, as many as there is room for, and return how many those are.
+
+        Logits are computed for the last of `tokens`, where that is asked for and there was room for it.
+        """
+        count = min(len(tokens), self.room)
+        span = slice(self.size, self.size + count)
+        self.tokens[span] = tokens[:count]
+        self.positions[span] = np.arange(position, position + count)
         self.slots[span] = slot
         self.outputs[span] = 0
-        self.outputs[span.stop - 1] = output_last
+        self.outputs[span.stop - 1] = output_last and count == len(tokens)
         self.size = span.stop
+        return count
 
     def set_columns(self, tokens: list[int], positions: list[int], slots: list[int]) -> None:
         """Fill the batch with one token per slot, with logits for each."""
@@ -70,11 +75,7 @@ class Context(Protocol):
     def batch(self) -> Batch:
         """What the next call computes."""
 
-    @property
-    def decode_s(self) -> float:
-        """Seconds spent computing."""
-
-    def decode(self) -> None:
+    def compute(self) -> None:
         """Compute the batch.
 
         Raises:
@@ -82,7 +83,7 @@ class Context(Protocol):
             LLMInferenceError: the backend failed.
         """
 
-    def choose(self, samplers: Sequence[Any]) -> list[int]:
+    def sample(self, samplers: Sequence[Any]) -> list[int]:
         """Choose a token for each of the batch's outputs, in order; -1 where its logits are no numbers.
 
         Args:
@@ -120,8 +121,12 @@ class Executor(Protocol):
     """A loaded model."""
 
     @property
-    def footprint(self) -> Footprint:
-        """What the model takes."""
+    def ideal(self) -> Sizes:
+        """The sizes that pay, before the rows and the memory are known; of the context, the least."""
+
+    @property
+    def is_static(self) -> bool:
+        """Whether rows can only begin together, in an empty context that takes their whole prompts in one call."""
 
     @property
     def never_alone(self) -> bool:
@@ -134,15 +139,21 @@ class Executor(Protocol):
         As it does where zero times what is there is added to a sum, or where a state is multiplied by zero to empty it.
         """
 
+    def sizes(self, waiting: Sequence[Sample], limit: int, held_tokens: int = 0) -> Sizes:
+        """Choose the sizes of a context for the samples that wait, at least one.
+
+        Args:
+            waiting: The samples.
+            limit: Most tokens a row may have.
+            held_tokens: Tokens of the cache there is now, which makes room for the new one.
+        """
+
     def context(self, sizes: Sizes) -> Context:
-        """Make a context.
+        """Make a context; where that is static, its batch has room for the whole prompts.
 
         Raises:
             LLMInitializationError: the backend cannot, for want of memory or of a feature.
         """
-
-    def free_bytes(self) -> int | None:
-        """Return the memory that is free where the cache goes; None where that is not known."""
 
     def used_device_bytes(self) -> int:
         """Return the device memory in use; 0 where the model runs on the host."""

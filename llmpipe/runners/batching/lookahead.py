@@ -7,11 +7,11 @@ backend.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from llmpipe.records import Chunk, Request, error_chunks
+from llmpipe.records import Chunk, Request, error_chunk, error_chunks
 
 MIN_SHARED_TOKENS = 32
 """Prefixes shorter than this are computed again: copying a slot's cache is not free."""
@@ -39,6 +39,10 @@ class Sample:
     base: int = 0
     """How many of them it shares with samples of other prompts, too."""
 
+    def error_chunk(self, reason: str) -> Chunk:
+        """Return the chunk that ends it: it cannot be run, or not to its end."""
+        return error_chunk(self.request.id, reason, self.number)
+
 
 class LookAhead:
     """Pulls requests in blocks and hands out their samples in the order in which they are best run.
@@ -55,24 +59,27 @@ class LookAhead:
         self._encode = encode
         self._limit = limit
         self._share = share
-        self._exhausted = False
+        self.is_exhausted = False
+        """Whether all requests were pulled."""
         self.waiting: list[Sample] = []
 
-    def fill(self, count: int) -> Iterator[Chunk]:
-        """Pull until `count` samples wait, if there are so many; yield the chunks of requests that cannot be run."""
-        if self._exhausted or len(self.waiting) >= count:
-            return
+    def fill(self, count: int) -> list[Chunk]:
+        """Pull until `count` samples wait; return the chunks that end requests that cannot be run.
+
+        As many of those are pulled at most, so that a dataset of nothing else does not go by in one call.
+        """
         block: dict[tuple[int, ...], list[Sample]] = {}
+        refused: list[Chunk] = []
         pulled = 0
-        while len(self.waiting) + pulled < count:
+        while len(self.waiting) + pulled < count and len(refused) < count and not self.is_exhausted:
             request = next(self._source, None)
             if request is None:
-                self._exhausted = True
+                self.is_exhausted = True
                 break
             try:
                 prompt, truncated = self._encode(request)
             except (ValueError, RecursionError) as error:
-                yield from error_chunks(request, str(error))
+                refused += error_chunks(request, str(error))
                 continue
             need = min(len(prompt) + request.sampling.max_tokens, self._limit)
             equals = block.setdefault(tuple(prompt), [])
@@ -81,6 +88,7 @@ class LookAhead:
             pulled += len(request.samples)
         # Taken from the end: nobody waits for those that came later.
         self.waiting = self._order(list(block.values())) + self.waiting
+        return refused
 
     def next(self, room: int) -> Sample | None:
         """Take the sample to run next, of those that need no more than `room` tokens; None if none does."""
@@ -95,6 +103,12 @@ class LookAhead:
         longest = [sample for sample in self.waiting if sample.need == most]
         self.waiting = [sample for sample in self.waiting if sample.need < most]
         return longest
+
+    def take_requests(self, ids: set[int]) -> list[Sample]:
+        """Take the samples of some requests."""
+        taken = [sample for sample in self.waiting if sample.request.id in ids]
+        self.waiting = [sample for sample in self.waiting if sample.request.id not in ids]
+        return taken
 
     def _order(self, block: list[list[Sample]]) -> list[Sample]:
         """Return samples, given prompt by prompt, as they are best run; the next to run stands at the end.

@@ -18,8 +18,6 @@ log = logging.getLogger(__name__)
 SMALL_PARAMETERS = 50_000_000
 CPU_SLOTS, SMALL_MODEL_SLOTS = 16, 32
 """Where more rows at once stopped paying in the measurements under benchmarks/."""
-LOOK_AHEAD = 4
-"""Slots' worth of samples that wait."""
 PREFIX_SLOTS = 4
 FEWEST_BATCH_TOKENS = 32
 CONTEXT_STEP = 256
@@ -61,7 +59,7 @@ class Sizes:
     context: int
     """Tokens per slot."""
     batch_tokens: int
-    """Most tokens per call."""
+    """Most tokens per call; 0 where it takes whole prompts."""
     reasons: tuple[str, ...] = ()
 
     @property
@@ -79,37 +77,40 @@ class Sizes:
         )
 
     def within(self, cap: Sizes) -> Sizes:
-        """Return a plan with no more slots, and no more tokens per call, than `cap`."""
-        return replace(
+        """Return sizes with no more slots, and no more tokens per call, than `cap`."""
+        within = replace(
             self,
             slots=min(self.slots, cap.slots),
             prefixes=min(self.prefixes, cap.prefixes),
             batch_tokens=min(self.batch_tokens, cap.batch_tokens),
         )
+        return within if within == self else within.because(f"{within} instead: memory ran out")
 
     def halved(self) -> Sizes | None:
-        """Return a plan with half the slots and half the tokens per call, or None where there is no less."""
+        """Return sizes with half the slots and half the tokens per call, or None where there is no less."""
         if self.slots == 1 and not self.prefixes and self.batch_tokens <= FEWEST_BATCH_TOKENS:
             return None
         batch_tokens = max(min(self.batch_tokens, FEWEST_BATCH_TOKENS), self.batch_tokens // 2)
-        return replace(
-            self, slots=max(1, self.slots // 2), prefixes=self.prefixes // 2, batch_tokens=batch_tokens, reasons=()
-        )
+        return replace(self, slots=max(1, self.slots // 2), prefixes=self.prefixes // 2, batch_tokens=batch_tokens)
 
     def doubled(self) -> Sizes:
-        """Return a plan with twice the slots and twice the tokens per call."""
+        """Return sizes with twice the slots and twice the tokens per call."""
         return replace(
-            self,
-            slots=self.slots * 2,
-            prefixes=max(1, self.prefixes * 2),
-            batch_tokens=self.batch_tokens * 2,
-            reasons=(),
+            self, slots=self.slots * 2, prefixes=max(1, self.prefixes * 2), batch_tokens=self.batch_tokens * 2
         )
 
+    def because(self, reason: str) -> Sizes:
+        """Return the same sizes with one more reason."""
+        return replace(self, reasons=(*self.reasons, reason))
 
-def smallest(config: BatchingConfig) -> Sizes:
-    """Return the sizes before any row is known."""
-    return Sizes(slots=1, prefixes=0, context=CONTEXT_STEP, batch_tokens=config.batch_tokens)
+    def __str__(self) -> str:
+        """Say how many slots, and, where a call does not take whole prompts, how many tokens per call."""
+        return f"{self.slots} slots" + (f" and {self.batch_tokens} tokens per call" if self.batch_tokens else "")
+
+
+def ideal(config: BatchingConfig, model: Footprint) -> Sizes:
+    """Return the sizes that pay, before the rows and the memory are known; of the context, the least."""
+    return Sizes(wanted_slots(config, model), prefixes=0, context=CONTEXT_STEP, batch_tokens=config.batch_tokens)
 
 
 def threads(config: BackendConfig) -> int:
@@ -143,11 +144,6 @@ def most_tokens(model: Footprint) -> int:
         return 2**31
     memory = machine.memory_bytes() - model.mapped_bytes
     return max(CONTEXT_STEP, int(memory * MEMORY_SHARE / max(model.cache_bytes_per_token, 1)))
-
-
-def look_ahead(slots: int) -> int:
-    """Return how many samples should wait for `slots` slots."""
-    return slots * LOOK_AHEAD
 
 
 def choose(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,8 +92,6 @@ class LlamaContext:
             )
         self._memory = llama_cpp.llama_get_memory(self._handle)
         self.batch = NativeBatch(llama_cpp.llama_n_batch(self._handle))
-        self.decode_s = 0.0
-        """Seconds spent inside llama_decode."""
         model.apply_adapters(self._handle)
 
     @property
@@ -102,7 +99,7 @@ class LlamaContext:
         """llama.cpp's own pointer, for samplers."""
         return self._handle
 
-    def decode(self) -> None:
+    def compute(self) -> None:
         """Compute the batch.
 
         Raises:
@@ -110,21 +107,19 @@ class LlamaContext:
         """
         batch = self.batch
         batch.struct.n_tokens = batch.size
-        started = time.perf_counter()
         status = llama_cpp.llama_decode(self._handle, batch.struct)
         if status == 0 and batch.outputs[: batch.size].any():
             llama_cpp.llama_synchronize(self._handle)
-        self.decode_s += time.perf_counter() - started
         if status:
             reason = REASONS.get(status) or log.last_errors() or "no reason given"
             raise LLMInferenceError(f"llama_decode failed with status {status}: {reason}")
 
-    def choose(self, samplers: Sequence[Sampler]) -> list[int]:
+    def sample(self, samplers: Sequence[Sampler]) -> list[int]:
         """Choose a token for each of the batch's outputs, in order; -1 where its logits are no numbers."""
         # llama.cpp draws something from anything, so what goes into its samplers is looked at here.
         best, indices = self.best_tokens().tolist(), self.batch.output_indices.tolist()
         return [
-            best[i] if best[i] < 0 or sampler.is_plain_greedy else sampler.sample(self._handle, indices[i], best[i])
+            best[i] if best[i] < 0 else sampler.sample(self._handle, indices[i], best[i])
             for i, sampler in enumerate(samplers)
         ]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llmpipe.config import LlamaCppConfig
-from llmpipe.runners.batching import Footprint, Sample, Sizes
+from llmpipe.runners.batching import Footprint, Sample, Sizes, sizing
 from llmpipe.runners.decoding import Utf8Stream
 from llmpipe.runners.llama_cpp import devices
 from llmpipe.runners.llama_cpp.abort import Abort
@@ -26,6 +28,7 @@ class LlamaExecutor:
         abort: Ends what it computes.
     """
 
+    is_static = False
     never_alone = True
     keeps_nan = True
 
@@ -46,15 +49,21 @@ class LlamaExecutor:
             state_bytes=model.state_bytes,
         )
 
+    @property
+    def ideal(self) -> Sizes:
+        """The sizes that pay; see `sizing.ideal`."""
+        return sizing.ideal(self._config, self.footprint)
+
+    def sizes(self, waiting: Sequence[Sample], limit: int, held_tokens: int = 0) -> Sizes:
+        """Choose the sizes of a context; see `sizing.choose`."""
+        # With some layers here and some there, llama.cpp alone knows how much of the cache goes where.
+        all_there = self._offload and self._config.n_gpu_layers in (None, -1)
+        free_bytes = devices.gpu_memory()[1] if all_there else None
+        return sizing.choose(self._config, self.footprint, waiting, limit, held_tokens, free_bytes)
+
     def context(self, sizes: Sizes) -> LlamaContext:
         """Make a context; see `LlamaContext`."""
         return LlamaContext(self._model, self._config, sizes, self._threads, self._offload, self._abort)
-
-    def free_bytes(self) -> int | None:
-        """Return the GPUs' free memory where all of the cache goes there, else None."""
-        # With some layers here and some there, llama.cpp alone knows how much of the cache goes where.
-        all_there = self._offload and self._config.n_gpu_layers in (None, -1)
-        return devices.gpu_memory()[1] if all_there else None
 
     def used_device_bytes(self) -> int:
         """Return the GPUs' memory in use, by whomever."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmpipe.config import LlamaCppConfig, RopeScaling
 from llmpipe.exceptions import LLMConfigError, LLMInitializationError, MissingDependencyError
 from llmpipe.records import Chunk, Request
-from llmpipe.runners import decoding
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
 from llmpipe.runners.encoding import tokens_of, with_stop_tokens
@@ -22,7 +21,7 @@ from llmpipe.runners.weights import find_gguf, hub_commit
 try:
     import llama_cpp
 
-    from llmpipe.runners.batching import Engine, sizing
+    from llmpipe.runners.batching import Engine, sequence, sizing
     from llmpipe.runners.llama_cpp import devices, sampler
     from llmpipe.runners.llama_cpp import log as llama_log
     from llmpipe.runners.llama_cpp.abort import Abort
@@ -50,7 +49,7 @@ class LlamaCppRunner(BaseLLMRunner):
 
     config_type = LlamaCppConfig
     ticks = True
-    honours = decoding.OPTIONS | sampler.OPTIONS
+    honours = sequence.OPTIONS | sampler.OPTIONS
     config: LlamaCppConfig
     _model: Model | None = None
     _engine: Engine | None = None
@@ -72,14 +71,13 @@ class LlamaCppRunner(BaseLLMRunner):
         probe(path, self.config, weights=False)
         self._model = model = Vocabulary(path, self.config, self._offload, self.device.index)
         executor = self._executor(model)
-        footprint = replace(executor.footprint, mapped_bytes=model.size_bytes)
-        free_bytes = executor.free_bytes()
+        executor.footprint = replace(executor.footprint, mapped_bytes=model.size_bytes)
         return Preview(
             model_type=model.describe(),
             device=self._where,
             context=self._limit,
-            footprint=footprint,
-            sizes=lambda waiting: sizing.choose(self.config, footprint, waiting, self._limit, free_bytes=free_bytes),
+            footprint=executor.footprint,
+            sizes=lambda waiting: executor.sizes(waiting, self._limit),
         )
 
     def _find_model(self) -> Path:
@@ -166,7 +164,7 @@ class LlamaCppRunner(BaseLLMRunner):
     def cancel(self, request_id: int) -> None:
         """Give up a request of the running stream; it ends with an error chunk, and its slots are free at once."""
         if self._engine is not None:
-            self._engine.cancelled.add(request_id)
+            self._engine.cancel(request_id)
 
     def interrupt(self) -> None:
         """Give up the step that is being computed, on a CPU; see `BaseLLMRunner.interrupt`."""
@@ -176,7 +174,7 @@ class LlamaCppRunner(BaseLLMRunner):
         if not self._offload or self._engine is None:
             return None
         used = devices.gpu_memory()[0]
-        peak = max(used, self._engine.device_bytes)
+        peak = max(used, self._engine.scheduler.device_bytes)
         return (used - self._device_bytes_before) / 1e6, (peak - self._device_bytes_before) / 1e6
 
     def facts(self) -> Facts:
@@ -191,21 +189,12 @@ class LlamaCppRunner(BaseLLMRunner):
         """Say what was loaded and what was chosen."""
         self._check_loaded()
         assert self._model is not None and self._engine is not None
-        context = self._engine.context
         return {
             "model": self.config.model,
             "model_type": self._model.describe(),
             "device": self._where,
-            "context": self._engine.limit,
             "threads": self._threads,
-            "slots": self._engine.most_slots,
-            "slot_tokens": context.sizes.context if context else None,
-            "prefix_slots": context.sizes.prefixes if context else None,
-            "sizes": self._engine.reasons,
-            "shrinks": self._engine.shrinks,
-            "engine": asdict(self._engine.throughput),
             "reproducible": self.config.reproducible and not self._caveat,
-            "decode_s": self._engine.decode_s,
-            "context_s": self._engine.context_s,
+            **self._engine.info(),
             "llama_cpp_python": llama_cpp.__version__,
         }

@@ -30,12 +30,11 @@ class Sampler:
 
     def __init__(self, sampling: SamplingConfig, seed: int, model: Model, prompt: Sequence[int], room: int) -> None:
         penalties = sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty
-        self.is_plain_greedy = sampling.is_greedy and not sampling.logit_bias and not penalties
-        """Whether the next token is simply the one with the largest logit, so that there is no chain."""
         self._most = float(np.finfo(np.float32).max) * min(sampling.repetition_penalty, 1)
         """The largest logit that no penalty makes infinite."""
         self._chain: Any = None
-        if self.is_plain_greedy:
+        """None where the next token is simply the one with the largest logit."""
+        if sampling.is_greedy and not sampling.logit_bias and not penalties:
             return
         self._chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
         n = model.n_vocab
@@ -70,13 +69,15 @@ class Sampler:
         self._add(llama_cpp.llama_sampler_init_dist(seed % llama_cpp.LLAMA_DEFAULT_SEED))
 
     def sample(self, context: Any, index: int, best: int) -> int:
-        """Draw a token, and remember it for the penalties; return -1 where these make a logit infinite.
+        """Choose a token, and remember it for the penalties; return -1 where these make a logit infinite.
 
         Args:
             context: llama.cpp's pointer to the context that has just computed.
             index: Which token of its batch the logits belong to.
             best: The token with the largest logit.
         """
+        if self._chain is None:
+            return best
         if llama_cpp.llama_get_logits_ith(context, index)[best] > self._most:
             return -1
         return int(llama_cpp.llama_sampler_sample(self._chain, context, index))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,31 +15,50 @@ from llmpipe.runners.transformers.attention import KeyValueCache, Step, Style, r
 from llmpipe.runners.transformers.sampler import Sampler, choose
 
 
-class SlotContext:
+class ModelContext:
+    """What slots and padded batches share: a batch, the logits it gives, and the tokens chosen from them.
+
+    Args:
+        model: The model, in eval mode.
+        sizes: Its sizes.
+        capacity: Most tokens per call.
+    """
+
+    def __init__(self, model: Any, sizes: Sizes, capacity: int) -> None:
+        self.sizes = sizes
+        self.batch = Batch(capacity)
+        self.logits = torch.empty(0)
+        """Of the last call's outputs: (outputs, vocabulary), float32."""
+        self._model = model
+        self._parameters = inspect.signature(model.forward).parameters
+        """The names that the model's forward pass takes."""
+
+    def sample(self, samplers: Sequence[Sampler]) -> list[int]:
+        """Choose a token for each of the batch's outputs, in order; see `sampler.choose`."""
+        with memory.failures_of(self._model):
+            tokens: list[int] = choose(self.logits, samplers)
+        return tokens
+
+
+class SlotContext(ModelContext):
     """Slots with a key-value cache each; see `Context` in `batching.executor`."""
 
     def __init__(self, model: Any, sizes: Sizes) -> None:
-        self.sizes = sizes
-        self.batch = Batch(max(sizes.batch_tokens, sizes.slots))
-        self.decode_s = 0.0
-        self.logits: torch.Tensor
-        """Of the last call's outputs: (outputs, vocabulary), float32."""
+        super().__init__(model, sizes, max(sizes.batch_tokens, sizes.slots))
         self.styles: dict[int, Style] = {}
         """What each layer wanted of attention in the last call."""
-        self._model = model
-        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._takes_logits_to_keep = "logits_to_keep" in self._parameters
         self._cache = KeyValueCache(sizes.slots + sizes.prefixes, sizes.context)
         self._lengths = np.zeros(sizes.slots + sizes.prefixes, np.int64)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def decode(self) -> None:
+    def compute(self) -> None:
         """Compute the batch in one forward pass, its rows packed to one sequence.
 
         Raises:
             LLMOutOfMemoryError: there is too little memory.
             LLMInferenceError: the model fails.
         """
-        started = time.perf_counter()
         batch, device = self.batch, memory.input_device(self._model)
         step = Step(batch, self._cache)
         outputs = torch.from_numpy(batch.output_indices).to(device)
@@ -57,13 +75,6 @@ class SlotContext:
         # Of a slot's tokens the last one counts: numpy assigns in order.
         self._lengths[batch.slots[: batch.size]] = batch.positions[: batch.size] + 1
         self.styles = step.styles
-        self.decode_s += time.perf_counter() - started
-
-    def choose(self, samplers: Sequence[Sampler]) -> list[int]:
-        """Choose a token for each of the batch's outputs, in order; see `sampler.choose`."""
-        with memory.failures_of(self._model):
-            tokens: list[int] = choose(self.logits, samplers)
-        return tokens
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def copy(self, source: int, target: int) -> None:

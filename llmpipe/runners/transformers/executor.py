@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from llmpipe.exceptions import one_line
-from llmpipe.runners.batching import Footprint, Sample, Sizes
+from llmpipe.config import Batching, TransformersConfig
+from llmpipe.runners.batching import Footprint, Sample, Sizes, sizing
 from llmpipe.runners.transformers import memory
 from llmpipe.runners.transformers.attention import NAME, Style
 from llmpipe.runners.transformers.context import SlotContext
@@ -26,40 +27,25 @@ class UnsuitableModelError(Exception):
     """The model cannot be computed in slots; says why."""
 
 
-class SlotExecutor:
-    """Computes with a model of transformers; see `Executor` in `batching.executor`.
+class ModelExecutor:
+    """What slots and padded batches share; see `Executor` in `batching.executor`.
 
     Args:
-        model: The model, in eval mode; its attention becomes `attention.slot_attention`.
+        model: The model, in eval mode.
         tokenizer: Its tokenizer.
         end_tokens: Ids that end a generation.
-
-    Raises:
-        UnsuitableModelError: its attention cannot be replaced, or it then computes something else.
+        config: Sizes.
     """
 
     never_alone = False
     keeps_nan = False
 
-    def __init__(self, model: Any, tokenizer: Any, end_tokens: set[int]) -> None:
+    def __init__(self, model: Any, tokenizer: Any, end_tokens: set[int], config: TransformersConfig) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._end_tokens = end_tokens
+        self._config = config
         self._devices = memory.devices_of(model)
-        on_gpu = any(device.type != "cpu" for device in self._devices)
-        self.footprint = Footprint(
-            parameters=sum(p.numel() for p in model.parameters()),
-            cache_bytes_per_token=adopt(model),
-            gpu_slots=GPU_SLOTS if on_gpu else None,
-        )
-
-    def context(self, sizes: Sizes) -> SlotContext:
-        """Make a context; its memory is taken when it is first used."""
-        return SlotContext(self._model, sizes)
-
-    def free_bytes(self) -> int:
-        """Return the memory that is free where the model is."""
-        return memory.free_bytes(self._devices)
 
     def used_device_bytes(self) -> int:
         """Return the device memory in use."""
@@ -76,6 +62,42 @@ class SlotExecutor:
     def is_end(self, token: int) -> bool:
         """Say whether `token` ends a generation."""
         return token in self._end_tokens
+
+
+class SlotExecutor(ModelExecutor):
+    """Computes in slots: rows packed to one sequence, each with a cache of its own.
+
+    The model's attention becomes `attention.slot_attention`.
+
+    Raises:
+        UnsuitableModelError: its attention cannot be replaced, or it then computes something else.
+    """
+
+    batching = Batching.slots
+    is_static = False
+
+    def __init__(self, model: Any, tokenizer: Any, end_tokens: set[int], config: TransformersConfig) -> None:
+        super().__init__(model, tokenizer, end_tokens, config)
+        on_gpu = any(device.type != "cpu" for device in self._devices)
+        self.footprint = Footprint(
+            parameters=sum(p.numel() for p in model.parameters()),
+            cache_bytes_per_token=adopt(model),
+            gpu_slots=GPU_SLOTS if on_gpu else None,
+        )
+
+    @property
+    def ideal(self) -> Sizes:
+        """The sizes that pay; see `sizing.ideal`."""
+        return sizing.ideal(self._config, self.footprint)
+
+    def sizes(self, waiting: Sequence[Sample], limit: int, held_tokens: int = 0) -> Sizes:
+        """Choose the sizes of a context; see `sizing.choose`."""
+        free_bytes = memory.free_bytes(self._devices)
+        return sizing.choose(self._config, self.footprint, waiting, limit, held_tokens, free_bytes)
+
+    def context(self, sizes: Sizes) -> SlotContext:
+        """Make a context; its memory is taken when it is first used."""
+        return SlotContext(self._model, sizes)
 
 
 def adopt(model: Any) -> int:
@@ -106,7 +128,7 @@ def adopt(model: Any) -> int:
         raise
     except Exception as error:  # a model is a program of someone else's: it may fail in any way
         model.set_attn_implementation(before)
-        raise UnsuitableModelError(one_line(error)) from error
+        raise UnsuitableModelError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def refuse_unsuitable(model: Any) -> None:
@@ -141,12 +163,12 @@ def _in_pieces(context: SlotContext, one: list[int], other: list[int]) -> torch.
     batch = context.batch
     batch.add(one[:4], 0, 0, False)
     batch.add(other[:-1], 0, 1, True)
-    context.decode()
+    context.compute()
     batch.clear()
     batch.add(one[4:-1], 4, 0, True)
-    context.decode()
+    context.compute()
     batch.set_columns([one[-1], other[-1]], [len(one) - 1, len(other) - 1], [0, 1])
-    context.decode()
+    context.compute()
     return context.logits
 
 

@@ -1,202 +1,175 @@
 """Padded batches: the path for models whose attention cannot be replaced. Rows go through the model together.
 
 A batch is left-padded, with masked padding and positions counted from each row's first token, so that a row's answer
-is what it would be alone. Rows of similar length share a batch, and leave as they finish. When memory runs out, the
-rows of a batch go on in two smaller ones. Knows nothing of files or of how the model was loaded.
+is what it would be alone. Rows begin together and leave as they finish; the next ones begin when all have left. What
+the engine asks of it is in `batching.executor`: the batch that it gives is packed, and padded here.
 """
 
 from __future__ import annotations
 
-import inspect
-import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 
-from llmpipe.exceptions import LLMOutOfMemoryError
-from llmpipe.records import Chunk, Request
-from llmpipe.runners.batching import NO_NUMBERS
-from llmpipe.runners.batching.lookahead import Encode, LookAhead, Sample
-from llmpipe.runners.batching.throughput import Throughput
-from llmpipe.runners.decoding import Answer
+from llmpipe.config import Batching, TransformersConfig
+from llmpipe.runners.batching import Sample, Sizes
 from llmpipe.runners.transformers import memory
-from llmpipe.runners.transformers.detokenizer import Detokenizer
-from llmpipe.runners.transformers.sampler import Sampler, choose
-from llmpipe.stopwatch import Tick, no_tick
+from llmpipe.runners.transformers.context import ModelContext
+from llmpipe.runners.transformers.executor import ModelExecutor
 
-log = logging.getLogger(__name__)
-
-LOOK_AHEAD = 4
-"""Batches' worth of rows that are pulled at once and sorted by length, so that little is padding."""
-PATIENCE = 8
-"""Batches that must succeed after memory ran out before twice the rows are tried; doubles each time."""
+SLOTS = 16
+"""Rows per batch where that is not set by hand."""
+GONE = -1
 
 
-@dataclass(eq=False)
-class Row:
-    """One sample in flight: everything about it, in one place."""
-
-    answer: Answer
-    tokens: list[int]
-    """The prompt's, and all that were generated."""
-    sampler: Sampler
-    text: Detokenizer
+def ideal_sizes(config: TransformersConfig) -> Sizes:
+    """Return the rows of a batch; of its tokens, the least."""
+    return Sizes(SLOTS if config.slots == "auto" else int(config.slots), prefixes=0, context=1, batch_tokens=0)
 
 
-class PaddedEngine:
-    """Runs rows through a causal model of transformers in padded batches.
+def choose_sizes(config: TransformersConfig, waiting: Sequence[Sample]) -> Sizes:
+    """Return the sizes of a batch of the samples that wait, each as long as the longest can become."""
+    ideal = ideal_sizes(config)
+    return replace(ideal, slots=min(ideal.slots, len(waiting)), context=max(sample.need for sample in waiting))
+
+
+class PaddedContext(ModelContext):
+    """Rows that begin together; see `Context` in `batching.executor`.
+
+    Args:
+        model: The model, in eval mode.
+        sizes: Its sizes.
+        positions: How many positions the model has.
+    """
+
+    def __init__(self, model: Any, sizes: Sizes, positions: int) -> None:
+        super().__init__(model, sizes, sizes.slots * sizes.context)
+        self._positions = positions
+        # Purely recurrent models, such as Mamba, call their cache by another name.
+        self._is_recurrent = "cache_params" in self._parameters
+        self._slots: list[int] = []
+        """Which slot each row of cache and mask belongs to; `GONE` where it has left."""
+        self._cache: DynamicCache
+        self._mask: torch.Tensor
+        """Which tokens of the cache are no padding, (rows, tokens)."""
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def compute(self) -> None:
+        """Compute whole prompts where no row is in flight, else one token for each row that is.
+
+        Raises:
+            LLMOutOfMemoryError: there is too little memory.
+            LLMInferenceError: the model fails.
+        """
+        with memory.failures_of(self._model):
+            ids = self._extend() if self._slots else self._begin()
+            logits = self._forward(ids)
+            slots = self.batch.slots[: self.batch.size][self.batch.output_indices].tolist()
+            self.logits = logits if slots == self._slots else logits[[self._slots.index(slot) for slot in slots]]
+
+    def _begin(self) -> torch.Tensor:
+        """Return the tokens of whole prompts, (rows, most tokens), padded on the left with whatever it is."""
+        batch = self.batch
+        tokens = torch.from_numpy(batch.tokens[: batch.size].astype(np.int64))
+        firsts = np.flatnonzero(batch.positions[: batch.size] == 0)
+        lengths = np.diff(firsts, append=batch.size).tolist()
+        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, (own, length) in enumerate(zip(tokens.split(lengths), lengths, strict=True)):
+            ids[row, -length:] = own
+            mask[row, -length:] = 1
+        self._slots = batch.slots[firsts].tolist()
+        self._cache = DynamicCache(config=self._model.config)
+        device = memory.input_device(self._model)
+        self._mask = mask.to(device)
+        return ids.to(device)
+
+    def _extend(self) -> torch.Tensor:
+        """Return the next token of each row, (rows, 1), that of a row that has left being whatever it is."""
+        left = [row for row, slot in enumerate(self._slots) if slot != GONE]
+        if len(left) <= len(self._slots) // 2:  # copying the cache pays once half of it is of no more use
+            index = torch.tensor(left, device=self._mask.device)
+            self._cache.reorder_cache(index)  # unlike batch_select_indices, recurrent layers have it too
+            self._mask = self._mask[index]
+            self._slots = [self._slots[row] for row in left]
+        batch = self.batch
+        tokens = dict(zip(batch.slots[: batch.size].tolist(), batch.tokens[: batch.size].tolist(), strict=True))
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._slots), 1)], dim=1)
+        return torch.tensor([[tokens.get(slot, 0)] for slot in self._slots], device=self._mask.device)
+
+    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the logits after the last token, (rows, vocabulary), float32."""
+        mask = self._mask
+        inputs: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "cache_params" if self._is_recurrent else "past_key_values": self._cache,
+            "use_cache": True,
+        }
+        if self._is_recurrent and mask.shape[1] > ids.shape[1]:
+            del inputs["attention_mask"]  # its padding is in the state already, and it would apply it to the new token
+        if "position_ids" in self._parameters:
+            # Clamped for padding below, and above for rows that have finished at the context's end.
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(0, self._positions - 1)[:, -ids.shape[1] :]
+        if "logits_to_keep" in self._parameters:
+            inputs["logits_to_keep"] = 1
+        logits: torch.Tensor = self._model(**inputs).logits
+        return logits[:, -1].float()
+
+    def copy(self, source: int, target: int) -> None:
+        """Refuse: rows that begin together share nothing, and stay where they are."""
+        raise NotImplementedError
+
+    def forget(self, slot: int) -> None:
+        """Empty a slot."""
+        self._slots = [GONE if other == slot else other for other in self._slots]
+        if all(other == GONE for other in self._slots):
+            self._empty()
+
+    def close(self) -> None:
+        """Free the memory."""
+        self._empty()
+        memory.empty_caches()
+
+    def _empty(self) -> None:
+        self._slots = []
+        self._cache = DynamicCache()
+        self.logits = torch.empty(0)
+
+
+class PaddedExecutor(ModelExecutor):
+    """Computes in padded batches; see `Executor` in `batching.executor`.
 
     Args:
         model: The model, in eval mode.
         tokenizer: Its tokenizer.
         end_tokens: Ids that end a generation.
-        slots: Rows per batch.
-        context: Most tokens of prompt and completion.
+        config: Sizes.
+        positions: How many positions the model has.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, end_tokens: set[int], slots: int, context: int) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._end_tokens = end_tokens
-        self.slots = slots
-        self.limit = context
-        self.cancelled: set[int] = set()
-        """Ids of requests to give up; their rows leave before the next forward pass."""
-        self.throughput = Throughput()
-        self.shrinks = 0
-        """How often memory ran out and batches were made smaller."""
-        self._most = slots
-        self._batches_since = 0
-        self._tick: Tick = no_tick
-        parameters = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in parameters
-        self._takes_logits_to_keep = "logits_to_keep" in parameters
-        # Purely recurrent models, such as Mamba, call their cache by another name.
-        self._is_recurrent = "cache_params" in parameters
-        self._cache_name = "cache_params" if self._is_recurrent else "past_key_values"
+    batching = Batching.padded
+    is_static = True
 
-    def stream(self, requests: Iterable[Request], encode: Encode, tick: Tick = no_tick) -> Iterator[Chunk]:
-        """Answer `requests`, with a `tick` before each forward pass; see `BaseLLMRunner.stream`."""
-        self._tick = tick
-        ahead = LookAhead(requests, encode, self.limit, share=False)
-        self.cancelled.clear()
-        self.throughput = Throughput()
-        while True:
-            if len(ahead.waiting) < self._most:
-                yield from ahead.fill(self._most * LOOK_AHEAD)
-            if not ahead.waiting:
-                return
-            count = min(self._most, len(ahead.waiting))
-            yield from self._run([self._row(ahead.waiting.pop()) for _ in range(count)])
-            self._grow()
+    def __init__(
+        self, model: Any, tokenizer: Any, end_tokens: set[int], config: TransformersConfig, positions: int
+    ) -> None:
+        super().__init__(model, tokenizer, end_tokens, config)
+        self._positions = positions
 
-    def _row(self, sample: Sample) -> Row:
-        request = sample.request
-        answer = Answer(request, sample.number, len(sample.prompt), sample.truncated, self.limit)
-        sampler = Sampler(request.sampling, request.seed_of(sample.number), sample.prompt)
-        return Row(answer, list(sample.prompt), sampler, Detokenizer(self._tokenizer, sample.prompt))
+    @property
+    def ideal(self) -> Sizes:
+        """The rows of a batch."""
+        return ideal_sizes(self._config)
 
-    def _run(self, rows: list[Row]) -> Iterator[Chunk]:
-        """Generate until every row has finished; where memory runs out, half of them first."""
-        try:
-            yield from self._run_together(rows)
-        except LLMOutOfMemoryError as error:
-            memory.empty_caches()
-            left = [row for row in rows if not row.answer.finished]
-            if len(left) == 1:
-                self._most = self.slots  # it was this row
-                yield left[0].answer.fail(
-                    f"{error} for this row alone: use a smaller sampling.max_tokens or backend.context"
-                )
-                return
-            self.shrinks += 1
-            self._batches_since = 0
-            self._most = half = max(1, len(left) // 2)
-            log.warning("%s: going on with batches of %d rows", error, half)
-            # Their caches are gone, their tokens are not: those are computed once more.
-            for start in range(0, len(left), half):
-                yield from self._run(left[start : start + half])
+    def sizes(self, waiting: Sequence[Sample], limit: int, held_tokens: int = 0) -> Sizes:
+        """Choose the sizes of a batch; its memory is not known before it is used."""
+        return choose_sizes(self._config, waiting)
 
-    def _grow(self) -> None:
-        """Try twice the rows again, once enough batches have gone well since memory ran out."""
-        self._batches_since += 1
-        if self._most < self.slots and self._batches_since >= PATIENCE * 2 ** min(self.shrinks, 5):
-            self._batches_since = 0
-            self._most = min(self.slots, self._most * 2)
-
-    def _run_together(self, rows: list[Row]) -> Iterator[Chunk]:
-        """Generate for one batch until every row has finished."""
-        ids, mask = self._pad(rows)
-        cache = DynamicCache(config=self._model.config)
-        while True:
-            self._tick()
-            is_prefill = ids.shape[1] > 1
-            tokens = sum(len(row.tokens) for row in rows) if is_prefill else len(rows)
-            with self.throughput.step(tokens, is_prefill):
-                logits = self._forward(ids, mask, cache)
-                chosen = self._choose(rows, logits)
-            chunks = [self._add(row, token) for row, token in chosen]
-            yield from (chunk for chunk in chunks if chunk is not None)
-            keep = [i for i, row in enumerate(rows) if not row.answer.finished]
-            if not keep:
-                return
-            if len(keep) <= len(rows) // 2:  # copying the cache pays once half of it is of no more use
-                index = torch.tensor(keep, device=mask.device)
-                cache.reorder_cache(index)  # unlike batch_select_indices, recurrent layers have it too
-                mask = mask[index]
-                rows = [rows[i] for i in keep]
-            ids = torch.tensor([[row.tokens[-1]] for row in rows], device=mask.device)
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-
-    def _pad(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and mask, each (rows, most tokens), padded on the left; what the padding is does not matter."""
-        width = max(len(row.tokens) for row in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row.tokens) :] = torch.tensor(row.tokens)
-            mask[i, width - len(row.tokens) :] = 1
-        device = memory.input_device(self._model)
-        return ids.to(device), mask.to(device)
-
-    @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Return the logits after the last token, (rows, vocabulary), float32."""
-        inputs: dict[str, Any] = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            self._cache_name: cache,
-            "use_cache": True,
-        }
-        if self._is_recurrent and mask.shape[1] > ids.shape[1]:
-            del inputs["attention_mask"]  # its padding is in the state already, and it would apply it to the new token
-        if self._takes_positions:
-            # Clamped for padding below, and above for rows that have finished at the context's end.
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(0, self.limit - 1)[:, -ids.shape[1] :]
-        if self._takes_logits_to_keep:
-            inputs["logits_to_keep"] = 1
-        with memory.failures_of(self._model):
-            logits: torch.Tensor = self._model(**inputs).logits
-        return logits[:, -1].float()
-
-    def _choose(self, rows: list[Row], logits: torch.Tensor) -> list[tuple[Row, int]]:
-        """Choose a token for every unfinished row."""
-        going_on = [i for i, row in enumerate(rows) if not row.answer.finished]
-        with memory.failures_of(self._model):
-            some = logits if len(going_on) == len(rows) else logits[torch.tensor(going_on, device=logits.device)]
-            tokens = choose(some, [rows[i].sampler for i in going_on])
-        return [(rows[i], token) for i, token in zip(going_on, tokens, strict=True)]
-
-    def _add(self, row: Row, token: int) -> Chunk | None:
-        """Add a token to its row; return the chunk it completes, if any."""
-        if row.answer.request.id in self.cancelled:
-            return row.answer.fail("cancelled")
-        if token < 0:
-            return row.answer.fail(NO_NUMBERS)
-        if row.answer.ends_at(token, token in self._end_tokens):
-            return row.answer.end()
-        row.tokens.append(token)
-        return row.answer.add(row.text.push(token))
+    def context(self, sizes: Sizes) -> PaddedContext:
+        """Make a context; its memory is taken when it is used."""
+        return PaddedContext(self._model, sizes, self._positions)

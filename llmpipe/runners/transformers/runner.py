@@ -5,16 +5,15 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from llmpipe.config import Batching, TransformersConfig
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
 from llmpipe.records import Chunk, Request
-from llmpipe.runners import decoding
 from llmpipe.runners.base import BaseLLMRunner
-from llmpipe.runners.batching import Engine, Sample, Sizes, sizing
+from llmpipe.runners.batching import Engine, sequence, sizing
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
 from llmpipe.runners.encoding import tokens_of, with_stop_tokens
 from llmpipe.runners.facts import Facts
@@ -26,26 +25,14 @@ try:
     import torch
     import transformers
 
-    from llmpipe.runners.transformers import loading, memory, sampler
+    from llmpipe.runners.transformers import loading, memory, padded, sampler
     from llmpipe.runners.transformers.executor import SlotExecutor, UnsuitableModelError, refuse_unsuitable
-    from llmpipe.runners.transformers.padded import PaddedEngine
+    from llmpipe.runners.transformers.padded import PaddedExecutor
     from llmpipe.runners.transformers.tokens import Tokens
 except ImportError as error:
     raise MissingDependencyError("transformers and torch", "transformers", "backend=transformers") from error
 
 log = logging.getLogger(__name__)
-
-PADDED_SLOTS = 16
-
-
-def _padded_slots(config: TransformersConfig) -> int:
-    return PADDED_SLOTS if config.slots == "auto" else int(config.slots)
-
-
-def _padded_plan(config: TransformersConfig, waiting: Sequence[Sample]) -> Sizes:
-    """Return the sizes of a batch whose rows are as long as the longest."""
-    longest = max(sample.need for sample in waiting)
-    return Sizes(min(_padded_slots(config), len(waiting)), 0, longest, config.batch_tokens)
 
 
 def _chats_of(tokenizer: Any) -> dict[str, ChatTemplate]:
@@ -69,12 +56,12 @@ class TransformersRunner(BaseLLMRunner):
 
     config_type = TransformersConfig
     ticks = True
-    honours = decoding.OPTIONS | sampler.OPTIONS
+    honours = sequence.OPTIONS | sampler.OPTIONS
     config: TransformersConfig
     _model: Any = None
     _tokenizer: Any = None
     _chats: Mapping[str, ChatTemplate] = {}
-    _engine: Engine | PaddedEngine | None = None
+    _engine: Engine | None = None
 
     def _initialize_model(self) -> None:
         config = self.config
@@ -114,26 +101,30 @@ class TransformersRunner(BaseLLMRunner):
         try:
             self._refuse_slots()
             refuse_unsuitable(model)
-            plan = partial(sizing.choose, config, footprint, limit=self._limit, free_bytes=memory.free_bytes([device]))
+            sizes = partial(sizing.choose, config, footprint, limit=self._limit, free_bytes=memory.free_bytes([device]))
         except UnsuitableModelError as error:
             self._choose_padded(error)
-            plan = partial(_padded_plan, config)
+            sizes = partial(padded.choose_sizes, config)
         return Preview(
             model_type=type(model).__name__,
             device=str(device),
             context=self._limit,
             footprint=footprint,
-            sizes=lambda waiting: replace(found := plan(waiting), reasons=(*self._choices, *found.reasons)),
+            sizes=lambda waiting: replace(found := sizes(waiting), reasons=(*self._choices, *found.reasons)),
         )
 
-    def _make_engine(self, end_tokens: set[int]) -> Engine | PaddedEngine:
+    def _make_engine(self, end_tokens: set[int]) -> Engine:
         config = self._sized(self.config)
+        model = self._model, self._tokenizer, end_tokens, config
+        executor: SlotExecutor | PaddedExecutor
         try:
             self._refuse_slots()
-            return Engine(SlotExecutor(self._model, self._tokenizer, end_tokens), config, self._limit)
+            executor = SlotExecutor(*model)
         except UnsuitableModelError as error:
             self._choose_padded(error)
-        return PaddedEngine(self._model, self._tokenizer, end_tokens, _padded_slots(config), self._limit)
+            executor = PaddedExecutor(*model, self._limit)
+        self._batching = executor.batching.value
+        return Engine(executor, config, self._limit)
 
     def _sized(self, config: TransformersConfig) -> TransformersConfig:
         """Return the config with one slot where rows must not share a computation."""
@@ -157,7 +148,7 @@ class TransformersRunner(BaseLLMRunner):
         self._choices.append(f"padded batches: {error}")
 
     def _release_model(self) -> None:
-        if isinstance(self._engine, Engine):
+        if self._engine is not None:
             self._engine.close()
         self._engine = self._model = self._tokenizer = None
         self._chats = {}
@@ -167,7 +158,7 @@ class TransformersRunner(BaseLLMRunner):
     def cancel(self, request_id: int) -> None:
         """Give up a request of the running stream; it ends with an error chunk, and its slots are free at once."""
         if self._engine is not None:
-            self._engine.cancelled.add(request_id)
+            self._engine.cancel(request_id)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
         """Answer `requests`, `backend.slots` rows at a time; see `BaseLLMRunner.stream`."""
@@ -211,28 +202,20 @@ class TransformersRunner(BaseLLMRunner):
     def _dtype(self) -> str:
         return str(self._model.dtype).removeprefix("torch.")
 
-    @property
-    def _batching(self) -> str:
-        return "slots" if isinstance(self._engine, Engine) else "padded"
-
     def info(self) -> dict[str, Any]:
         """Say what was loaded and what was chosen."""
         self._check_loaded()
-        engine = self._engine
-        assert engine is not None
+        assert self._engine is not None
+        engine = self._engine.info()
         return {
             "model": self.config.model,
             "model_type": type(self._model).__name__,
             "device": str(memory.input_device(self._model)),
             "dtype": self._dtype,
             "batching": self._batching,
-            "slots": engine.most_slots if isinstance(engine, Engine) else engine.slots,
-            "context": engine.limit,
-            "sizes": [*self._choices, *(engine.reasons if isinstance(engine, Engine) else [])],
-            "shrinks": engine.shrinks,
-            "engine": asdict(engine.throughput),
-            "decode_s": engine.decode_s if isinstance(engine, Engine) else None,
             "threads": torch.get_num_threads(),
+            **engine,
+            "sizes": [*self._choices, *engine["sizes"]],
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }

@@ -1,12 +1,26 @@
-"""The text of `--help`: the groups, and every key with its meaning, as the config dataclasses have it."""
+"""`llmpipe help [VERB]`, `llmpipe --help`: the verbs, the groups, and what the config says of every key."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from llmpipe.config import BACKENDS, BackendConfig, RunConfig, conf_dir, field_docs
+from llmpipe.config.checks import reject_unknown
 from llmpipe.config.options import default_of
+from llmpipe.verbs import VERBS, main_of
+from llmpipe.verbs.arguments import Parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the help of a verb, or of all there is."""
+    verbs = Parser("help", "Explains a verb, or every key.").read(arguments).words
+    reject_unknown(verbs, VERBS, "verb")
+    if verbs:
+        main_of(verbs[0])(["--help"])
+    else:
+        print(help_text(), end="")
 
 
 def help_text() -> str:
@@ -14,12 +28,15 @@ def help_text() -> str:
     lines = [
         "llmpipe: an offline batch runner for language models.",
         "",
+        *(f"  {f'{name} {verb.takes}':<43}  {verb.summary}" for name, verb in VERBS.items()),
+        "",
+        "llmpipe VERB --help explains one. Some commands:",
+        "",
         "  llmpipe backend=transformers device=cuda",
         "  llmpipe dataset.path=prompts.jsonl sampling.max_tokens=100 output=parquet",
         "  llmpipe -m sampling.temperature=0,0.7,1.2",
-        "  llmpipe plan=true dataset.path=prompts.jsonl",
-        "  llmpipe resume=outputs/2026-01-31/12-00-00",
-        "  llmpipe export=outputs/2026-01-31/12-00-00 export_to=so-far.parquet",
+        "  llmpipe resume outputs/2026-01-31/12-00-00",
+        "  llmpipe export outputs/2026-01-31/12-00-00 --to so-far.parquet",
         "",
         "Choose one option per group (group=option):",
         "",
@@ -35,7 +52,7 @@ def help_text() -> str:
         "'KEY=${oc.env:NAME}' takes a value from the environment; all that is written has this reference instead.",
         "hydra.run.dir=DIR chooses the run directory. --cfg job prints the config, --hydra-help Hydra's flags.",
     ]
-    return "\n".join(lines).replace("$", "$$") + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _help_of(owner: type[Any], name: str, prefix: str = "") -> list[str]:
