@@ -24,8 +24,13 @@ from llmpipe.text import harmless
 from llmpipe.workers import is_worker
 
 BAR_WIDTH = 40
+REASONS = 5
+"""Why rows failed: how many reasons are shown."""
 SHOWN_EVERY_S = 0.25
 LOGGED_EVERY_S = 60.0
+
+TIMES = {"latency": "latency_s", "in the queue": "queue_s", "service": "service_s", "first token": "first_token_s"}
+"""Labels of the times of an answer."""
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +110,7 @@ def show_summary(metrics: dict[str, Any], directory: Path) -> None:
     """Print the figures of one run and where its files are."""
     console = _console()
     console.print(_table(_figures(metrics)))
+    _say_reasons(console, metrics)
     console.print()
     for name in (metrics["output"], "metrics.json", "report.html", "errors.jsonl"):
         if name != "errors.jsonl" or metrics["rows_error"]:
@@ -115,10 +121,7 @@ def show_plan(found: dict[str, Any], directory: Path) -> None:
     """Print what a run would do and take."""
     console = _console()
     console.print(_table(_plan_figures(found)))
-    for row in found["errors"]:
-        _say(console, f"  {row['file']} line {row['line']}: {row['reason']}")
-    if found["rows_error"] > len(found["errors"]):
-        _say(console, f"  and {found['rows_error'] - len(found['errors'])} more")
+    _say_reasons(console, found)
     if found["prompt_tokens_histogram"]:
         _say(console, "\nprompt tokens")
         most = max(one["rows"] for one in found["prompt_tokens_histogram"])
@@ -194,6 +197,16 @@ def _plan_figures(p: dict[str, Any]) -> list[tuple[str, str]]:
     return figures
 
 
+def _say_reasons(console: Console, found: dict[str, Any]) -> None:
+    """Say why rows are errors, the most frequent reasons first, each with one row."""
+    reasons = found["error_reasons"][:REASONS]
+    for one in reasons:
+        rows = f"{one['rows']:,} row{'s' if one['rows'] > 1 else ''}"
+        _say(console, harmless(f"  {rows}, such as {one['file']} line {one['line']}: {one['reason']}"))
+    if (more := found["rows_error"] - sum(one["rows"] for one in reasons)) > 0:
+        _say(console, f"  and {more:,} more")
+
+
 def _table(figures: Sequence[tuple[str, str]]) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in figures:
@@ -207,14 +220,13 @@ def _say(console: Console, text: str) -> None:
 
 def _figures(m: dict[str, Any]) -> list[tuple[str, str]]:
     runner = m["runner"]
-    latency, first = m["latency_s"], m["first_token_s"]
     memory = f"{_number(m['peak_rss_mb'], '{:,.0f}')} MB resident"
     if m["peak_device_mb"]:
         memory += f", {m['peak_device_mb']:,.0f} MB on the device"
     figures = [
         (
             "model",
-            f"{runner.get('model')}: {runner.get('model_type', 'unknown type')} on {runner.get('device')}",
+            f"{runner.get('model')}: {_kind(runner)} on {runner.get('device')}",
         ),
         ("prompts", m["prompt_format"] or "unknown"),
         ("rows", f"{m['rows']} ({m['rows_ok']} ok, {m['rows_error']} errors)"),
@@ -224,20 +236,28 @@ def _figures(m: dict[str, Any]) -> list[tuple[str, str]]:
             f"{_number(m['prompt_tokens_per_s'], '{:,.0f}')} prompt tokens/s, "
             f"{_number(m['completion_tokens_per_s'], '{:,.0f}')} generated tokens/s",
         ),
+        (
+            "engine",
+            f"{_number(m['prefill_tokens_per_s'], '{:,.0f}')} prefill tokens/s, "
+            f"{_number(m['decode_tokens_per_s'], '{:,.0f}')} decode tokens/s of its own time",
+        ),
         ("time", f"{_number(m['load_s'], '{:.2f}')} s loading, {m['wall_s']:.2f} s generating"),
-        (
-            "latency",
-            ", ".join(f"{name} {_number(latency[name], '{:.3f}')} s" for name in ("p50", "p90", "p99")),
-        ),
-        (
-            "first token",
-            ", ".join(f"{name} {_number(first[name], '{:.3f}')} s" for name in ("p50", "p90", "p99")),
-        ),
+        *((label, _percentiles(m[name])) for label, name in TIMES.items()),
         ("peak memory", memory),
     ]
     return figures + [
         (name.replace("_", " "), f"{score:.1%} of {m['scored_samples'][name]}") for name, score in m["scores"].items()
     ]
+
+
+def _kind(runner: dict[str, Any]) -> str:
+    """Return a model's type and size, which some types name."""
+    kind, size = runner.get("model_type", "unknown type"), f"{(runner.get('parameters') or 0) / 1e6:.1f}M"
+    return kind if size in (*kind.split(), "0.0M") else f"{kind} {size}"
+
+
+def _percentiles(times: dict[str, float | None]) -> str:
+    return ", ".join(f"{name} {_number(times[name], '{:.3f}')} s" for name in ("p50", "p90", "p99"))
 
 
 def _number(value: float | None, pattern: str) -> str:

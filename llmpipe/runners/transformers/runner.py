@@ -210,6 +210,7 @@ class TransformersRunner(BaseLLMRunner):
         return {
             "model": self.config.model,
             "model_type": type(self._model).__name__,
+            "parameters": self._model.num_parameters(),
             "device": str(memory.input_device(self._model)),
             "dtype": self._dtype,
             "batching": self._batching,
