@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmpipe.version import __version__
 
 if TYPE_CHECKING:
-    from llmpipe.config import BackendType, DeviceType, ModelConfig, RunConfig, SamplingConfig, compose
+    from llmpipe.config import BackendType, DeviceType, ModelConfig, RunConfig, SamplingConfig, SamplingOptions, compose
     from llmpipe.exceptions import (
         DatasetError,
         LedgerError,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         LLMRunnerFactory,
         TransformersRunner,
     )
+    from llmpipe.runners.openai_format import ChatCompletion, ChatCompletionChunk
 
 _HOME = {
     "BackendType": "config",
@@ -39,6 +40,7 @@ _HOME = {
     "ModelConfig": "config",
     "RunConfig": "config",
     "SamplingConfig": "config",
+    "SamplingOptions": "config",
     "compose": "config",
     "DatasetError": "exceptions",
     "LedgerError": "exceptions",
@@ -57,11 +59,15 @@ _HOME = {
     "LlamaCppRunner": "runners",
     "LLMRunnerFactory": "runners",
     "TransformersRunner": "runners",
+    "ChatCompletion": "runners.openai_format",
+    "ChatCompletionChunk": "runners.openai_format",
 }
 
 __all__ = [
     "BackendType",
     "BaseLLMRunner",
+    "ChatCompletion",
+    "ChatCompletionChunk",
     "Chunk",
     "Completion",
     "DatasetError",
@@ -79,6 +85,7 @@ __all__ = [
     "Request",
     "RunConfig",
     "SamplingConfig",
+    "SamplingOptions",
     "TransformersRunner",
     "__version__",
     "compose",

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from datetime import UTC, datetime, timedelta, timezone
-from typing import Any
+from typing import Any, Self
 
-from llmpipe.config import RunConfig
+from llmpipe.config import RunConfig, is_own
+from llmpipe.exceptions import LLMError, LLMInferenceError, LLMInitializationError, one_line
 from llmpipe.ledger import Ledger
 from llmpipe.memory import MemorySampler
+from llmpipe.quoting import how_to_resume
 from llmpipe.redaction import as_written, below
 from llmpipe.runners.base import BaseLLMRunner
+from llmpipe.runners.digests import ModelChanged
+from llmpipe.stopping import WaitingIsOver
+
+log = logging.getLogger(__name__)
 
 
 def utc_now() -> str:
@@ -19,7 +26,11 @@ def utc_now() -> str:
 
 
 class Attempt:
-    """Notes in the ledger what this attempt takes, on top of the attempts before it."""
+    """Notes in the ledger what this attempt takes, on top of the attempts before it, and how its runner failed.
+
+    Raises:
+        LLMInferenceError: the runner failed inside of the `with` block; says what is safe.
+    """
 
     def __init__(
         self, ledger: Ledger, runner: BaseLLMRunner, memory: MemorySampler, config: RunConfig, prompt_format: str
@@ -42,11 +53,37 @@ class Attempt:
             "peak_rss_mb": max(self._before["peak_rss_mb"], self._memory.peak_rss_mb),
         }
 
-    def ended(self) -> None:
-        """Note what is known at its end: the device's memory, and what the runner says of itself."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        """Commit what was finished; where the runner failed, say what is safe.
+
+        Returns:
+            Whether the attempt was ended on purpose: `Stops` knows why.
+        """
+        self._ledger.commit()
+        self._note_end()
+        if isinstance(error, Exception):
+            self._explain(error)
+        return isinstance(error, WaitingIsOver)
+
+    def _note_end(self) -> None:
         device = self._runner.memory_usage()["peak_device_mb"] or 0.0
         peak = max(self._before["peak_device_mb"], device) or None
         did = self._ledger.noted or self._ledger.get("runner") is None  # else another attempt's figures say more
         info = as_written(self._runner.info(), below(self._config.references, "backend"))
-        runner = {"runner": info} if did else {}
-        self._ledger.set(peak_device_mb=peak, **runner, **self._figures())
+        self._ledger.set(peak_device_mb=peak, **({"runner": info} if did else {}), **self._figures())
+
+    def _explain(self, error: Exception) -> None:
+        """Raise what a fault of the runner means to the run; what is none is left as it is."""
+        safe, name = (
+            f"what was finished is safe: {how_to_resume(self._ledger.path.parent)}",
+            type(self._runner).__name__,
+        )
+        if isinstance(error, (LLMInferenceError, LLMInitializationError)) and not isinstance(error, ModelChanged):
+            # A model that could not be loaded was loaded again, in the middle: the run had begun.
+            raise LLMInferenceError(f"{error}; {safe}") from error
+        if not isinstance(error, LLMError) and not is_own(type(self._runner).__module__):
+            log.error("%s failed", name, exc_info=error)  # its author wants to see where
+            raise LLMInferenceError(f"{name} failed: {one_line(error)}; {safe}") from error

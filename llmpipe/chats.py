@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -39,6 +41,21 @@ class Chat(tuple[Message, ...]):
     """Messages that have been looked at by `parse_messages`: each has a role, and plain text as its content."""
 
     __slots__ = ()
+
+
+@dataclass(frozen=True)
+class ChatInput:
+    """All that a chat template is told."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    """What the model may call, in OpenAI's format."""
+    template_kwargs: Mapping[str, Any] | None = None
+    """Further names that the template may ask for, such as `enable_thinking`."""
+    continue_final: bool = False
+    """The text ends with that of the last message, which the answer continues; else where an answer begins."""
+    now: datetime | None = None
+    """The time that it is, for the template."""
 
 
 def parse_messages(value: Any, any_role: bool = False) -> Chat:

@@ -66,7 +66,7 @@ def state(runner: BaseLLMRunner) -> None:
     print(f"{runner.memory_usage()['rss_mb']:.0f} MB in memory, loaded in {runner.load_s:.2f} s")
     runner.reload(device="cpu")
     try:
-        runner.generate_text("Hello!", temprature=0.5)
+        runner.generate_text("Hello!", temprature=0.5)  # type: ignore[call-arg]  # which a type checker says first
     except LLMError as error:
         print(f"{type(error).__name__}: {error}")
 

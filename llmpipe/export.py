@@ -17,12 +17,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmpipe.config import OutputFormat, RunConfig, split_adapter
+from llmpipe.config import RunConfig, split_adapter
 from llmpipe.datasets import Inputs
 from llmpipe.exceptions import DatasetError, LLMConfigError, LLMError
-from llmpipe.fingerprint import backend_values, continued, fingerprint
+from llmpipe.fingerprint import backend_values, fingerprint
 from llmpipe.ledger import FILE, LedgerSnapshot
-from llmpipe.outputs import ERRORS_FILE, WRITERS, Answered, is_same, layout_of, own_file, refuse_foreign
+from llmpipe.outputs import ERRORS_FILE, WRITERS, Answered, is_same, layout_of, own_file, refuse_foreign, writer_of
 from llmpipe.place import check_place
 from llmpipe.preflight import look_through
 from llmpipe.prompts import PromptBuilder
@@ -59,16 +59,16 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
     """
     directory = Path(directory)
     check_place(directory)
-    path = directory / f"partial.{config.output.format.value}" if file is None else Path(file).expanduser()
+    path = directory / f"partial.{config.output.format}" if file is None else Path(file).expanduser()
     config = config.replace({"output": replace(config.output, format=_format_of(path, directory))})
     with LedgerSnapshot(directory) as ledger, Inputs(directory, begun=True, resumed=True) as inputs:
         run = _named(directory, ledger, path)
         refuse_foreign(path, run, force)  # before all is read
         _refuse_inputs(path, config)
-        before = Before.of(directory)
-        dataset, scan, types = look_through(config, inputs, before)
         asked = ledger.get("fingerprint")
-        asking = continued(fingerprint(config, scan, asked), asked, scan)["dataset"]
+        before = Before(True, asked, ledger.get("dataset_files"))
+        dataset, scan, types = look_through(config, inputs, before)
+        asking = before.continued(fingerprint(config, scan, asked), scan)["dataset"]
         if changes := "; ".join(differences(asked["dataset"], asking, "dataset")):
             changed = before.change(scan, config.dataset)
             raise DatasetError(
@@ -80,7 +80,7 @@ def export(config: RunConfig, directory: str | Path, file: str | Path | None = N
         counter = _Counter()
         answered = counter.finished(dataset.rows(), ledger.completions(), prompts)
         with own_file(path, run, force) as opened:
-            writer = WRITERS[config.output.format](opened, layout, types)
+            writer = writer_of(config.output)(opened, layout, types)
             try:
                 for one in scored(answered, config.metrics.scorers, config.dataset.columns.reference):
                     writer.write(one)
@@ -119,22 +119,21 @@ def _has_all(row: Row, samples: list[Completion], prompts: PromptBuilder) -> boo
         return True
 
 
-def _format_of(path: Path, directory: Path) -> OutputFormat:
+def _format_of(path: Path, directory: Path) -> str:
     """Return the format that a file's name asks for.
 
     Raises:
         LLMConfigError: it asks for none, or the file is one of the run's own.
     """
-    formats = [format.value for format in OutputFormat]
-    if path.suffix.removeprefix(".") not in formats:
-        raise LLMConfigError(f"cannot export to {str(path)!r}: it must end in .{' or .'.join(formats)}")
-    own = [ERRORS_FILE, *(f"outputs.{format}" for format in formats)]
+    if path.suffix.removeprefix(".") not in WRITERS:
+        raise LLMConfigError(f"cannot export to {str(path)!r}: it must end in .{' or .'.join(WRITERS)}")
+    own = [ERRORS_FILE, *(f"outputs.{format}" for format in WRITERS)]
     of_a_run = path.parent.resolve() == directory.resolve() or (path.parent / FILE).exists()
     if path.name.casefold() in own and of_a_run:  # for there are file systems that know no capitals
         raise LLMConfigError(f"cannot export to {str(path)!r}: that file is the run's own; choose another name")
     if not path.parent.is_dir():
         raise LLMError(f"cannot write {path}: there is no directory {path.parent}")
-    return OutputFormat(path.suffix.removeprefix("."))
+    return path.suffix.removeprefix(".")
 
 
 def _named(directory: Path, ledger: LedgerSnapshot, path: Path) -> dict[str, Any]:

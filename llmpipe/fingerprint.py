@@ -7,7 +7,6 @@ its facts, is known once it is loaded, and is compared before any row is run.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from llmpipe.chats import read_tools
 from llmpipe.config import BACKENDS, BackendConfig, RunConfig, answer_fields, describe, is_own
 from llmpipe.config.checks import check, readable
-from llmpipe.datasets import Scan, digest_of
+from llmpipe.datasets import Scan
 from llmpipe.exceptions import LedgerError, LLMConfigError, LLMInitializationError
 from llmpipe.redaction import Place, as_written, below, differences, redacted, sealed
 from llmpipe.runners.base import BaseLLMRunner
@@ -108,23 +107,6 @@ def compare_facts(
         )
     if mentioned := changes("may_decide"):
         log.warning("answers may differ from those that %s holds so far: %s", directory, mentioned)
-
-
-def continued(asked: dict[str, Any], known: dict[str, Any] | None, scan: Scan) -> dict[str, Any]:
-    """Return a fingerprint with the dataset as an earlier run knew it, if that has only grown since.
-
-    Args:
-        asked: The fingerprint of what is asked now.
-        known: That of the earlier run, where there is one.
-        scan: What is in the dataset now, and was in the first rows, as many as the earlier run had.
-    """
-    if not known or scan.earlier is None:
-        return asked
-    now, before = asked["dataset"], known["dataset"]
-    most = [math.inf if dataset.get("limit") is None else dataset["limit"] for dataset in (before, now)]
-    as_before = {**now, **{name: before.get(name) for name in ("digest", "rows", "limit")}}
-    grown = digest_of(scan.earlier) == before.get("digest") and most[0] <= most[1] and as_before == before
-    return {**asked, "dataset": before} if grown else asked
 
 
 def _of_backend(config: RunConfig, witness: Witness | None) -> dict[str, Any]:

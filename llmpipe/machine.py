@@ -1,4 +1,4 @@
-"""What of its machine this process may use: how many cores, how much memory.
+"""What of its machine this process may use: how many cores, how much memory; and what others leave of the cores.
 
 A container or a job scheduler gives a process less than the host has: by CPU affinity, by control groups (cgroups, of
 version 1, version 2, or both; limits of the groups above bind as well), by resource limits. On Linux they are read each
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ import psutil
 
 ROOT = Path("/")
 """Where /proc and /sys are."""
+LEAST_LOOK_S = 0.2
+"""Shortest time of which it can be said who had the processors: the system counts in hundredths of a second."""
 
 
 class Cores(NamedTuple):
@@ -53,6 +56,25 @@ def cores(root: Path = ROOT, allowed: Iterable[int] | None = None) -> Cores:
     if quota is not None and (whole := max(1, int(quota + 0.5))) < at_once:
         physical, at_once, limit = min(physical, whole), whole, f"the cgroup has a CPU quota of {quota:g}"
     return Cores(physical, at_once, limit)
+
+
+class Room:
+    """How many processors others leave to this process, from look to look."""
+
+    def __init__(self) -> None:
+        self._before = _processor_times()
+
+    def look(self) -> float | None:
+        """Return how many were idle or busy with this process, on average since the last look.
+
+        None where the system does not tell, or too little time has passed for it to have counted.
+        """
+        now = _processor_times()
+        passed_s, counted_s, free_s = (b - a for a, b in zip(self._before, now, strict=True))
+        if passed_s < LEAST_LOOK_S:
+            return None
+        self._before = now
+        return free_s / passed_s if counted_s > passed_s / 2 else None
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
@@ -97,6 +119,18 @@ def _affinity() -> set[int]:
     # OpenMP binds the thread that loads it where it is to bind threads, which says nothing of the others.
     binds = os.environ.get("OMP_PROC_BIND", "false").lower() not in ("", "false")
     return now | _at_start if binds else now
+
+
+def _processor_times() -> tuple[float, float, float]:
+    """Return the time, what has been counted of it on the processors of this process, and how much of that was free.
+
+    Free is what was idle or spent by this process, and by those of lower priority, which give way. In seconds.
+    """
+    every, mask = psutil.cpu_times(percpu=True), _affinity()
+    times = [every[cpu] for cpu in mask if cpu < len(every)] or every
+    yields = ("idle", "iowait") if hasattr(os, "nice") and os.nice(0) > 0 else ("idle", "iowait", "nice")
+    free = sum(getattr(each, name, 0.0) for each in times for name in yields)
+    return time.monotonic(), sum(map(sum, times)), free + time.process_time()
 
 
 def _physical(processors: set[int], root: Path) -> int:

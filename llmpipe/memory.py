@@ -15,7 +15,7 @@ def own_rss_bytes() -> int:
 
 
 class MemorySampler:
-    """Watches the resident memory of this process from a thread of its own, while its `with` block runs.
+    """Watches resident memory, at first that of this process, from a thread of its own, while its `with` block runs.
 
     Args:
         interval_s: Seconds between two looks; a peak that is shorter may be missed.
@@ -23,11 +23,14 @@ class MemorySampler:
 
     def __init__(self, interval_s: float) -> None:
         self._interval_s = interval_s
-        self.rss_bytes: Callable[[], int] = own_rss_bytes
-        """What is watched: this process, unless its user knows of others."""
+        self._rss_bytes: Callable[[], int] = own_rss_bytes
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="llmpipe-memory", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="llmpipe-memory", daemon=True)
         self._peak_bytes = 0
+
+    def watch(self, rss_bytes: Callable[[], int]) -> None:
+        """Ask that from now on, such as a runner whose model may be in another process."""
+        self._rss_bytes = rss_bytes
 
     @property
     def peak_rss_mb(self) -> float:
@@ -45,8 +48,8 @@ class MemorySampler:
         self._thread.join()
 
     def _look(self) -> None:
-        self._peak_bytes = max(self._peak_bytes, self.rss_bytes())
+        self._peak_bytes = max(self._peak_bytes, self._rss_bytes())
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         while not self._over.wait(self._interval_s):
             self._look()

@@ -18,7 +18,7 @@ from llmpipe.config import RunConfig, is_own
 from llmpipe.datasets import Inputs, Scan
 from llmpipe.exceptions import LLMError, LLMInitializationError, one_line
 from llmpipe.failures import Failures
-from llmpipe.fingerprint import compare_facts, continued, facts_of, fingerprint
+from llmpipe.fingerprint import compare_facts, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
 from llmpipe.histogram import bars
 from llmpipe.ledger import LedgerSnapshot
@@ -124,7 +124,7 @@ def so_far(config: RunConfig, scan: Scan, directory: Path, before: Before) -> tu
     if not before.begun:
         found_files(directory, output_files(config.output), {})
         return None, {}
-    asked = continued(fingerprint(config, scan, before.fingerprint), before.fingerprint, scan)
+    asked = before.continued(fingerprint(config, scan, before.fingerprint), scan)
     with LedgerSnapshot(directory, asked, before.change(scan, config.dataset)) as ledger:
         found_files(directory, output_files(config.output), ledger.get("files") or {})
         return ledger.rows(), {} if ledger.finished() else ledger.get("facts") or {}

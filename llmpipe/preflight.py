@@ -34,15 +34,15 @@ def look_through(
     Raises:
         LLMConfigError, DatasetError, MissingDependencyError: the run cannot start.
     """
-    dataset, types = Dataset(config.dataset, inputs), column_types(config.output.format)
+    dataset, types = Dataset(config.dataset, inputs), column_types(config.output)
     check_trusted(backend_values(config).get("_target_", "???"), config.trusted_modules)
     template = None if config.prompt.template is None else template_columns(config.prompt.template)
     also = {*all_names(config.output.prefix, config.metrics.scorers), *OTHER_NAMES}
     scan = dataset.scan(template, None if types is None else types.add, None if before is None else before.rows, also)
-    layout_of(config, scan.columns, config.sampling.n)
+    layout_of(config, scan.columns, config.sampling.n)  # for what it refuses, as the next one
     scorers_named(config.metrics.scorers)
     if config.prompt.format is PromptFormat.raw:  # else the model's files have to be asked
-        check_needs_chats(config, scan, chat=False)
+        _refuse_what_needs_chats(config, scan, chat=False)
     if not scan.rows:
         log.warning("the dataset has no rows")
     if config.sampling.n > 1 and config.sampling.is_greedy:
@@ -57,7 +57,7 @@ def runs_chats(config: RunConfig, scan: Scan, runner: BaseLLMRunner) -> bool:
         LLMConfigError: the model has no chat template, and is asked for chats or for what only chats have.
     """
     chat = runner.is_chat(config.prompt.format)
-    check_needs_chats(config, scan, chat)
+    _refuse_what_needs_chats(config, scan, chat)
     return chat
 
 
@@ -68,7 +68,7 @@ def mention_unread(config: RunConfig, scan: Scan, chat: bool) -> None:
         log.warning("nothing reads the columns %s", ", ".join(f"{name} ({why})" for name, why in unread.items()))
 
 
-def check_needs_chats(config: RunConfig, scan: Scan, chat: bool) -> None:
+def _refuse_what_needs_chats(config: RunConfig, scan: Scan, chat: bool) -> None:
     """Refuse a system message, or what else only a chat template takes, where there are no chats.
 
     Raises:

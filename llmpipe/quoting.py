@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable
@@ -49,12 +50,14 @@ def how_to_resume(directory: object, *settings: str) -> str:
 
 def shell_command(*words: str) -> str:
     """Return an llmpipe command in one line, as a shell reads it."""
-    return " ".join(["llmpipe", *map(_for_shell, words)])
+    return " ".join(["llmpipe", *map(for_shell, words)])
 
 
-def _for_shell(word: str) -> str:
+def for_shell(word: str) -> str:
+    """Return a word in the quotes that a shell needs, in one line."""
     if word.isprintable():
-        return shlex.quote(word)
+        in_double_quotes = '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
+        return in_double_quotes if "'" in word and not set("$`!") & set(word) else shlex.quote(word)
     # Line breaks, and bytes that are no UTF-8; bash, zsh and POSIX of 2024 know this kind of quotes.
     spelt_out = (chr(b) if 32 <= b < 127 and b not in b"\\'" else f"\\{b:03o}" for b in os.fsencode(word))
     return f"$'{''.join(spelt_out)}'"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmpipe.config import DatasetConfig
-from llmpipe.datasets import Scan, first_change
+from llmpipe.datasets import Scan, digest_of, first_change
 from llmpipe.ledger import Ledger, begun, saved
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,21 @@ class Before(NamedTuple):
         """How many there were."""
         rows: int | None = (self.fingerprint or {}).get("dataset", {}).get("rows")
         return rows
+
+    def continued(self, asked: dict[str, Any], scan: Scan) -> dict[str, Any]:
+        """Return a fingerprint with the dataset as it was known, if that has only grown since.
+
+        Args:
+            asked: The fingerprint of what is asked now.
+            scan: What is in the dataset now, and was in its first rows, as many as there were.
+        """
+        if not self.fingerprint or scan.earlier is None:
+            return asked
+        now, before = asked["dataset"], self.fingerprint["dataset"]
+        most = [math.inf if dataset.get("limit") is None else dataset["limit"] for dataset in (before, now)]
+        as_before = {**now, **{name: before.get(name) for name in ("digest", "rows", "limit")}}
+        grown = digest_of(scan.earlier) == before.get("digest") and most[0] <= most[1] and as_before == before
+        return {**asked, "dataset": before} if grown else asked
 
     def change(self, scan: Scan, config: DatasetConfig) -> str | None:
         """Say which file of the dataset has changed in the rows that it had, if one has; not of other rows of it."""

@@ -67,14 +67,18 @@ class Stops:
         """For each row, whether one of its answers is an error."""
         self._last_error: Completion | None = None
         self._over = False
+        """Whether the time limit has been found to be over; remembered, so that the reason is told at the end."""
         self._interrupt: Callable[[], None] | None = None
         """Makes the runner give up its step; None where nothing is to be interrupted."""
         self._interrupted = False
+        """Whether the thread has asked for that: what the runner then raises is no fault of its own."""
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if self._config.run_timeout_s is not None:
             self._until = time.monotonic() + self._config.run_timeout_s
+        # Python runs a signal's handler in the main thread, once native code returns there; but as the signal comes, it
+        # writes its number to the wakeup descriptor. So the thread, which listens at the bell, hears it in a long step.
         self._bell, self._cord = socket.socketpair()
         self._thread = threading.Thread(target=self._watch, name="llmpipe-stops", daemon=True)
         self._thread.start()
@@ -84,7 +88,6 @@ class Stops:
             if NUDGE is not None:
                 self._handlers[NUDGE] = signal.signal(NUDGE, self._on_nudge)
             self._cord.setblocking(False)
-            # Tells the thread of a signal at once, while Python's handlers wait for native code to return.
             self._cord_before = signal.set_wakeup_fd(self._cord.fileno(), warn_on_full_buffer=False)
         return self
 

@@ -90,11 +90,7 @@ class Stopwatch:
 
 
 def complete(
-    stream: StreamFn,
-    requests: Iterable[Request],
-    tick: Tick = no_tick,
-    each_chunk: bool = True,
-    stopwatch: Stopwatch | None = None,
+    stream: StreamFn, requests: Iterable[Request], tick: Tick = no_tick, stopwatch: Stopwatch | None = None
 ) -> Iterator[Completion]:
     """Run `requests` through a runner's `stream` and yield each sample's completion as it finishes.
 
@@ -102,7 +98,6 @@ def complete(
         stream: Answers them.
         requests: What to answer.
         tick: Called before it is said of a sample that it got no answer.
-        each_chunk: Call `tick` after each chunk as well: `stream` does not do so by itself.
         stopwatch: Times them; whoever made it can see what is under way.
     """
     stopwatch = stopwatch or Stopwatch()
@@ -112,8 +107,6 @@ def complete(
             completion = stopwatch.add(chunk)
             if completion is not None:
                 yield completion
-            if each_chunk:
-                tick()
     finally:
         if isinstance(chunks, Generator):
             chunks.close()

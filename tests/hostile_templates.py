@@ -219,6 +219,7 @@ def main() -> None:
     import resource
 
     from llmpipe import LLMConfigError
+    from llmpipe.chats import ChatInput
     from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
     from llmpipe.runners.templates import limits
 
@@ -230,7 +231,7 @@ def main() -> None:
         name, source = json.loads(line)
         began = time.thread_time()
         try:
-            said = ["rendered", ChatTemplate(source).render(HELLO)[:200]]
+            said = ["rendered", ChatTemplate(source).render(ChatInput(HELLO))[:200]]
         except LLMConfigError as error:
             said = ["not loaded", str(error)]
         except ChatTemplateError as error:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpipe import LLMConfigError, LLMRunnerFactory, compose, run
-from llmpipe.chats import parse_messages
+from llmpipe.chats import ChatInput, parse_messages
 from llmpipe.runners.chat import MARK, ChatTemplate, ChatTemplateError, read_template
 from llmpipe.runners.rendering import ChatRenderer
 from llmpipe.runners.templates import limits
@@ -48,7 +48,7 @@ def test_a_template_renders_as_transformers_renders_it(name: str, messages: list
     (expected,), _ = render_jinja_template(
         [messages], chat_template=TEMPLATES[name], add_generation_prompt=True, **SPECIAL
     )
-    assert ChatTemplate(TEMPLATES[name], SPECIAL).render(messages) == expected
+    assert ChatTemplate(TEMPLATES[name], SPECIAL).render(ChatInput(messages)) == expected
 
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -78,7 +78,7 @@ def test_tools_arguments_and_thoughts_reach_the_template_as_in_transformers(
     (expected,), _ = render_jinja_template(
         [chat], tools=tools, chat_template=TOOLS, add_generation_prompt=True, **kwargs
     )
-    assert ChatTemplate(TOOLS).render(chat, tools, kwargs) == expected
+    assert ChatTemplate(TOOLS).render(ChatInput(chat, tools, kwargs)) == expected
     assert "hmhm" in expected and '"town": "Lyon"' in expected
 
 
@@ -97,7 +97,7 @@ def test_a_message_is_continued_as_transformers_continues_it(
     (expected,), _ = render_jinja_template(
         [chat], chat_template=TEMPLATES[name], continue_final_message=True, **SPECIAL
     )
-    assert ChatTemplate(TEMPLATES[name], SPECIAL).render(chat, continue_final=True) == expected
+    assert ChatTemplate(TEMPLATES[name], SPECIAL).render(ChatInput(chat, continue_final=True)) == expected
     assert expected.rstrip().endswith(final.strip())
 
 
@@ -105,14 +105,14 @@ def test_a_message_is_continued_as_transformers_continues_it(
 def test_a_message_without_a_word_opens_the_answer_also_where_the_template_trims(final: str) -> None:
     trimming = CHATML.replace("message['content']", "message['content'] | trim")
     chat = [*HELLO, {"role": "assistant", "content": final}]
-    opened = ChatTemplate(CHATML).render(HELLO)
-    assert ChatTemplate(trimming).render(chat, continue_final=True) == opened
-    assert ChatTemplate(CHATML).render(chat, continue_final=True) == opened + final
+    opened = ChatTemplate(CHATML).render(ChatInput(HELLO))
+    assert ChatTemplate(trimming).render(ChatInput(chat, continue_final=True)) == opened
+    assert ChatTemplate(CHATML).render(ChatInput(chat, continue_final=True)) == opened + final
 
 
 def test_a_message_that_holds_the_mark_is_continued_at_its_end() -> None:
     chat = [*HELLO, {"role": "assistant", "content": f"{MARK}and {MARK}"}]
-    assert ChatTemplate(CHATML).render(chat, continue_final=True).endswith(f"assistant\n{MARK}and {MARK}")
+    assert ChatTemplate(CHATML).render(ChatInput(chat, continue_final=True)).endswith(f"assistant\n{MARK}and {MARK}")
 
 
 @pytest.mark.parametrize(
@@ -129,14 +129,15 @@ def test_a_template_that_drops_or_alters_what_is_to_be_continued_refuses_the_row
     template = ChatTemplate("{% for m in messages %}{{ " + content + " }};{% endfor %}")
     chat = [*HELLO, {"role": "assistant", "content": "<think>a</think>and"}]
     with pytest.raises(ChatTemplateError, match="drops or alters the last message, which the answer should continue"):
-        template.render(chat, continue_final=True)
+        template.render(ChatInput(chat, continue_final=True))
 
 
 def test_the_time_is_the_one_that_is_told_on_its_own_clock() -> None:
     template = ChatTemplate("{{ strftime_now('%d %b %Y %H:%M%z') }}")
     eve = datetime.fromisoformat("2024-02-29T23:59:59+05:30")
-    assert template.render(HELLO, now=eve) == "29 Feb 2024 23:59"
-    earlier, untold, later = datetime.now(), ChatTemplate("{{ strftime_now('%s') }}").render(HELLO), datetime.now()
+    assert template.render(ChatInput(HELLO, now=eve)) == "29 Feb 2024 23:59"
+    clock = ChatTemplate("{{ strftime_now('%s') }}")
+    earlier, untold, later = datetime.now(), clock.render(ChatInput(HELLO)), datetime.now()
     assert int(earlier.timestamp()) <= int(untold) <= int(later.timestamp())
 
 
@@ -155,7 +156,7 @@ def rendered(caplog: pytest.LogCaptureFixture) -> Callable[..., tuple[str, list[
 
     def render(source: str, messages: Any, tools: Any = None, continue_final: bool = False) -> tuple[str, list[str]]:
         chat = parse_messages(messages)
-        text = renderer.render(ChatTemplate(source), chat, tools, None, continue_final, now)
+        text = renderer.render(ChatTemplate(source), ChatInput(chat, tools, None, continue_final, now))
         renderer.look_for_dropped(chat, text, 7)
         return text, caplog.messages
 
@@ -252,7 +253,7 @@ def test_a_runner_gives_its_template_all_of_it(backend: str, tmp_path: Path, cap
 )
 def test_a_template_that_fails_refuses_the_row_with_its_reason(source: str) -> None:
     with pytest.raises(ChatTemplateError, match="the chat template refuses these messages: .+"):
-        ChatTemplate(source).render(HELLO)
+        ChatTemplate(source).render(ChatInput(HELLO))
 
 
 @pytest.mark.parametrize(
@@ -267,13 +268,13 @@ def test_a_template_that_fails_refuses_the_row_with_its_reason(source: str) -> N
 def test_a_template_cannot_leave_its_sandbox_or_change_the_messages(source: str) -> None:
     messages = [dict(HELLO[0])]
     with pytest.raises(ChatTemplateError):
-        ChatTemplate(source).render(messages)
+        ChatTemplate(source).render(ChatInput(messages))
     assert messages == HELLO
 
 
 def test_text_of_a_message_is_never_a_template() -> None:
     text = "{{ 7 * 7 }}{% raw %}"
-    assert text in ChatTemplate(CHATML).render([{"role": "user", "content": text}])
+    assert text in ChatTemplate(CHATML).render(ChatInput([{"role": "user", "content": text}]))
 
 
 def test_a_template_that_is_no_jinja_is_refused_with_its_line() -> None:
@@ -297,8 +298,8 @@ ENDS = "{% endfor %}" * 3
 
 def test_the_limits_leave_usual_templates_alone() -> None:
     long = [{"role": "user", "content": "word " * 10**6}] * 3
-    assert len(ChatTemplate(CHATML).render(long)) > 15 * 10**6
-    assert len(ChatTemplate(CHATML).render(HELLO * 5000)) > 5000 * 20
+    assert len(ChatTemplate(CHATML).render(ChatInput(long))) > 15 * 10**6
+    assert len(ChatTemplate(CHATML).render(ChatInput(HELLO * 5000))) > 5000 * 20
 
 
 def test_both_backends_render_within_the_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from decimal import Decimal
@@ -79,6 +81,53 @@ def test_composing_inside_a_hydra_program_leaves_that_program_as_it_was(tmp_path
     assert not GlobalHydra.instance().is_initialized()
 
 
+APPLICATION = """
+import threading
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from omegaconf.basecontainer import BaseContainer
+
+import llmpipe
+
+ConfigStore.instance().store(name="app", node={"x": 1, "home": "${oc.env:HOME}", "own": "${own:3}"})
+ConfigStore.instance().store(name="run_schema", node={"mine": True})
+OmegaConf.register_new_resolver("own", lambda n: int(n) + 1)
+
+def state():
+    store = ConfigStore.instance()
+    return GlobalHydra.instance().hydra, HydraConfig.instance().cfg, store.list(""), store.load("run_schema.yaml").node
+
+def compose(found, n):
+    found[n] = llmpipe.compose([f"sampling.max_tokens={n}"]).sampling.max_tokens
+
+@hydra.main(version_base="1.3", config_path=None, config_name="app")
+def main(config):
+    before, resolvers = state(), dict(BaseContainer._resolvers)
+    found = {}
+    threads = [threading.Thread(target=compose, args=(found, n)) for n in (1, 2)]
+    for thread in threads:
+        thread.start()
+    compose(found, 3)
+    for thread in threads:
+        thread.join()
+    assert found == {1: 1, 2: 2, 3: 3}, found
+    assert state() == before and BaseContainer._resolvers == resolvers
+    assert HydraConfig.get().job.name == "app" and hydra.compose("app", ["x=5"]).x == 5
+    print(config.x, config.own, bool(config.home))
+
+main()
+"""
+
+
+def test_another_hydra_application_may_compose_in_threads_and_stays_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(APPLICATION)
+    done = subprocess.run([sys.executable, "app.py", "x=2"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "2 4 True\n"), done.stderr
+
+
 def test_threads_may_compose_at_the_same_time() -> None:
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(lambda n: compose([f"sampling.max_tokens={n}"]).sampling.max_tokens, range(1, 17))
@@ -122,7 +171,7 @@ def test_yaml_only_names_fields_that_exist_and_every_file_says_what_it_is() -> N
         ("slots=4", "unknown key 'slots'; did you mean backend.slots?"),
         ("backend=vllm", "unknown option of backend 'vllm'"),
         ("sampling.stop=END", "sampling.stop must be a list, such as sampling.stop=[a,b]"),
-        ("prompt.template=What is {x}?", "needs quotes of its own inside the shell's, such as 'prompt.template="),
+        ("prompt.template=What is {x}?", "{ } needs quotes of its own inside the shell's: 'prompt.template="),
         ("prompt.system=You're it", "needs quotes of its own"),
         ("prompt.system=Be brief, please", "or sweep over it with -m"),
         ("sampling.temperature=hot", "sampling.temperature: "),

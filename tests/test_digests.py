@@ -261,7 +261,7 @@ def test_a_model_that_was_replaced_is_not_answered_from_when_the_backend_is_star
     def replace_and_kill() -> None:
         replace_weights(model)
         for child in psutil.Process().children():
-            if "llmpipe.runners.child" in " ".join(child.cmdline()):
+            if "llmpipe.runners.service" in " ".join(child.cmdline()):
                 os.kill(child.pid, signal.SIGKILL)
 
     with pytest.raises(LLMInferenceError, match="tiny-chat.gguf was changed .*resume "):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from llmpipe import LLMConfigError, compose
 from llmpipe.cli import main
 from llmpipe.config.escapes import KEYS, read_escapes
+from llmpipe.config.messages import in_words
 
 TEXTS = st.text(st.sampled_from("\\\"'ntrué0 \n\t{}"), max_size=12)
 LINES = "line one\nline two\nline three"
@@ -66,6 +70,24 @@ def test_any_text_can_be_typed(text: str, quote: str) -> None:
     read_escapes(config, [f"prompt.system={quote}{typed}{quote}", f"sampling.stop=[a,{quote}{typed}{quote}]"])
     if "\\" in typed:  # else there is nothing to read
         assert config == {"prompt": {"system": text}, "sampling": {"stop": ["a", text]}}
+
+
+@given(text=st.text(st.sampled_from("ab =~é#&;!,'\"\\[]{}()$`<\n*"), min_size=1, max_size=8))
+@example("a=b")
+@example("it's a=b")
+@example("[a=b, c]")
+def test_a_value_that_cannot_be_read_is_shown_as_a_shell_has_to_be_told(text: str) -> None:
+    parser = OverridesParser.create()
+    try:
+        parser.parse_overrides([f"prompt.system={text}"])
+    except OverrideParseException as error:
+        message = in_words(error)
+        assert "\n" not in message and repr(f"prompt.system={text}") in message
+        shown = message.partition("inside the shell's: ")[2]
+        told = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True, text=True, check=True).stdout
+        value = parser.parse_override(told).value()
+        inner = text[1:-1] if text[1:] and text[0] == text[-1] and text[0] in "\"'" else text
+        assert value == inner or (isinstance(value, list) and inner[0] == "[")
 
 
 def test_a_file_of_options_has_been_read_by_yaml(tmp_path: Path) -> None:

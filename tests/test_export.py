@@ -55,7 +55,7 @@ def test_answers_of_a_running_and_of_a_killed_run_are_there_and_the_run_goes_on_
         while_running = None
         while not (while_running and while_running.rows) and time.monotonic() < deadline:
             time.sleep(0.1)
-            if (out / "ledger.sqlite").exists():
+            if (out / "ledger.sqlite-wal").exists():  # before, a run at rest goes on, and asks for it once more
                 while_running = export(config, out)
         assert child.poll() is None, "it ended too soon to be looked at"
     finally:

@@ -14,7 +14,7 @@ PACKAGE = Path(llmpipe.__file__).parent
 LAYERS = (
     {"cli"},
     {"pipeline"},
-    {"datasets", "prompts", "ledger", "outputs", "metrics", "report", "runners"},
+    {"datasets", "prompts", "ledger", "outputs", "metrics", "scorers", "report", "runners"},
     {"config", "records", "exceptions"},
 )
 """Rooms, each of which imports of those named here only what stands below it; the last may import each other."""

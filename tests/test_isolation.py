@@ -29,8 +29,10 @@ from llmpipe import (
     compose,
 )
 from llmpipe.runners import child as child_module
-from llmpipe.runners import isolated as isolated_module
-from llmpipe.runners.isolated import ALONE_ATTEMPTS, IsolatedRunner
+from llmpipe.runners import service, triage
+from llmpipe.runners.driver import Driver
+from llmpipe.runners.isolated import IsolatedRunner
+from llmpipe.runners.triage import ALONE_ATTEMPTS
 
 TARGET = ["backend=echo", "backend._target_=breaking.Breaking", "trusted_modules=[breaking]"]
 
@@ -135,7 +137,7 @@ def test_answers_that_have_come_are_given_out_before_the_wish_to_stop_is_heard(
     with isolated() as runner:
         done = []
         with pytest.raises(Enough):
-            for completion in runner.completions(requests_of("one", "two"), tick):
+            for completion in runner.completions(requests_of("one", "two"), Driver(tick)):
                 done.append(completion)  # noqa: PERF402  of a stream that ends in an exception
         assert len(done) == len(came[0][1]) > 0
 
@@ -160,9 +162,9 @@ def test_a_backend_that_dies_without_any_row_ends_the_stream_instead_of_being_st
         if runner._child is not None:
             runner._child._process.kill()
 
-    monkeypatch.setattr(isolated_module, "PAUSE_S", 0.01)
+    monkeypatch.setattr(triage, "PAUSE_S", 0.01)
     with isolated() as runner:
-        stream = runner.completions((), tick)
+        stream = runner.completions((), Driver(tick))
         with pytest.raises((LLMInferenceError, LLMInitializationError), match="signal 9"):
             list(stream)
 
@@ -171,12 +173,12 @@ def test_a_suspect_that_never_came_to_an_end_is_given_up(write_jsonl: Callable[.
     """As if the machine went down each time that the row was run: the notes are made before each attempt."""
     with isolated(held=2) as runner:
         notes: list[dict[int, int]] = []
-        runner.note = lambda suspects: notes.append(dict(suspects))
-        stream = runner.completions(requests_of("segfault", "fine"))
+        noting = Driver(note_suspects=lambda suspects: notes.append(dict(suspects)))
+        stream = runner.completions(requests_of("segfault", "fine"), noting)
         assert {c.request_id: c.error for c in stream} == {0: ENDS["segfault"], 1: None}
         assert notes[0] == {0: 0, 1: 0} and notes[1] == {0: 1, 1: 0}
-        runner.suspects = {0: ALONE_ATTEMPTS, 1: 1}
-        done = {c.request_id: c for c in runner.completions(requests_of("segfault", "fine", "also"))}
+        knowing = Driver(suspects={0: ALONE_ATTEMPTS, 1: 1})
+        done = {c.request_id: c for c in runner.completions(requests_of("segfault", "fine", "also"), knowing)}
         assert done[0].error == "ended its run 3 times, without an answer"
         assert (done[1].text, done[2].text) == ("FINE", "ALSO")
         assert runner.info()["isolation"]["restarts"] == 4  # three times alone, and once for the other
@@ -339,9 +341,9 @@ def test_requests_are_pulled_when_there_is_room_and_a_little_ahead() -> None:
     with isolated(held=4, load="slow") as runner:
         stream = runner.stream(many())
         assert isinstance(next(stream), Chunk)
-        assert pulled <= 4 + child_module.MOST_HANDED
+        assert pulled <= 4 + service.MOST_HANDED
         time.sleep(0.5)  # nobody takes what comes: nothing more is pulled
-        assert pulled <= 4 + child_module.MOST_HANDED
+        assert pulled <= 4 + service.MOST_HANDED
         stream.close()  # type: ignore[attr-defined]
         assert runner.generate_text("goes on") == "GOES ON"
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,16 @@ from llmpipe import LLMInferenceError, LLMInitializationError, LLMRunnerFactory
 from llmpipe.ledger import LedgerSnapshot
 from llmpipe.machine import oom_kills
 from llmpipe.runners import child as child_module
-from llmpipe.runners import isolated as isolated_module
-from llmpipe.runners.isolated import ALONE_ATTEMPTS, LOSSES
+from llmpipe.runners import triage
+from llmpipe.runners.driver import Driver
+from llmpipe.runners.triage import ALONE_ATTEMPTS, LOSSES
 
 FROM_OUTSIDE = r"was ended by a kill from outside \(signal 9, SIGKILL\)"
 
 
 @pytest.fixture(autouse=True)
 def no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolated_module, "PAUSE_S", 0.01)
+    monkeypatch.setattr(triage, "PAUSE_S", 0.01)
 
 
 @contextmanager
@@ -145,14 +147,13 @@ def test_an_attempt_that_somebody_ends_does_not_count(tmp_path: Path) -> None:
 
     with isolated(load="slow") as runner:
         notes: list[dict[int, int]] = []
-        runner.note = lambda suspects: notes.append(dict(suspects))
-        runner.suspects = {0: ALONE_ATTEMPTS - 1}
+        driver = Driver(tick, {0: ALONE_ATTEMPTS - 1}, note_suspects=lambda suspects: notes.append(dict(suspects)))
         with pytest.raises(KeyboardInterrupt):
-            list(runner.completions(requests_of(LONG), tick))
+            list(runner.completions(requests_of(LONG), driver))
         assert notes[-1] == {0: ALONE_ATTEMPTS - 1}
-        stream = runner.stream(requests_of(LONG))
+        stream = runner.driven(requests_of(LONG), replace(driver, tick=lambda: None))
         next(stream)
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
         assert notes[-1] == {0: ALONE_ATTEMPTS - 1}
 
 
@@ -169,7 +170,7 @@ def test_a_call_that_is_ended_while_the_backend_starts_again_leaves_it_usable() 
         assert first is not None
         first._process.kill()
         with pytest.raises(Enough):
-            list(runner.completions(requests_of("one", "two"), tick))
+            list(runner.completions(requests_of("one", "two"), Driver(tick)))
         assert [c.text for c in runner.run(["one", "two"])] == ["ONE", "TWO"]
 
 

@@ -362,6 +362,10 @@ def test_damage_while_the_ledger_is_open_is_found_when_it_is_read(tmp_path: Path
             ledger.finished()
 
 
+def test_a_snapshot_has_nothing_that_writes() -> None:
+    assert {"add", "commit", "finish", "grow", "set"} <= set(dir(Ledger)) - set(dir(LedgerSnapshot))
+
+
 def test_damaged_arguments_are_refused(tmp_path: Path) -> None:
     with Ledger(tmp_path, ASKED) as ledger:
         ledger.set(arguments=["seed=1"])

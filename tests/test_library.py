@@ -390,6 +390,15 @@ def test_a_wrong_configuration_is_refused_in_one_line(config: dict[str, Any], sa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("config", ["bundled", Path("model.gguf"), None, 5, ["bundled"]])
+def test_what_is_no_configuration_is_refused_with_an_example_of_one(config: Any) -> None:
+    with pytest.raises(LLMConfigError) as caught:
+        LLMRunnerFactory.create_runner(config)
+    said = str(caught.value)
+    assert f"config={config!r} is not allowed; it must be a ModelConfig or a dictionary, such as {{" in said
+    assert "\n" not in said
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [

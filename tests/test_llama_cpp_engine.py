@@ -130,6 +130,16 @@ def test_the_choices_and_their_reasons_are_told(runner: LlamaCppRunner) -> None:
     assert any("slots" in reason for reason in info["sizes"])
 
 
+def test_the_reasons_are_those_of_the_sizes_there_are() -> None:
+    with make() as runner:
+        list(runner.completions(requests(["Hello!"] * 3, max_tokens=2)))
+        assert "3 slots: no more rows than that wait" in runner.info()["sizes"]
+        list(runner.completions(requests(["Hello!"] * 5, max_tokens=2)))
+        info = runner.info()
+        assert info["slots"] == info["most_rows_in_flight"] == 5
+        assert [reason for reason in info["sizes"] if "wait" in reason] == ["5 slots: no more rows than that wait"]
+
+
 def test_quantised_caches_and_rope_options_are_passed_on() -> None:
     with make(cache_type_k="q8_0", cache_type_v="q8_0", flash_attention="on") as runner:
         assert runner.generate_text("What is the capital of France?") == "Paris"

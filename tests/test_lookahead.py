@@ -144,3 +144,12 @@ def test_a_request_that_cannot_be_encoded_ends_with_an_error_for_every_sample() 
     chunks = ahead.fill(100)
     assert [(chunk.request_id, chunk.sample, chunk.error) for chunk in chunks] == [(1, 0, "no"), (1, 1, "no")]
     assert sorted(sample.request.id for sample in ahead.waiting) == [0, 0, 2, 2]
+
+
+def test_requests_that_cannot_be_encoded_do_not_all_go_by_in_one_call() -> None:
+    def encode(request: Request) -> tuple[list[int], int]:
+        raise ValueError("no")
+
+    ahead = LookAhead((Request(i, SamplingConfig()) for i in range(25)), encode, 100, share=True)
+    assert [len(ahead.fill(10)) for _ in range(3)] == [10, 10, 5]
+    assert ahead.is_exhausted

@@ -20,12 +20,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import llmpipe
-from llmpipe.config import DatasetConfig, OutputConfig, OutputFormat
+from llmpipe.config import DatasetConfig, OutputConfig
 from llmpipe.datasets import Dataset
 from llmpipe.exceptions import DatasetError, LedgerError, LLMError
 from llmpipe.outputs import (
     COLUMNS,
     METRICS_FILE,
+    WRITERS,
     Answered,
     ColumnTypes,
     Layout,
@@ -55,8 +56,8 @@ def write(directory: Path, *files: Path, format: str = "jsonl", layout: Layout =
             yield Answered(row, failed(row.index, row.error) if row.error else good)
 
     directory.mkdir(exist_ok=True)
-    config = OutputConfig(format=OutputFormat(format))
-    types = column_types(config.format)
+    config = OutputConfig(format)
+    types = column_types(config)
     for row in dataset.rows() if types else ():
         types.add(row)
     with new_files(directory, output_files(config)) as files:
@@ -552,13 +553,13 @@ def test_a_writer_that_fails_leaves_no_file(tmp_path: Path, write_jsonl: Callabl
         yield Answered(next(rows()), Completion(0, text="x"))
         raise LLMError("the ledger is damaged")
 
-    for kind in OutputFormat:
+    for kind in WRITERS:
         config = OutputConfig(kind)
         with (
             pytest.raises(LLMError, match="the ledger is damaged"),
             new_files(tmp_path / "run", output_files(config)) as f,
         ):
-            write_answers(f, config, PLAIN, column_types(kind), answered())
+            write_answers(f, config, PLAIN, column_types(config), answered())
         assert list((tmp_path / "run").iterdir()) == []
 
 

@@ -11,9 +11,9 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+from hydra.conf import HydraConf
 
-import llmpipe
-from llmpipe.config import RunConfig, SamplingConfig, conf_dir
+from llmpipe.config import BACKENDS, RunConfig, SamplingConfig, conf_dir
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -75,4 +75,8 @@ def test_a_page_of_the_docs_is_linked_and_names_tests_and_options_that_exist(pag
     tests = set(re.findall(r"`(tests/\S+?)`", text))
     assert {name for name in tests if not (ROOT / name).is_file()} == set()
     for option in re.findall(r"`([a-z_.]+)=", text):
-        attrgetter(option)(llmpipe.compose([]))
+        group, _, name = option.partition(".")
+        if group == "backend" and name:
+            assert any(hasattr(schema, name) for schema in BACKENDS.values()), option
+        else:
+            attrgetter(name if group == "hydra" else option)(HydraConf() if group == "hydra" else RunConfig())

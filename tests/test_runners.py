@@ -23,6 +23,7 @@ from llmpipe import (
     Request,
     SamplingConfig,
 )
+from llmpipe.runners.driver import Driver
 
 # Arithmetic that does not depend on the batch, and is the same on both backends.
 EXACT: dict[str, dict[str, Any]] = {
@@ -59,6 +60,16 @@ def make() -> Iterator[Make]:
 @pytest.fixture(params=["llama_cpp", "transformers"])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(
+    params=[("llama_cpp", {}), ("transformers", {}), ("transformers", {"batching": "padded"})],
+    ids=["llama_cpp", "slots", "padded"],
+)
+def batching(request: pytest.FixtureRequest, make: Make) -> BaseLLMRunner:
+    """A runner of each way to share a model, with three rows in flight."""
+    backend, options = request.param
+    return make(backend, slots=3, **options)
 
 
 def ids(runner: BaseLLMRunner, text: str) -> list[int]:
@@ -143,6 +154,39 @@ def test_a_row_that_cannot_be_run_is_an_error_and_its_neighbours_are_as_without_
         assert (text, finish_reason) == (None, "error")
         assert "\n" not in error
         assert any(word in error for word in reason.split("|")), error
+
+
+def test_cancelled_requests_end_at_once_in_flight_or_waiting_and_the_others_go_on(batching: BaseLLMRunner) -> None:
+    lengths = [30, 30, 30, 5, 5]  # the longest begin
+    asked = [batching.request(f"Tell me about {i} foxes.", i, max_tokens=lengths[i], ignore_eos=True) for i in range(5)]
+    expected = answers(batching, asked)
+    stream = batching.stream(asked)
+    chunks = [next(stream)]
+    batching.cancel(0)
+    batching.cancel(4)
+    chunks += stream
+    last = {chunk.request_id: chunk for chunk in chunks}
+    assert [last[i].error for i in range(5)] == ["cancelled", None, None, None, "cancelled"]
+    for i in (1, 2, 3):
+        assert "".join(chunk.text for chunk in chunks if chunk.request_id == i) == expected[i, 0][0]
+
+
+def test_prefill_and_decode_are_counted_apart_for_each_stream(batching: BaseLLMRunner) -> None:
+    asked = [batching.request(f"{STORY} {i}", i, max_tokens=4 + i, ignore_eos=True) for i in range(5)]
+    for _ in range(2):
+        done = list(batching.completions(asked))
+        spent = batching.info()["engine"]
+        computed = sum((c.prompt_tokens or 0) - (c.cached_prompt_tokens or 0) for c in done)
+        assert spent["prefill_tokens"] == computed
+        assert spent["decode_tokens"] == sum((c.completion_tokens or 0) - 1 for c in done)  # the first ends the prefill
+        assert spent["prefill_s"] > 0 and spent["decode_s"] > 0
+
+
+def test_rows_that_cannot_be_run_have_ticks_too(batching: BaseLLMRunner) -> None:
+    ticks: list[None] = []
+    bad = (Request(i, SamplingConfig(), prompt="") for i in range(100))
+    assert len(list(batching.completions(bad, Driver(lambda: ticks.append(None))))) == 100
+    assert len(ticks) >= 100 / 12
 
 
 def test_requests_are_pulled_when_there_is_room_and_not_ahead(backend: str, make: Make) -> None:

@@ -23,6 +23,7 @@ from llmpipe import BaseLLMRunner, LedgerError, LLMInferenceError, LLMRunnerFact
 from llmpipe.exceptions import RunInterrupted
 from llmpipe.ledger import LedgerSnapshot
 from llmpipe.progress import Progress
+from llmpipe.runners.driver import Driver
 from llmpipe.stopping import Stops, WaitingIsOver
 from llmpipe.workers import passing_on
 
@@ -140,7 +141,7 @@ def test_each_step_has_a_tick_and_what_that_raises_ends_the_stream_and_leaves_th
         asked = [runner.request(f"{prompt} {i}", i, max_tokens=4, ignore_eos=True) for i in range(3)]
 
         def texts(tick: Callable[[], None] = lambda: None) -> dict[int, str | None]:
-            return {done.request_id: done.text for done in runner.completions(asked, tick)}
+            return {done.request_id: done.text for done in runner.completions(asked, Driver(tick))}
 
         ticks: list[None] = []
         before = texts(lambda: ticks.append(None))
@@ -173,7 +174,7 @@ def test_a_backend_of_others_has_a_tick_after_each_chunk_and_may_make_its_own() 
     with Simple({}) as runner:
         ticks: list[None] = []
         asked = [runner.request("one two three")]
-        assert [done.text for done in runner.completions(asked, lambda: ticks.append(None))] == ["onetwothree"]
+        assert [done.text for done in runner.completions(asked, Driver(lambda: ticks.append(None)))] == ["onetwothree"]
         assert len(ticks) == 3 + 4
         runner.tick()  # nobody drives it: nothing happens
         assert len(ticks) == 7

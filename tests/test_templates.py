@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpipe import LLMConfigError
+from llmpipe.chats import ChatInput
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
 from llmpipe.runners.templates import limits
 
@@ -85,27 +86,27 @@ def test_what_a_template_may_not_use_is_refused_by_its_name_as_soon_as_it_is_kno
     with pytest.raises(LLMConfigError, match="line 1: chat templates may not use 'include'"):
         ChatTemplate("{% include 'x' %}")
     unreached = ChatTemplate("{% if messages | length > 1 %}{{ 'x' | urlencode }}{{ ''.encode() }}{% endif %}fine")
-    assert unreached.render(HELLO) == "fine"
+    assert unreached.render(ChatInput(HELLO)) == "fine"
     with pytest.raises(ChatTemplateError, match="the filter 'urlencode' is not one"):
-        unreached.render(HELLO * 2)
+        unreached.render(ChatInput(HELLO * 2))
     with pytest.raises(ChatTemplateError, match="may not use 'encode' of a str"):
-        ChatTemplate("{{ ''.encode() }}").render(HELLO)
+        ChatTemplate("{{ ''.encode() }}").render(ChatInput(HELLO))
 
 
 def test_nothing_is_computed_while_a_template_is_compiled() -> None:
     source = "{{ 'x' * 5 }}{{ 'yy' | upper }}{{ 'a' ~ 'b' }}{% if 'c' * 3 %}{% endif %}{% set z = 7 ** 3 %}{{ -1 + 2 }}"
     code = str(ChatTemplate("")._environment.compile(source, raw=True))
     assert not [made for made in ("xxxxx", "YY", "ab'", "ccc", "343") if made in code]
-    assert ChatTemplate(source).render(HELLO) == "xxxxxYYab1"
+    assert ChatTemplate(source).render(ChatInput(HELLO)) == "xxxxxYYab1"
 
 
 def test_a_large_chat_may_take_more_and_what_is_thrown_away_is_given_back() -> None:
     document, kept = "word " * 2**21, "{% set ns = namespace(x='') %}"
     source = "{% for m in messages %}{{ '>' ~ (m.content | trim).replace('o', '0') | tojson ~ '\n' }}{% endfor %}"
-    assert len(ChatTemplate(source).render([{"role": "user", "content": document}])) > 2**23
+    assert len(ChatTemplate(source).render(ChatInput([{"role": "user", "content": document}]))) > 2**23
     grow = kept + "{% for m in messages %}{% set ns.x = ns.x + m.content + '\n' %}{% endfor %}{{ ns.x }}"
     messages = [{"role": "user", "content": f"message {number}"} for number in range(10_000)]
-    assert ChatTemplate(grow).render(messages).count("message") == 10_000
+    assert ChatTemplate(grow).render(ChatInput(messages)).count("message") == 10_000
 
 
 def test_a_verdict_depends_on_template_and_chat_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +115,7 @@ def test_a_verdict_depends_on_template_and_chat_alone(monkeypatch: pytest.Monkey
     for _ in range(2):
         for count in range(20, 30):
             try:
-                template.render(HELLO * count)
+                template.render(ChatInput(HELLO * count))
             except ChatTemplateError:
                 times.append(count)
                 break

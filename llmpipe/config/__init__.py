@@ -42,7 +42,6 @@ from llmpipe.config.choices import (
     DeviceType,
     Dtype,
     OnError,
-    OutputFormat,
     Overflow,
     PromptFormat,
     RopeScaling,
@@ -62,7 +61,7 @@ from llmpipe.config.run import (
     PromptConfig,
     RunConfig,
 )
-from llmpipe.config.sampling import MAX_SAMPLES, SamplingConfig
+from llmpipe.config.sampling import MAX_SAMPLES, SamplingConfig, SamplingOptions
 from llmpipe.config.trust import check_trusted, is_own
 from llmpipe.config.values import answer_fields, build, describe
 
@@ -88,13 +87,13 @@ __all__ = [
     "ModelConfig",
     "OnError",
     "OutputConfig",
-    "OutputFormat",
     "Overflow",
     "PromptConfig",
     "PromptFormat",
     "RopeScaling",
     "RunConfig",
     "SamplingConfig",
+    "SamplingOptions",
     "Switch",
     "TransformersConfig",
     "answer_fields",

@@ -92,15 +92,20 @@ class LlamaCppConfig(BatchingConfig):
     _target_: str = "llmpipe.runners.LlamaCppRunner"
     n_gpu_layers: int | None = option(
         None,
-        "Layers kept on the GPU; by default all where the device is one, else none. -1 is all.",
+        "Layers whose weights go to the GPU, the rest stay on the CPU; -1 is all; by default all if device is a GPU.",
         decides="last_digits",
     )
-    main_gpu: int = option(0, "The GPU that holds what is not split.", decides="last_digits")
+    main_gpu: int = option(
+        0,
+        "llama.cpp's main_gpu, unused where it splits a model by layers, as here; device=cuda:1 chooses a GPU.",
+        decides="last_digits",
+    )
     tensor_split: list[float] = option(
         [], "Share of the model per GPU, such as [0.5, 0.5]; by default as memory allows.", decides="last_digits"
     )
     flash_attention: Switch = option(
-        Switch.auto, "Fused attention. Its sums depend on the batch: backend.reproducible turns it off."
+        Switch.auto,
+        "Fused attention, on or off. Its sums depend on the batch, so backend.reproducible has it off.",
     )
     cache_type_k: CacheType = option(CacheType.f16, f"Number format of cached keys: {', '.join(CacheType)}.")
     cache_type_v: CacheType = option(

@@ -61,13 +61,6 @@ class Overflow(str, Enum):
     """The prompt loses tokens on the left; `truncated_prompt_tokens` says how many."""
 
 
-class OutputFormat(str, Enum):
-    """The file format of the answers."""
-
-    jsonl = "jsonl"
-    parquet = "parquet"
-
-
 class OnError(str, Enum):
     """What an error row does to its run."""
 

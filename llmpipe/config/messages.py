@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import fields
 
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
@@ -15,12 +16,15 @@ from llmpipe.config.checks import unknown_name
 from llmpipe.config.options import default_of
 from llmpipe.config.run import RunConfig
 from llmpipe.exceptions import MOST_CHARACTERS, one_line
-from llmpipe.quoting import shortened
+from llmpipe.quoting import for_shell, shortened
 from llmpipe.redaction import redacted
 from llmpipe.text import harmless
 
 FIELDS = "__dataclass_fields__"
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(\S+?)=(.*)'$", re.MULTILINE)
+_PLAIN = re.compile(r"[\w/\\+.$%*@?|:\s-]", re.ASCII)
+"""What needs no quotes in Hydra's grammar."""
+_LIST = re.compile(r"""\[([^\[\]{}"']*)\]""")
 _RAISED = re.compile(r"""^\w+ raised while resolving interpolation: ["']?(.*?)["']?$""")
 
 
@@ -31,19 +35,15 @@ def in_words(error: Exception) -> str:
 
 def _in_words(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
-        key, _, value = error.override.partition("=")
-        return (
-            f"{harmless(error.override)!r} cannot be read: text with brackets, quotes, commas and the like needs "
-            f"quotes of its own inside the shell's, such as {_quoted(harmless(key), harmless(value))}"
-        )
+        return _unreadable(error.override)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return unknown_name(name, error.options, f"option of {group}")
     if found := _AMBIGUOUS.search(str(error)):
         key, value = found.groups()
+        told = for_shell(f"{key}={_quoted(value)}")
         return (
-            f"{key}={value} may be a list, text or a sweep: write {key}=[{value}], or {_quoted(key, value)}, "
-            f"or sweep over it with -m"
+            f"{key}={value} may be a list, text or a sweep: write {key}=[{value}], or {told}, or sweep over it with -m"
         )
     cause: BaseException | None = error
     while cause is not None and not (isinstance(cause, OmegaConfBaseException) and cause.full_key is not None):
@@ -53,15 +53,28 @@ def _in_words(error: Exception) -> str:
     return harmless(redacted(one_line(error)))
 
 
-def _quoted(key: str, value: str) -> str:
-    """Return how a shell is told that a value is text; of one that has quotes or brackets already, only an example."""
-    if not value or value[0] in "\"'[{" or "\\" in value:
-        value = "Be brief, please."
-    quote = "'" if '"' in value else '"'
-    text = value.replace(quote, "\\" + quote)
-    if "'" in text and not set('"$`!') & set(text):
-        return f'"{key}=\\"{text}\\""'
-    return shlex.quote(f"{key}={quote}{text}{quote}")
+def _unreadable(override: str) -> str:
+    """Say of an argument that is not of Hydra's grammar how a shell is told what it sets."""
+    key, _, value = override.partition("=")
+    if value[:1] in ("'", '"') and value[-1:] == value[:1] and value[1:]:
+        value = value[1:-1]  # it is what is inside that ended the quotes too early
+    try:
+        OverridesParser.create().parse_override(f"{key}=0")
+    except HydraException:
+        return f"{override!r} cannot be read: {key!r} is no key"
+    found = _LIST.fullmatch(value)
+    items = re.split(r"\s*,\s*", found[1].strip()) if found else [value]
+    signs = " ".join(dict.fromkeys(_PLAIN.sub("", "".join(items))))
+    quoted = [_quoted(item) if not found or _PLAIN.sub("", item) else item for item in items]
+    told = f"{key}=[{','.join(quoted)}]" if found else f"{key}={quoted[0]}"
+    return (
+        f"{override!r} cannot be read: text with {signs} needs quotes of its own inside the shell's: {for_shell(told)}"
+    )
+
+
+def _quoted(text: str) -> str:
+    """Return text in quotes, as Hydra reads it."""
+    return str(QuotedString(text, Quote.single if '"' in text else Quote.double).with_quotes())
 
 
 def _of_key(error: OmegaConfBaseException) -> str:

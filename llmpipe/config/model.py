@@ -13,6 +13,7 @@ from llmpipe.config.options import option
 from llmpipe.config.run import DeviceConfig
 from llmpipe.config.sampling import SamplingConfig
 from llmpipe.config.values import build
+from llmpipe.exceptions import LLMConfigError
 
 
 @dataclass
@@ -46,6 +47,11 @@ class ModelConfig(SamplingConfig):
         Raises:
             LLMConfigError: a value is out of range. Unknown backend options are refused by the factory.
         """
+        if not isinstance(config, Mapping):
+            example = '{"backend": "llama.cpp", "model_path": "bundled"}'
+            raise LLMConfigError(
+                f"config={config!r} is not allowed; it must be a ModelConfig or a dictionary, such as {example}"
+            )
         flat = config.get("llm", config)
         check(isinstance(flat, Mapping), "llm", flat, "a dictionary of options")
         own = {f.name for f in fields(cls)}

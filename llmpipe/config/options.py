@@ -21,7 +21,7 @@ def option(default: T, doc: str, *, decides: Decides = "answers", takes_trust: b
 
     Args:
         default: Its value where none is given; each object has a copy of its own.
-        doc: What it means, for `--help`, the documentation, and an editor that shows how the class is called.
+        doc: What it means, for `--help` and the documentation; editors show how it begins where the class is called.
         decides: What it has a say in.
         takes_trust: A model may bring code through it: a person has to set it, no group and no run directory.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,24 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
 
 @contextmanager
 def _apart_from_others() -> Iterator[None]:
-    """Put aside what Hydra was initialised with: it can be only once, and the caller may be a Hydra program itself."""
+    """Put aside what Hydra and OmegaConf know, of which there is one for all: the caller may be a Hydra program itself.
+
+    That is what Hydra was initialised with, the schemas in its store, and the resolvers.
+    """
+    from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
+    from omegaconf.basecontainer import BaseContainer
 
     with _one_at_a_time:
-        theirs = GlobalHydra.instance().hydra
+        hydra, store, resolvers = GlobalHydra.instance().hydra, ConfigStore.instance(), BaseContainer._resolvers
+        schemas = store.repo
         GlobalHydra.instance().clear()
+        store.repo, BaseContainer._resolvers = deepcopy(schemas), dict(resolvers)
         try:
             yield
         finally:
-            GlobalHydra.instance().hydra = theirs
+            GlobalHydra.instance().hydra = hydra
+            store.repo, BaseContainer._resolvers = schemas, resolvers
 
 
 def to_run_config(

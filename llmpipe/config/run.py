@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from llmpipe.config.checks import auto_or_bool, check, count, number
-from llmpipe.config.choices import ControlTokens, DeviceType, OnError, OutputFormat, Overflow, PromptFormat
+from llmpipe.config.choices import ControlTokens, DeviceType, OnError, Overflow, PromptFormat
 from llmpipe.config.conversion import settle
 from llmpipe.config.options import option
 from llmpipe.config.sampling import SamplingConfig
@@ -223,7 +223,7 @@ class PromptConfig:
 class OutputConfig:
     """How the answers are written."""
 
-    format: OutputFormat = option(OutputFormat.jsonl, "jsonl or parquet.")
+    format: str = option("jsonl", "jsonl or parquet.")
     prefix: str = option("", "Put before the name of every column that llmpipe adds.")
     source: bool = option(False, "Add source_file and source_line: where each row stands in the dataset.")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypedDict
 
 from llmpipe.config.checks import check, count, number, reject_unknown
 from llmpipe.config.conversion import integer, settle
@@ -103,3 +103,23 @@ class SamplingConfig:
         own = {f.name: getattr(self, f.name) for f in fields(SamplingConfig)}
         reject_unknown(changes, own, "sampling option")
         return SamplingConfig(**{**own, **changes})
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `SamplingConfig` as keyword arguments: type checkers cannot read them off a dataclass."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | Mapping[str, float]
+    max_tokens: int
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int]
+    n: int
+    seed: int | None
+    ignore_eos: bool

@@ -86,6 +86,7 @@ def read_csv(path: Path, config: DatasetConfig = DEFAULTS) -> Iterator[Row]:
 def _physical(text: io.TextIOWrapper, config: DatasetConfig) -> Iterator[str]:
     """Yield the lines of a text; of one that is too large the beginning, just so long that this shows."""
     most, next_begins = config.max_row_bytes, ""
+    # `readline` has room for the largest line and CRLF: what fills it without an end is of a line that is too large.
     while line := next_begins + text.readline(most + 2):
         next_begins = ""
         if len(line) > most + 1:
@@ -157,7 +158,10 @@ class _Lines:
         """Give all but the first line back if that one left a quote open, and say whether it did."""
         later = self.taken[1:]
         quote = _NEXT_QUOTE.search("".join(later))
-        # Of a cell that is closed, the next quote ends it, after text; else it opens another cell, after a delimiter.
+        # A quote that the first line leaves open makes all that follows the inside of one cell, up to the next quote.
+        # Was it meant so, that quote stands after text, as one that closes a cell does. Does it stand where a cell
+        # begins (at the start of a line, or after a delimiter), it was to open one of another row, and the first
+        # line's quote is one too many. So it is, too, where the file or a row's size ended before there was another.
         if not self._cut and (quote is None or quote[1] not in self._before_cell):
             return False
         self._given_back.extendleft(reversed(later))

@@ -39,11 +39,12 @@ class LedgerReader:
         ((found,),) = self._query("PRAGMA quick_check(1)")
         if found != "ok":
             raise damaged(self.path, " ".join(found.split()))
-        for _ in self._verified():  # reads them all: better now than when hours of work have been added
+        for _ in self._verified():  # SQLite checks its own structure only: read all, before hours of work are added
             pass
         known = self.get("fingerprint")
         if known is None:
             raise damaged(self.path, "the fingerprint is gone")
+        # What is known came back from JSON, which has lists for tuples and texts for keys; so it has to be compared.
         if fingerprint is not None and known != json.loads(json.dumps(fingerprint)):
             changes = "; ".join([*differences(known, fingerprint), *([remark] if remark else [])])
             raise LedgerError(

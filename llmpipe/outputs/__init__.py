@@ -20,6 +20,7 @@ from llmpipe.outputs.writing import (
     output_files,
     write_answers,
     write_metrics,
+    writer_of,
 )
 
 __all__ = [
@@ -50,4 +51,5 @@ __all__ = [
     "seal",
     "write_answers",
     "write_metrics",
+    "writer_of",
 ]

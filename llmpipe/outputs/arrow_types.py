@@ -32,6 +32,7 @@ REST = "other_columns"
 Kind = Any
 """What the JSON values of a column have in common: a key of `_ARROW`, `[kind of the items]`, or `{key: kind}`."""
 
+# `exact` are the integers that a float holds exactly: with floats they become floats, and larger ones, `int`, do not.
 _ARROW = {"null": "null", "bool": "bool", "exact": "int64", "int": "int64", "float": "float64", "str": "string"}
 _WIDER = {frozenset({"exact", "int"}): "int", frozenset({"exact", "float"}): "float"}
 _CROWDED = "crowded"
@@ -60,7 +61,9 @@ class ColumnTypes:
         self._sizes: dict[str, int] = {}
         """How many fields each kind has."""
         self._size, self._room = 0, MAX_FIELDS
+        """Fields of all kinds together, and most that they may be."""
         self._overfull = False
+        """Whether there were columns beyond those that are typed."""
         self._last_batch: Any = None
 
     def add(self, row: Row) -> None:
@@ -87,6 +90,8 @@ class ColumnTypes:
 
     def _widen(self, name: str, kind: Kind) -> None:
         """Note the kind of a column; where there is no room for it, those with the most keys are to be JSON text."""
+        # JSON text is one field. So while all are too many, the column that has the most becomes that, this one or
+        # another, until they fit or each has but one.
         while True:
             size = _fields(kind)
             self._size += size - self._sizes.get(name, 0)

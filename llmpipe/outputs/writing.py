@@ -8,7 +8,7 @@ from typing import IO, Any, Protocol
 
 import orjson
 
-from llmpipe.config import OutputConfig, OutputFormat
+from llmpipe.config import OutputConfig, check
 from llmpipe.outputs.arrow_types import ColumnTypes
 from llmpipe.outputs.jsonl import JsonlWriter, dump_json
 from llmpipe.outputs.layout import Answered, Layout
@@ -35,24 +35,32 @@ class Writer(Protocol):
         """Write what is still held."""
 
 
-WRITERS: dict[OutputFormat, type[Writer]] = {
-    OutputFormat.jsonl: JsonlWriter,
-    OutputFormat.parquet: ParquetWriter,
-}
+WRITERS: dict[str, type[Writer]] = {"jsonl": JsonlWriter, "parquet": ParquetWriter}
 
 
-def column_types(format: OutputFormat) -> ColumnTypes | None:
-    """Return what has to look at every row before answers are written in a format; None where nothing has.
+def writer_of(config: OutputConfig) -> type[Writer]:
+    """Return what writes the answers.
 
     Raises:
+        LLMConfigError: there is no such format.
+    """
+    check(config.format in WRITERS, "output.format", config.format, f"one of {', '.join(WRITERS)}")
+    return WRITERS[config.format]
+
+
+def column_types(config: OutputConfig) -> ColumnTypes | None:
+    """Return what has to look at every row before answers are written; None where nothing has.
+
+    Raises:
+        LLMConfigError: there is no such format.
         MissingDependencyError: the format needs a package that is not installed.
     """
-    return ColumnTypes() if WRITERS[format].needs_types else None
+    return ColumnTypes() if writer_of(config).needs_types else None
 
 
 def output_file(config: OutputConfig) -> str:
     """Return the name of the file with a run's answers."""
-    return f"outputs.{config.format.value}"
+    return f"outputs.{config.format}"
 
 
 def output_files(config: OutputConfig) -> tuple[str, ...]:
@@ -76,7 +84,7 @@ def write_answers(
         types: The types of the rows' own columns, where the format needs them.
         answered: Every output row, in order; read once.
     """
-    writer = WRITERS[config.format](files[output_file(config)], layout, types)
+    writer = writer_of(config)(files[output_file(config)], layout, types)
     try:
         for one in answered:
             writer.write(one)

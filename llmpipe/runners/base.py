@@ -6,35 +6,40 @@ yields chunks as they are made, or, where one prompt at a time is all it can do,
 lifecycle.py      the other half of the contract, how a model is loaded; and what follows: reload, close, turns
 conveniences.py   requests, completions and text, over `stream`
 openai_chat.py    the same in OpenAI's format
+asynchronous.py   all of these for asyncio
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from llmpipe.chats import parse_messages, parse_template_kwargs, parse_tools
+from llmpipe.chats import ChatInput, parse_messages, parse_template_kwargs, parse_tools
 from llmpipe.config import SamplingConfig
 from llmpipe.exceptions import LLMConfigError, one_line
 from llmpipe.records import Chunk, Completion, Message, Request, error_chunk, error_chunks
+from llmpipe.runners.asynchronous import AsyncConveniences
 from llmpipe.runners.chat import ChatTemplate
 from llmpipe.runners.decoding import StopStrings
+from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.facts import Facts
-from llmpipe.runners.openai_chat import OpenAIChat
-from llmpipe.stopwatch import Stopwatch, Tick, complete, no_tick
+from llmpipe.runners.turns import Stream
+from llmpipe.stopwatch import Stopwatch, complete
 
 log = logging.getLogger(__name__)
 
 _DEFAULTS = vars(SamplingConfig())
 
 
-class BaseLLMRunner(OpenAIChat):
+class BaseLLMRunner(AsyncConveniences):
     """A loaded model that answers requests. How it is made and closed is told by `Lifecycle`."""
 
     ticks: ClassVar[bool] = False
     """Whether `stream` calls `tick` by itself, at each of its steps; otherwise that is done after each chunk."""
+    joinable: ClassVar[bool] = False
+    """Whether requests may join a running `stream`: it takes None among them for "none just now", and asks again."""
     honours: ClassVar[frozenset[str]] = frozenset({"temperature", "max_tokens", "stop", "n"})
     """The sampling options that it honours, by default those that reach `_run_streaming`; see `check_sampling`."""
 
@@ -65,7 +70,13 @@ class BaseLLMRunner(OpenAIChat):
 
     def tick(self) -> None:
         """Let whoever drives the stream look at the clock and at signals; what this raises is to end the stream."""
-        self._tick()
+        self._driver.tick()
+
+    def cancel(self, request_id: int) -> None:  # noqa: B027  where that cannot be done, the answer is finished
+        """Give up a request of the running stream: where that can be done, it ends with an error chunk, soon.
+
+        May be called from another thread. A request that is not in the stream is ignored.
+        """
 
     def interrupt(self) -> None:  # noqa: B027  most steps are short
         """Give up the step of `stream` that is being computed, where that can be done; the stream may raise anything.
@@ -124,12 +135,15 @@ class BaseLLMRunner(OpenAIChat):
         Raises:
             ValueError: they are no chat, or the template refuses it.
         """
-        chat, tools = parse_messages(messages, any_role=True), parse_tools(tools)
-        template = self.template_for(tools)
+        chat, kwargs = parse_messages(messages, any_role=True), parse_template_kwargs(template_kwargs)
+        return self._render(ChatInput(chat, parse_tools(tools), kwargs, continue_final, self.now))
+
+    def _render(self, chat: ChatInput) -> str:
+        """Return the prompt text of a chat that has been looked at; see `render`."""
+        template = self.template_for(chat.tools)
         if template is None:
-            return "\n".join(message["content"] for message in chat)
-        kwargs = parse_template_kwargs(template_kwargs)
-        return self.renderer.render(template, chat, tools, kwargs, continue_final, self.now)
+            return "\n".join(message["content"] for message in chat.messages)
+        return self.renderer.render(template, chat)
 
     def template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate | None:
         """Return what renders a chat in which these tools are given; None for a backend without chat templates.
@@ -173,14 +187,30 @@ class BaseLLMRunner(OpenAIChat):
         return Facts()
 
     def completions(
-        self, requests: Iterable[Request], tick: Tick = no_tick, stopwatch: Stopwatch | None = None
+        self, requests: Iterable[Request], driver: Driver = NOBODY, stopwatch: Stopwatch | None = None
     ) -> Iterator[Completion]:
         """Answer `requests` and yield each sample's completion, with its times, as it finishes.
 
         Args:
             requests: What to answer; pulled when there is room.
-            tick: Called at each step, also where no sample finishes, and while the runner waits for another process.
-                What it raises ends the stream.
+            driver: Whose `tick` is called at each step, also where no sample finishes, and while the runner waits for
+                another process.
             stopwatch: Times the answers; it knows those under way.
         """
-        return self._exclusively(complete(self.stream, requests, self.tick, not self.ticks, stopwatch), tick)
+        return self._exclusively(complete(self._ticking, requests, self.tick, stopwatch), driver)
+
+    def driven(self, requests: Iterable[Request], driver: Driver = NOBODY) -> Stream[Chunk]:
+        """Yield the chunks of `stream` while holding the runner, which `driver` drives, as in `completions`."""
+        return self._exclusively(self._ticking(requests), driver)
+
+    def _ticking(self, requests: Iterable[Request]) -> Iterator[Chunk]:
+        """Stream, with a tick after each chunk where the backend does not see to its ticks itself."""
+        chunks = self.stream(requests)
+        try:
+            for chunk in chunks:
+                yield chunk
+                if not self.ticks:
+                    self.tick()
+        finally:
+            if isinstance(chunks, Generator):
+                chunks.close()

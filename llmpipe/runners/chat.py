@@ -6,17 +6,16 @@ gives for the same template. Text from a dataset is only ever a value, never a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 
+from llmpipe.chats import ChatInput
 from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Message
 from llmpipe.redaction import redacted
@@ -80,41 +79,27 @@ class ChatTemplate:
             reason = str(error) or type(error).__name__
             raise LLMConfigError(f"the chat template cannot be compiled: {reason}") from error
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        continue_final: bool = False,
-        now: datetime | None = None,
-    ) -> str:
-        """Render `messages` up to where the assistant's answer begins, or goes on.
-
-        Args:
-            messages: The chat.
-            tools: What the model may call, in OpenAI's format.
-            template_kwargs: Further names that the template may ask for.
-            continue_final: End with the text of the last message, which the answer continues.
-            now: The time that it is, for the template.
+    def render(self, chat: ChatInput) -> str:
+        """Render a chat up to where the assistant's answer begins, or goes on.
 
         Raises:
             ChatTemplateError: the template refuses the messages, or fails on them.
         """
-        messages = [_with_reasoning(message) for message in messages]
-        final = str(messages[-1].get("content", "")) if continue_final else ""
-        if continue_final:
+        messages = [_with_reasoning(message) for message in chat.messages]
+        final = str(messages[-1].get("content", "")) if chat.continue_final else ""
+        if chat.continue_final:
             messages[-1] = {**messages[-1], "content": final + MARK}
-        told = _time.set(now)
+        told = _time.set(chat.now)
         try:
             text = self._environment.render(
                 self._template,
                 {
                     **self._special_tokens,
                     "documents": None,
-                    **(template_kwargs or {}),
+                    **(chat.template_kwargs or {}),
                     "messages": messages,
-                    "add_generation_prompt": not continue_final,
-                    "tools": None if tools is None else list(tools),
+                    "add_generation_prompt": not chat.continue_final,
+                    "tools": None if chat.tools is None else list(chat.tools),
                 },
             )
         except Exception as error:  # a template is a program of the model's: it may fail in any way
@@ -122,7 +107,7 @@ class ChatTemplate:
             raise ChatTemplateError(f"the chat template refuses these messages: {reason}") from error
         finally:
             _time.reset(told)
-        return _cut_at_mark(text, final) if continue_final else text
+        return _cut_at_mark(text, final) if chat.continue_final else text
 
 
 def _with_reasoning(message: Message) -> Message:

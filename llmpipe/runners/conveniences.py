@@ -5,18 +5,35 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, Unpack
 
 from llmpipe.chats import continues, parse_template_kwargs, parse_tools
-from llmpipe.config import ControlTokens, PromptFormat, auto_or_bool, check
+from llmpipe.config import ControlTokens, PromptFormat, SamplingOptions, auto_or_bool, check
 from llmpipe.exceptions import LLMConfigError, LLMInferenceError
-from llmpipe.records import Chunk, Completion, Message, Request, failed
+from llmpipe.records import Chunk, Completion, Request, failed
+from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.lifecycle import Lifecycle
 from llmpipe.seeds import derive_seed
-from llmpipe.stopwatch import Stopwatch, Tick, no_tick
 
-Prompt = str | Sequence[Message]
+Prompt = str | Sequence[Mapping[str, Any]]
 """A plain prompt, or the messages of a chat."""
+PromptKind = PromptFormat | Literal["auto", "chat", "raw"]
+
+
+class ChatOptions(SamplingOptions, total=False):
+    """What a call may say of a chat beside its messages; see `Conveniences.request`."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    continue_final: bool | Literal["auto"]
+    control_tokens: ControlTokens | Literal["literal", "parse"]
+    add_bos: bool | Literal["auto"]
+
+
+class RequestOptions(ChatOptions, total=False):
+    """What a call may say of a prompt; see `Conveniences.request`."""
+
+    prompt_format: PromptKind
 
 
 class Conveniences(Lifecycle):
@@ -32,22 +49,20 @@ class Conveniences(Lifecycle):
         """See `BaseLLMRunner`."""
 
     @abstractmethod
-    def completions(
-        self, requests: Iterable[Request], tick: Tick = no_tick, stopwatch: Stopwatch | None = None
-    ) -> Iterator[Completion]:
+    def completions(self, requests: Iterable[Request], driver: Driver = NOBODY) -> Iterator[Completion]:
         """See `BaseLLMRunner`."""
 
     def request(
         self,
         prompt: Prompt,
         id: int = 0,
-        prompt_format: str = "auto",
+        prompt_format: PromptKind = "auto",
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        continue_final: bool | str = "auto",
-        control_tokens: ControlTokens | str = "literal",
-        add_bos: bool | str = "auto",
-        **sampling: Any,
+        continue_final: bool | Literal["auto"] = "auto",
+        control_tokens: ControlTokens | Literal["literal", "parse"] = "literal",
+        add_bos: bool | Literal["auto"] = "auto",
+        **sampling: Unpack[SamplingOptions],
     ) -> Request:
         """Make the request for one prompt with this runner's sampling options, changed by `sampling`.
 
@@ -119,7 +134,7 @@ class Conveniences(Lifecycle):
             )
         return prompt_format == "chat" or (prompt_format == "auto" and self.chat_template is not None)
 
-    def run(self, prompts: Iterable[Prompt | Request], **options: Any) -> list[Completion]:
+    def run(self, prompts: Iterable[Prompt | Request], **options: Unpack[RequestOptions]) -> list[Completion]:
         """Answer many prompts in batches; completions come back in the order of `prompts`, n for each.
 
         A prompt that cannot be run has a completion with `error` set.
@@ -155,7 +170,12 @@ class Conveniences(Lifecycle):
         done = [*self.completions(requests()), *refused]
         return sorted(done, key=lambda completion: (completion.request_id, completion.sample))
 
-    def generate_text(self, prompt: Prompt, prompt_format: str = "auto", **options: Any) -> str:
+    def generate_text(
+        self,
+        prompt: Prompt,
+        prompt_format: PromptKind = "auto",
+        **options: Unpack[ChatOptions],
+    ) -> str:
         """Answer one prompt and return the text.
 
         Args:
@@ -171,18 +191,29 @@ class Conveniences(Lifecycle):
         """
         return "".join(self.generate_text_streaming(prompt, prompt_format, **options))
 
-    def generate_text_streaming(self, prompt: Prompt, prompt_format: str = "auto", **options: Any) -> Iterator[str]:
+    def generate_text_streaming(
+        self,
+        prompt: Prompt,
+        prompt_format: PromptKind = "auto",
+        **options: Unpack[ChatOptions],
+    ) -> Iterator[str]:
         """Answer one prompt and yield its text as it is generated; arguments and errors as in `generate_text`."""
         request = replace(self.request(prompt, prompt_format=prompt_format, **options), samples=(0,))
         return (chunk.text for chunk in self._raising(request) if chunk.text)
 
     def _raising(self, request: Request) -> Iterator[Chunk]:
         """Stream one request; an error chunk raises."""
-        for chunk in self._exclusively(self.stream([request])):
-            if chunk.finish_reason == "error":
-                raise LLMInferenceError(chunk.error)
-            if chunk.restarts:  # what was streamed cannot be taken back
-                raise LLMInferenceError(
-                    "the backend crashed or hung in the middle of the answer, or was lost; ask again"
-                )
-            yield chunk
+        return map(unbroken, self._exclusively(self.stream([request])))
+
+
+def unbroken(chunk: Chunk) -> Chunk:
+    """Return a chunk for somebody who has read all before it.
+
+    Raises:
+        LLMInferenceError: it says that the request cannot be run, or takes back what came before.
+    """
+    if chunk.finish_reason == "error":
+        raise LLMInferenceError(chunk.error)
+    if chunk.restarts:
+        raise LLMInferenceError("the backend crashed or hung in the middle of the answer, or was lost; ask again")
+    return chunk

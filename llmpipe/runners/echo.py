@@ -6,12 +6,12 @@ For trying out a dataset and a configuration in a second, and for tests of every
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llmpipe.chats import parse_messages
+from llmpipe.chats import ChatInput
 from llmpipe.config import EchoConfig
-from llmpipe.records import Chunk, Message, Request, error_chunks
+from llmpipe.records import Chunk, Request, error_chunks
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.decoding import StopStrings
 
@@ -32,15 +32,9 @@ class EchoRunner(BaseLLMRunner):
         """Say that there is no model."""
         return {"model": "none", "model_type": "echo", "device": "cpu"}
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        continue_final: bool = False,
-    ) -> str:
+    def _render(self, chat: ChatInput) -> str:
         """Return the last message."""
-        return str(parse_messages(messages, any_role=True)[-1]["content"])
+        return str(chat.messages[-1]["content"])
 
     def encode(self, request: Request) -> tuple[list[int], int]:
         """Return a number for each word of the prompt.

@@ -74,9 +74,12 @@ class Around:
         return tokens
 
 
-def with_stop_tokens(requests: Iterable[Request], tokenizer: Tokenizer) -> Iterator[Request]:
+def with_stop_tokens(requests: Iterable[Request | None], tokenizer: Tokenizer) -> Iterator[Request | None]:
     """Yield requests whose stop strings that are a control token stop at that token, which has no text."""
     for request in requests:
+        if request is None:
+            yield None
+            continue
         sampling = request.sampling
         found = [tokenizer.control.ids[stop] for stop in sampling.stop if stop in tokenizer.control.ids]
         if found:

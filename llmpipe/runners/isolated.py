@@ -1,13 +1,8 @@
 """A runner whose model lives in another process, where a row that crashes or hangs it costs that row alone.
 
-When the child dies, or says nothing for `row_timeout_s`, it is started again, and the rows that it held are suspects:
-they are run apart in groups, the groups that fail again in smaller ones, until the row that does it is alone. One that
-does it `ALONE_ATTEMPTS` times alone, or hangs there, becomes an error row; the others finish. How often a suspect was
-run alone is noted before each time, so that a row that takes the parent along is not tried for ever.
-
-A kill from outside is no fault of a row's. Those that were in the child are run apart all the same, for they may have
-asked for too much of the machine together; one that was alone is put off to the end. Each time that the child is lost
-so, it is started again after a longer pause, until there is an answer, or the run ends, and can be resumed.
+child.py is the process, service.py the program that runs in it, and triage.py says which rows it is given when one of
+them may have ended it. This starts it, again and again if need be, each time after a longer pause until there is an
+answer, or the run ends, and can be resumed.
 """
 
 from __future__ import annotations
@@ -15,21 +10,19 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
-from itertools import islice
-from math import isqrt
 from typing import Any
 
-from llmpipe.chats import parse_messages, parse_template_kwargs, parse_tools
+from llmpipe.chats import ChatInput
 from llmpipe.config import BackendConfig, DeviceConfig, DeviceType, ModelConfig, SamplingConfig
 from llmpipe.exceptions import LLMConfigError, LLMInferenceError, LLMInitializationError
-from llmpipe.records import Chunk, Message, Request, error_chunks
+from llmpipe.records import Chunk, Request
 from llmpipe.runners.base import BaseLLMRunner
-from llmpipe.runners.child import Child, ChildDied, ChildHung, ChildKilled, ChildStarved, error_of
+from llmpipe.runners.child import Child, error_of
+from llmpipe.runners.deaths import ChildDied, ChildHung, ChildKilled
 from llmpipe.runners.facts import Facts
+from llmpipe.runners.triage import NO_ROW, Cohort, Losses, Triage
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +30,6 @@ TICK_S = 0.2
 """Seconds between two ticks while the child is waited for."""
 LEAVE_S = 0.7
 """How long the child may take to give up a stream; then it is killed: with the tick before it, within a second."""
-ALONE_ATTEMPTS = 3
-"""How often a suspect is run alone, resumptions counted."""
-LOSSES = 5
-"""How often the child may be lost with no row to blame, and none answered meanwhile, before that ends the stream."""
-PAUSE_S = 0.5
-"""How long the child's next start waits after the first such loss; twice as long after each further one."""
-NO_ROW = "something other than a row"
 
 
 class IsolatedRunner(BaseLLMRunner):
@@ -76,13 +62,7 @@ class IsolatedRunner(BaseLLMRunner):
         self._restarts = 0
         self.crashes = 0
         """How often the child died of what ran in it."""
-        self._lost, self._pause_s = 0, 0.0
-        self.suspects: dict[int, int] = {}
-        """Requests that were in a child when it died, in an earlier run, and how often each was then run alone."""
-        self.note: Callable[[dict[int, int]], None] = lambda suspects: None
-        """Makes the suspects durable."""
-        self.reloaded: Callable[[], None] = lambda: None
-        """Called when the model was loaded again, before it computes anything; what it raises ends the stream."""
+        self._losses = Losses()
         super().__init__(config, device, sampling, weights)
 
     def _initialize_model(self) -> None:
@@ -113,36 +93,17 @@ class IsolatedRunner(BaseLLMRunner):
                 if not (self.is_loaded or isinstance(death, ChildKilled)):  # what was there before can be there again
                     raise LLMInitializationError(f"loading {self.config.model!r} {death}") from death
                 log.warning("loading %r %s: trying again", self.config.model, death)
-                self._lose(f"loading {self.config.model!r}", death)
+                error = LLMInferenceError if self.is_loaded else LLMInitializationError
+                self._losses.add(f"loading {self.config.model!r}", death, error)
             except BaseException:  # half loaded it is of no use
                 self._release_model()
                 raise
 
-    def _lose(self, what: str, death: ChildDied) -> None:
-        """Count a loss of the child that no row is to blame for.
-
-        Raises:
-            LLMInferenceError, LLMInitializationError: there are too many of them, with a model that was there or not.
-        """
-        self._lost += 1
-        if self._lost == LOSSES:
-            kind = LLMInferenceError if self.is_loaded else LLMInitializationError
-            raise kind(f"{what} {death}, and the backend was lost {LOSSES} times in a row") from death
-        self._pause_longer()
-
-    def _pause_longer(self) -> None:
-        """Let the next start wait, longer than the one before."""
-        self._pause_s = min(2 * self._pause_s or PAUSE_S, PAUSE_S * 2**LOSSES)
-
     def _pause(self) -> None:
-        until = time.monotonic() + self._pause_s
+        until = time.monotonic() + self._losses.pause_s
         while (left := until - time.monotonic()) > 0:
             self.tick()
             time.sleep(min(left, TICK_S))
-
-    def _all_is_well(self) -> None:
-        """Forget earlier losses."""
-        self._lost, self._pause_s = 0, 0.0
 
     def _release_model(self) -> None:
         if self._child is not None:
@@ -160,7 +121,7 @@ class IsolatedRunner(BaseLLMRunner):
             self._restarts += 1
             log.warning("the backend is started again")
             self._initialize_model()
-            self.reloaded()
+            self._driver.reloaded()
         assert self._child is not None
         return self._child
 
@@ -177,62 +138,31 @@ class IsolatedRunner(BaseLLMRunner):
     def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
         """Answer `requests`; see `BaseLLMRunner.stream`. A row that is run again says so, see `Chunk.restarts`."""
         self._check_loaded()
-        self._all_is_well()
-        suspects = dict(self.suspects)
-        apart: deque[list[Request]] = deque()  # groups to be run now
-        last: deque[list[Request]] = deque()  # single rows to be run when all others are done
-        source = _unsuspected(requests, suspects, last)
-        exhausted = False
-        while apart or last or not exhausted:
-            group = apart.popleft() if apart else last.popleft() if exhausted else None
-            alone = group[0].id if group is not None and len(group) == 1 else None
-            if group is not None and alone is not None and suspects[alone] >= ALONE_ATTEMPTS:
-                yield from error_chunks(group[0], f"ended its run {ALONE_ATTEMPTS} times, without an answer")
+        self._losses.forget()
+        triage = Triage(requests, self._driver.suspects, self._driver.note_suspects, self._losses)
+        while (cohort := triage.next()) is not None:
+            if given_up := triage.given_up(cohort):
+                yield from given_up
                 continue
-            rows, held = source if group is None else iter(group), Held()
             child = self._living_child()
-            self._count(alone, 1, suspects)
+            triage.begin(cohort)
             try:
-                yield from self._attempt(child, rows, held)
-                exhausted = exhausted or group is None
+                yield from self._run(child, cohort)
+                triage.finish(cohort)
             except ChildDied as death:
-                yield from held.restarts()
-                failed, left = held.unanswered(), [] if group is None else list(rows)
-                log.warning("%s %s, with %d in flight", "a row" if failed else NO_ROW, death, len(failed))
+                yield from cohort.restarts()
+                held = cohort.held()
+                log.warning("%s %s, with %d in flight", "a row" if held else NO_ROW, death, len(held))
                 self.crashes += not isinstance(death, ChildKilled)
-                innocent = not failed or isinstance(death, ChildKilled)
-                if innocent:
-                    self._lose("a row" if failed else NO_ROW, death)
-                    self._count(alone, -1, suspects)
-                elif alone is not None and (isinstance(death, ChildHung) or suspects[alone] >= ALONE_ATTEMPTS):
-                    self._all_is_well()
-                    yield from error_chunks(failed[0], str(death))
-                    continue
-                elif isinstance(death, ChildStarved):
-                    self._pause_longer()
-                suspects.update({row.id: suspects.get(row.id, 0) for row in failed})
-                self.note(suspects)
-                if innocent and failed and alone is not None:
-                    last.append(failed)
-                else:
-                    size = max(isqrt(len(failed)), 1)  # few restarts, and neighbours still share the model
-                    groups = [failed[i : i + size] for i in range(0, len(failed), size)]
-                    apart.extendleft(reversed([*groups, left] if left else groups))
+                yield from triage.blame(cohort, death)
             except BaseException as end:
                 if not isinstance(end, Exception):  # somebody ends the run: that has nothing to do with the row
-                    self._count(alone, -1, suspects)
+                    triage.withdraw(cohort)
                 raise
             finally:
-                for answered in held.answered:
-                    suspects.pop(answered, None)
+                triage.acquit(cohort)
 
-    def _count(self, alone: int | None, by: int, suspects: dict[int, int]) -> None:
-        """Count an attempt to run a suspect alone, or take that back, durably."""
-        if alone is not None:
-            suspects[alone] += by
-            self.note(suspects)
-
-    def _attempt(self, child: Child, requests: Iterator[Request], held: Held) -> Iterator[Chunk]:
+    def _run(self, child: Child, cohort: Cohort) -> Iterator[Chunk]:
         """Stream through the child, and keep account of what it holds.
 
         Raises:
@@ -246,14 +176,12 @@ class IsolatedRunner(BaseLLMRunner):
                 if kind == "chunks":
                     for values in content:
                         chunk = Chunk(*values)
-                        held.take(chunk)
+                        cohort.take(chunk)
                         if chunk.finish_reason is not None:
-                            self._all_is_well()
+                            self._losses.forget()
                         yield chunk
                 elif kind == "pull":
-                    block = list(islice(requests, content))
-                    held.give(block)
-                    child.send("requests", block)
+                    child.send("requests", cohort.pull(content))
                 else:
                     ended = True
                     self._status = self._content(message)
@@ -280,7 +208,7 @@ class IsolatedRunner(BaseLLMRunner):
         return message
 
     def cancel(self, request_id: int) -> None:
-        """Give up a request of the running stream, where the runner inside can do that."""
+        """Give up a request of the running stream, where the runner inside can; see `BaseLLMRunner.cancel`."""
         if self._child is not None:
             with suppress(ChildDied):  # the stream will find out
                 self._child.send("cancel", request_id)
@@ -293,25 +221,18 @@ class IsolatedRunner(BaseLLMRunner):
         template: str | None = self._status.get("chat_template")
         return template
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        continue_final: bool = False,
-    ) -> str:
-        """Return the prompt text of a chat; see `BaseLLMRunner.render`."""
+    def _render(self, chat: ChatInput) -> str:
+        """Have the chat rendered in the child; see `BaseLLMRunner.render`."""
         self._check_loaded()
-        chat = parse_messages(messages, any_role=True), parse_tools(tools)
         with self._turns.turn():
-            self._all_is_well()
+            self._losses.forget()
             while True:
                 child = self._living_child()
                 try:
-                    child.send("render", (self.now, *chat, parse_template_kwargs(template_kwargs), continue_final))
+                    child.send("render", chat)
                     return str(self._content(self._receive(child)))
                 except ChildKilled as death:
-                    self._lose("rendering a chat", death)
+                    self._losses.add("rendering a chat", death)
                 except ChildDied as death:
                     raise LLMInferenceError(f"the chat template {death}") from death
                 except BaseException as end:
@@ -335,55 +256,6 @@ class IsolatedRunner(BaseLLMRunner):
 
     def _device_memory_mb(self) -> tuple[float, float] | None:
         return self._status.get("device_memory_mb")
-
-
-class Held:
-    """What is in the child: requests, which of their samples are open, and which of those have text that is out."""
-
-    def __init__(self) -> None:
-        self._open: dict[int, tuple[Request, set[int]]] = {}
-        self._begun: set[tuple[int, int]] = set()
-        self.answered: list[int] = []
-        """Ids of the requests that are done."""
-
-    def give(self, requests: Iterable[Request]) -> None:
-        """Note what goes to the child."""
-        self._open.update({request.id: (request, set(request.samples)) for request in requests})
-
-    def take(self, chunk: Chunk) -> None:
-        """Note what comes back; what was not asked for is left to whoever counts answers."""
-        key = chunk.request_id, chunk.sample
-        if chunk.finish_reason is None:
-            if chunk.text:
-                self._begun.add(key)
-            return
-        self._begun.discard(key)
-        if chunk.request_id in self._open:
-            samples = self._open[chunk.request_id][1]
-            samples.discard(chunk.sample)
-            if not samples:
-                del self._open[chunk.request_id]
-                self.answered.append(chunk.request_id)
-
-    def unanswered(self) -> list[Request]:
-        """Return the requests for what is open."""
-        return [replace(request, samples=tuple(sorted(samples))) for request, samples in self._open.values()]
-
-    def restarts(self) -> Iterator[Chunk]:
-        """Yield chunks that take back the text that is out."""
-        for key in sorted(self._begun):
-            yield Chunk(*key, restarts=True)
-
-
-def _unsuspected(
-    requests: Iterable[Request], suspects: Mapping[int, int], apart: deque[list[Request]]
-) -> Iterator[Request]:
-    """Yield `requests`, but put suspects of an earlier run apart, each alone."""
-    for request in requests:
-        if request.id in suspects:
-            apart.append([request])
-        else:
-            yield request
 
 
 def _leave(child: Child) -> None:

@@ -11,13 +11,13 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-import psutil
-
+from llmpipe import memory
 from llmpipe.config import BackendConfig, DeviceConfig, DeviceType, ModelConfig, SamplingConfig, backend_config
 from llmpipe.exceptions import LLMError, LLMInferenceError, LLMInitializationError, one_line
+from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.rendering import ChatRenderer
-from llmpipe.runners.turns import Stream, Turns
-from llmpipe.stopwatch import Tick, no_tick
+from llmpipe.runners.stepper import Stepper
+from llmpipe.runners.turns import Holder, Stream, Turns
 
 if TYPE_CHECKING:
     from llmpipe.runners.preview import Preview
@@ -65,7 +65,8 @@ class Lifecycle(ABC):
         self.load_s = 0.0
         self.is_loaded = False
         self._turns = Turns()
-        self._tick: Tick = no_tick
+        self._stepper = Stepper(self._turns)
+        self._driver = NOBODY
         self.now = datetime.now().astimezone()
         """The time that chat templates are told; of a run, its start, so that it has the same prompts when resumed."""
         self.renderer = ChatRenderer()
@@ -119,6 +120,7 @@ class Lifecycle(ABC):
 
     def close(self) -> None:
         """Give the model's memory back. A closed runner can be reloaded; closing twice is fine."""
+        self._stepper.end(LLMInferenceError("the runner was closed before the answer was complete"))
         with self._turns.turn(ends=True):
             self._unload()
 
@@ -133,7 +135,7 @@ class Lifecycle(ABC):
 
     def rss_bytes(self) -> int:
         """Return the resident memory of this process, and of another that the model may be in."""
-        return int(psutil.Process().memory_info().rss)
+        return memory.own_rss_bytes()
 
     def __enter__(self) -> Self:
         return self
@@ -168,19 +170,22 @@ class Lifecycle(ABC):
         if not self.is_loaded:
             raise LLMInferenceError("this runner is closed: call reload() first")
 
-    def _exclusively(self, items: Iterator[T], tick: Tick = no_tick) -> Stream[T]:
-        """Yield `items` while holding the runner, `tick` being its tick; closing what is returned closes `items`."""
+    def _exclusively(self, items: Iterator[T], driver: Driver = NOBODY, place: Holder | None = None) -> Stream[T]:
+        """Yield `items` while holding the runner, which `driver` drives; closing what is returned closes `items`.
+
+        A `place` in the queue may have been taken before.
+        """
 
         def held(stream: weakref.ref[Stream[T]]) -> Generator[T]:
-            with self._turns.turn(stream) as holder:
+            with self._turns.turn(stream, tick=driver.tick, place=place) as holder:
                 self._check_loaded()
-                self._tick = tick
+                self._driver = driver
                 try:
                     for item in items:
                         yield item
                         holder.go_on()
                 finally:
-                    self._tick = no_tick
+                    self._driver = NOBODY
                     close = getattr(items, "close", None)
                     if close is not None:
                         close()

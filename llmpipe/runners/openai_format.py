@@ -5,59 +5,162 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Literal, NotRequired, TypedDict, cast
 
 from llmpipe.records import Chunk, Completion
 
+FinishReason = Literal["stop", "length"]
 
-def chat_completion(model: str, completions: Sequence[Completion]) -> dict[str, Any]:
-    """Return the `chat.completion` of one request, a choice for each of its samples."""
-    choices = [
+
+class Usage(TypedDict):
+    """Tokens of a request, all its choices together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatMessage(TypedDict):
+    """An answer, as it can be put among the messages of the next call."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class Choice(TypedDict):
+    """One answer of several."""
+
+    index: int
+    message: ChatMessage
+    logprobs: None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(TypedDict):
+    """What `create_chat_completion` returns."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class Delta(TypedDict, total=False):
+    """What a chunk adds to the message."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class ChunkChoice(TypedDict):
+    """What a chunk adds to one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(TypedDict):
+    """What `create_chat_completion` yields with `stream=True`."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: NotRequired[Usage]
+
+
+class StreamOptions(TypedDict, total=False):
+    """Options of a streamed chat completion."""
+
+    include_usage: bool
+
+
+def chat_completion(model: str, completions: Sequence[Completion]) -> ChatCompletion:
+    """Return the `chat.completion` of one request, a choice for each of its samples, none of which has failed."""
+    choices: list[Choice] = [
         {
             "index": completion.sample,
-            "message": {"role": "assistant", "content": completion.text},
+            "message": {"role": "assistant", "content": completion.text or ""},
             "logprobs": None,
-            "finish_reason": completion.finish_reason,
+            "finish_reason": cast(FinishReason, completion.finish_reason),
         }
-        for completion in completions
+        for completion in sorted(completions, key=lambda completion: completion.sample)
     ]
     completion_tokens = sum(completion.completion_tokens or 0 for completion in completions)
-    usage = _usage(completions[0].prompt_tokens, completion_tokens)
-    return {**_head(model, "chat.completion"), "choices": choices, "usage": usage}
+    return {
+        "id": _new_id(),
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": choices,
+        "usage": _usage(completions[0].prompt_tokens, completion_tokens),
+    }
 
 
-def chat_chunks(model: str, chunks: Iterable[Chunk], include_usage: bool) -> Iterator[dict[str, Any]]:
-    """Yield the `chat.completion.chunk` dictionaries of one request.
+class ChatChunks:
+    """Makes the `chat.completion.chunk` dictionaries of one request.
 
     As in OpenAI's streams, a choice's first delta names the role, its reason to end comes in a chunk of its own after
     the last text, and the usage, where it is asked for, in a chunk without choices at the very end.
     """
-    head = _head(model, "chat.completion.chunk")
-    prompt_tokens, completion_tokens = 0, 0
-    begun: set[int] = set()
-    for chunk in chunks:
-        prompt_tokens = chunk.prompt_tokens or prompt_tokens
-        completion_tokens += chunk.completion_tokens or 0
-        if chunk.sample not in begun:
-            begun.add(chunk.sample)
-            yield {**head, "choices": [_choice(chunk.sample, {"role": "assistant", "content": chunk.text}, None)]}
+
+    def __init__(self, model: str, options: StreamOptions | None) -> None:
+        self._model = model
+        self._include_usage = bool((options or {}).get("include_usage"))
+        self._id, self._created = _new_id(), int(time.time())
+        self._prompt_tokens, self._completion_tokens = 0, 0
+        self._begun: set[int] = set()
+
+    def of(self, chunk: Chunk) -> Iterator[ChatCompletionChunk]:
+        """Yield what one chunk becomes."""
+        self._prompt_tokens = chunk.prompt_tokens or self._prompt_tokens
+        self._completion_tokens += chunk.completion_tokens or 0
+        if chunk.sample not in self._begun:
+            self._begun.add(chunk.sample)
+            yield self._chunk(_choice(chunk.sample, {"role": "assistant", "content": chunk.text}))
         elif chunk.text:
-            yield {**head, "choices": [_choice(chunk.sample, {"content": chunk.text}, None)]}
+            yield self._chunk(_choice(chunk.sample, {"content": chunk.text}))
         if chunk.finish_reason is not None:
-            yield {**head, "choices": [_choice(chunk.sample, {}, chunk.finish_reason)]}
-    if include_usage:
-        yield {**head, "choices": [], "usage": _usage(prompt_tokens, completion_tokens)}
+            yield self._chunk(_choice(chunk.sample, {}, chunk.finish_reason))
+
+    def end(self) -> Iterator[ChatCompletionChunk]:
+        """Yield what comes after the last chunk."""
+        if self._include_usage:
+            yield {**self._chunk(), "usage": _usage(self._prompt_tokens, self._completion_tokens)}
+
+    def _chunk(self, *choices: ChunkChoice) -> ChatCompletionChunk:
+        return {
+            "id": self._id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self._model,
+            "choices": list(choices),
+        }
 
 
-def _head(model: str, kind: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+def chat_chunks(model: str, chunks: Iterable[Chunk], options: StreamOptions | None) -> Iterator[ChatCompletionChunk]:
+    """Yield the `chat.completion.chunk` dictionaries of one request; see `ChatChunks`."""
+    stream = ChatChunks(model, options)
+    for chunk in chunks:
+        yield from stream.of(chunk)
+    yield from stream.end()
 
 
-def _choice(index: int, delta: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+def _choice(index: int, delta: Delta, finish_reason: str | None = None) -> ChunkChoice:
+    reason = cast(FinishReason | None, finish_reason)
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
 
 
-def _usage(prompt_tokens: int | None, completion_tokens: int) -> dict[str, int]:
+def _new_id() -> str:
+    return f"chatcmpl-{uuid.uuid4().hex}"
+
+
+def _usage(prompt_tokens: int | None, completion_tokens: int) -> Usage:
     prompt = prompt_tokens or 0
     return {
         "prompt_tokens": prompt,

@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
-from llmpipe.chats import Chat
+from llmpipe.chats import ChatInput
 from llmpipe.records import Message
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
 
@@ -30,32 +29,26 @@ class ChatRenderer:
         self.silent = False
         """Say nothing: whoever renders the same chats afterwards will."""
 
-    def render(
-        self,
-        template: ChatTemplate,
-        chat: Chat,
-        tools: Sequence[Mapping[str, Any]] | None,
-        template_kwargs: Mapping[str, Any] | None,
-        continue_final: bool,
-        now: datetime,
-    ) -> str:
+    def render(self, template: ChatTemplate, chat: ChatInput) -> str:
         """Return the prompt text of a chat; a developer's messages are the system's where only that is known.
 
         Raises:
             ChatTemplateError: the template refuses the messages, or the last one cannot be continued.
         """
-        messages: Sequence[Message] = chat
-        if continue_final and (messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls")):
+        messages = chat.messages
+        if chat.continue_final and (messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls")):
             raise ChatTemplateError(
                 f"the last message is not the beginning of an answer: its role is {messages[-1]['role']!r}"
                 f"{', and it calls tools' if messages[-1].get('tool_calls') else ''}; use prompt.continue_final=auto"
             )
         if "developer" not in template.source and any(message["role"] == "developer" for message in messages):
-            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+            chat = replace(
+                chat, messages=[{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+            )
             self._say("the chat template knows no developer: messages of that role are given to it as the system's")
-        if tools and "tools" not in template.source:
+        if chat.tools and "tools" not in template.source:
             self._say("the chat template knows no tools: the model is not told of those that are given")
-        return template.render(messages, tools, template_kwargs, continue_final, now)
+        return template.render(chat)
 
     def look_for_dropped(self, chat: Sequence[Message], text: str, row: int) -> None:
         """Say so where a message is nowhere in the rendered text; only the first is reported."""

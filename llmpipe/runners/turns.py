@@ -14,11 +14,13 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from llmpipe.exceptions import LLMInferenceError
+from llmpipe.stopwatch import Tick, no_tick
 
 log = logging.getLogger(__name__)
 
@@ -112,12 +114,16 @@ class Stream(Iterator[T]):
 
 
 class Holder:
-    """Who has a turn: a stream, or a call where there is none."""
+    """Who has a turn or waits for one: a stream, or a call where there is none."""
 
-    def __init__(self, stream: weakref.ref[Stream[Any]] | None) -> None:
-        self._stream = stream
+    def __init__(self) -> None:
+        self._stream: weakref.ref[Stream[Any]] | None = None
         self._process = os.getpid()
         self._thread = weakref.ref(this_thread())
+
+    def begin(self, stream: weakref.ref[Stream[Any]] | None) -> None:
+        """Be this stream, or a call, of the calling thread."""
+        self._stream, self._thread = stream, weakref.ref(this_thread())
 
     def go_on(self) -> None:
         """Note that the calling thread is the one that goes on.
@@ -151,7 +157,7 @@ class Holder:
 
 
 class Turns:
-    """Lets one at a time have its turn.
+    """Lets one at a time have its turn, in the order in which they came.
 
     Who has it is known by a weak reference: whatever ends that one, also between two lines of this, its turn is over.
     """
@@ -159,34 +165,75 @@ class Turns:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._holder: weakref.ref[Holder] | None = None
+        self._queue: deque[Holder] = deque()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits."""
+        return bool(self._queue)
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether the calling thread has the turn."""
+        holder = self._current()
+        return holder is not None and holder.is_here
+
+    def queue(self) -> Holder:
+        """Take a place in the queue; it must come to a turn, or be left."""
+        holder = Holder()
+        self._queue.append(holder)
+        return holder
+
+    def leave(self, place: Holder) -> None:
+        """Give up a place in the queue, if it is there."""
+        with self._changed, suppress(ValueError):
+            self._queue.remove(place)
+            self._changed.notify_all()
 
     @contextmanager
-    def turn(self, stream: weakref.ref[Stream[Any]] | None = None, ends: bool = False) -> Iterator[Holder]:
+    def turn(
+        self,
+        stream: weakref.ref[Stream[Any]] | None = None,
+        ends: bool = False,
+        tick: Tick = no_tick,
+        place: Holder | None = None,
+    ) -> Iterator[Holder]:
         """Wait for the turn and have it while the block lasts.
 
         Args:
             stream: What has it then; None for a call.
             ends: Close a stream that is idle instead of waiting for it.
+            tick: Called now and then; what it raises ends the wait.
+            place: One in the queue that was taken before.
 
         Raises:
             LLMInferenceError: the calling thread would wait for itself.
         """
-        holder, wait = Holder(stream), Wait(ends)
-        while not self._take(holder, wait.timeout_s):
-            wait.look_at(self._current())
+        holder, wait = place or self.queue(), Wait(ends)
+        holder.begin(stream)
+        try:
+            while not self._take(holder, wait.timeout_s):
+                tick()
+                wait.look_at(self._current())
+        finally:
+            self.leave(holder)
         try:
             yield holder
         finally:
             with self._changed:
                 self._holder = None
-                self._changed.notify()
+                self._changed.notify_all()
 
     def _take(self, holder: Holder, timeout_s: float) -> bool:
         with self._changed:
-            free = self._changed.wait_for(lambda: self._current() is None, timeout_s)
+            free = self._changed.wait_for(lambda: self._current() is None and self._first() is holder, timeout_s)
             if free:
                 self._holder = weakref.ref(holder)
             return free
+
+    def _first(self) -> Holder:
+        """Return who has waited longest; a fork takes along those who wait, but not their threads."""
+        return next(holder for holder in self._queue if not holder.is_elsewhere)
 
     def _current(self) -> Holder | None:
         return self._holder() if self._holder is not None else None
@@ -213,9 +260,10 @@ class Wait:
         Raises:
             LLMInferenceError: whoever waits for it waits for ever.
         """
-        stream = holder.stream if holder is not None else None
-        if holder is None:
+        self.timeout_s = LOOK_S
+        if holder is None:  # others came first
             return
+        stream = holder.stream
         if holder.is_here:
             if (self._ends and stream is not None and stream.end()) or self._collect():
                 return
@@ -232,7 +280,6 @@ class Wait:
                 self._warned = True
                 log.warning("waiting for a stream that another thread left open: exhaust or close it, or the runner")
             self._collect()
-        self.timeout_s = LOOK_S
 
     def _idle_s(self, stream: Stream[Any]) -> float:
         """Return how long nobody has asked `stream` for more, as far as was seen."""

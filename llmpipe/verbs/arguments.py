@@ -75,6 +75,8 @@ class Parser(_Parser):
             self.error("--resolve goes with --cfg")
         if (asked.config_path or "").endswith((".yaml", ".yml")):
             self.error(f"--config-path={quoted(asked.config_path)} is no directory: --config-name chooses a file")
+        if asked.experimental_rerun is not None and not Path(asked.experimental_rerun).is_file():
+            self.error(f"--experimental-rerun={quoted(asked.experimental_rerun)} is no file")
         return Namespace(**{**vars(asked), **vars(own), "words": [*words, *behind]})
 
     def read_settings(self, arguments: Sequence[str], of_a_run: bool = False) -> Namespace:
@@ -103,8 +105,8 @@ def chosen(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     Raises:
         LLMConfigError: the first word is neither a verb nor a setting.
     """
-    before, behind = _split(arguments)
-    words = [*_hydra_flags().parse_known_intermixed_args(before)[0].overrides, *behind]
+    before, _ = _split(arguments)
+    words = _hydra_flags().parse_known_intermixed_args(before)[0].overrides
     if words and words[0] in VERBS:
         return words[0], arguments
     if {"-h", "--help"} & {*before}:

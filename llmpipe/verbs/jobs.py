@@ -131,8 +131,11 @@ def look_first(log_config: DictConfig, verbose_config: bool | str | Sequence[str
     Raises:
         LLMError: something there leads elsewhere, or is another program's.
     """
-    if HydraConfig.initialized():  # a launcher calls this too, between jobs
-        check_directory(HydraConfig.get(), log_config)
+    job: Any = HydraConfig.get() if HydraConfig.initialized() else None
+    if job is not None and not OmegaConf.is_missing(
+        job.runtime, "output_dir"
+    ):  # launchers call this before they have one
+        check_directory(job, log_config)
     configure_log(log_config, verbose_config)
 
 
@@ -217,6 +220,7 @@ class Program:
         job = HydraConfig.get()
         for handler in logging.getLogger().handlers:  # of whichever job_logging was chosen
             handler.setFormatter(RedactedFormatter(handler.formatter))
+        mention_sweep(job)
         self._exit_code, found = REFUSED, None
         try:
             with usable_streams(), in_this_process():
@@ -243,6 +247,22 @@ class Program:
             compare([(outcome.settings, outcome.found) for outcome in outcomes])
         codes = {outcome.exit_code for outcome in outcomes}
         return self._exit_code if not codes else REFUSED if REFUSED in codes else max(codes)
+
+
+def mention_sweep(job: Any) -> None:
+    """Say that a group, such as an experiment, asks for a sweep where there is one job.
+
+    Args:
+        job: The job's node of Hydra's.
+    """
+    params = OmegaConf.select(job, "sweeper.params")
+    if job.mode is RunMode.MULTIRUN or not params:
+        return
+    written: Any = OmegaConf.to_container(params, resolve=False)
+    given = {*map(key_of, typed(job))}
+    asked = [f"{key}={value}" for key, value in written.items() if key not in given]
+    if asked:
+        log.warning("%s is for a sweep, and this is one run: add -m", " ".join(asked))
 
 
 def job_of(composed: DictConfig, job: Any) -> Job:

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> int | None:
     """Run, or go on in a directory that holds a run with the same configuration."""
     asked = Parser("run", ABOUT).read_settings(arguments)
     given = {key_of(setting): text_of(setting) for setting in asked.settings}
-    if "hydra.run.dir" in given and begun(Path(given["hydra.run.dir"]).expanduser()):
+    if "hydra.run.dir" in given and begun(Path(given["hydra.run.dir"])):
         asked.settings.insert(0, "hydra.output_subdir=null")  # what was composed when the run began stays there
     return run_jobs(asked, asked.settings, work, compare)
 

@@ -1,7 +1,7 @@
 """Continuous batching: rows share the model's calls, and a finished row's slot goes to the next one at once.
 
-A step is one call of the model. The scheduler decides what it computes, the executor's context computes it and chooses
-the next token of each row that lacks no other, and the scheduler takes those. Knows nothing of any backend.
+A step is one call of the model: the scheduler decides what it computes, the backend's context computes it and samples
+the next token of each row that is computed so far, and the scheduler takes those. Knows nothing of any backend.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from llmpipe.records import Chunk, Request
 from llmpipe.runners.batching.executor import Executor
 from llmpipe.runners.batching.lookahead import Encode, LookAhead
 from llmpipe.runners.batching.scheduler import Scheduler
-from llmpipe.runners.batching.step import Step
 from llmpipe.runners.batching.throughput import Throughput
 from llmpipe.stopwatch import Tick, no_tick
 
@@ -41,7 +40,7 @@ class Engine:
         # Sharing a prefix computes a prompt in other pieces, whose sums may round otherwise.
         self._share = not config.reproducible and not executor.is_static
 
-    def stream(self, requests: Iterable[Request], encode: Encode, tick: Tick = no_tick) -> Iterator[Chunk]:
+    def stream(self, requests: Iterable[Request | None], encode: Encode, tick: Tick = no_tick) -> Iterator[Chunk]:
         """Answer `requests`, with a `tick` before each step; see `BaseLLMRunner.stream`."""
         self.throughput = Throughput()
         self.scheduler.begin(LookAhead(requests, encode, self.limit, self._share))
@@ -53,22 +52,18 @@ class Engine:
             self.scheduler.end()
 
     def step(self) -> list[Chunk]:
-        """Schedule a call, compute it, and sample from its logits; return what the rows have to tell then."""
+        """Schedule a call of the model, compute it, sample from its logits; return what the rows have to tell then."""
+        scheduler = self.scheduler
         try:
-            step = self.scheduler.schedule()
+            step = scheduler.schedule()
             if step is not None:
-                self.scheduler.advance(step, self._compute(step))
+                with self.throughput.step(step.tokens, step.is_prefill):
+                    scheduler.context.compute()
+                    tokens = scheduler.context.sample([sequence.sampler for sequence in step.outputs])
+                scheduler.advance(step, tokens)
         except LLMOutOfMemoryError as error:
-            self.scheduler.shrink(str(error))
-        return self.scheduler.take_chunks()
-
-    def _compute(self, step: Step) -> list[int]:
-        """Compute a step, and choose a token for each of its outputs."""
-        context = self.scheduler.context
-        assert context is not None
-        with self.throughput.step(step.tokens, step.is_prefill):
-            context.compute()
-            return context.sample([sequence.sampler for sequence in step.outputs]) if step.outputs else []
+            scheduler.shrink(str(error))
+        return scheduler.take_chunks()
 
     def cancel(self, request_id: int) -> None:
         """Give up a request of the running stream; it ends with an error chunk, and its slots are free at once."""

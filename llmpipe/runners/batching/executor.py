@@ -139,13 +139,14 @@ class Executor(Protocol):
         As it does where zero times what is there is added to a sum, or where a state is multiplied by zero to empty it.
         """
 
-    def sizes(self, waiting: Sequence[Sample], limit: int, held_tokens: int = 0) -> Sizes:
+    def sizes(self, waiting: Sequence[Sample], limit: int, held_tokens: int = 0, is_live: bool = False) -> Sizes:
         """Choose the sizes of a context for the samples that wait, at least one.
 
         Args:
             waiting: The samples.
             limit: Most tokens a row may have.
             held_tokens: Tokens of the cache there is now, which makes room for the new one.
+            is_live: Whether more may come at any time.
         """
 
     def context(self, sizes: Sizes) -> Context:

@@ -48,19 +48,21 @@ class LookAhead:
     """Pulls requests in blocks and hands out their samples in the order in which they are best run.
 
     Args:
-        requests: Where samples come from.
+        requests: Where samples come from; None among them says that there is none just now.
         encode: Tokenises a request.
         limit: Most tokens of prompt and completion that a sample may have.
         share: Whether prompts are searched for common prefixes.
     """
 
-    def __init__(self, requests: Iterable[Request], encode: Encode, limit: int, share: bool) -> None:
+    def __init__(self, requests: Iterable[Request | None], encode: Encode, limit: int, share: bool) -> None:
         self._source = iter(requests)
         self._encode = encode
         self._limit = limit
         self._share = share
         self.is_exhausted = False
         """Whether all requests were pulled."""
+        self.is_live = False
+        """Whether requests come at any time."""
         self.waiting: list[Sample] = []
 
     def fill(self, count: int) -> list[Chunk]:
@@ -72,9 +74,13 @@ class LookAhead:
         refused: list[Chunk] = []
         pulled = 0
         while len(self.waiting) + pulled < count and len(refused) < count and not self.is_exhausted:
-            request = next(self._source, None)
-            if request is None:
+            try:
+                request = next(self._source)
+            except StopIteration:
                 self.is_exhausted = True
+                break
+            if request is None:
+                self.is_live = True
                 break
             try:
                 prompt, truncated = self._encode(request)
@@ -86,15 +92,20 @@ class LookAhead:
             prompt = equals[0].prompt if equals else prompt
             equals += [Sample(request, number, prompt, truncated, need) for number in request.samples]
             pulled += len(request.samples)
-        # Taken from the end: nobody waits for those that came later.
-        self.waiting = self._order(list(block.values())) + self.waiting
+        if block:  # taken from the end: nobody waits for those that came later
+            self.waiting = self._order(list(block.values())) + self.waiting
         return refused
 
     def next(self, room: int) -> Sample | None:
-        """Take the sample to run next, of those that need no more than `room` tokens; None if none does."""
+        """Take the sample to run next, of those that need no more than `room` tokens; None if none does.
+
+        Of a live source nobody overtakes one that needs more: there might always be another one.
+        """
         for i in range(len(self.waiting) - 1, -1, -1):
             if self.waiting[i].need <= room:
                 return self.waiting.pop(i)
+            if self.is_live:
+                break
         return None
 
     def take_longest(self) -> list[Sample]:

@@ -55,7 +55,7 @@ class Scheduler:
         self._executor = executor
         self._config = config
         self._limit = limit
-        self.context: Context | None = None
+        self._context: Context | None = None
         self.sizes = replace(executor.ideal, slots=1)
         """Those of the context there is, or was last."""
         self.cancelled: set[int] = set()
@@ -98,6 +98,13 @@ class Scheduler:
             self._leave(sequence)
         self._prefixes.drop_unfinished()
         self._chunks.clear()
+        del self._ahead  # the caller's requests are no longer held
+
+    @property
+    def context(self) -> Context:
+        """What a step is computed in; there is one whenever a row is in flight."""
+        assert self._context is not None
+        return self._context
 
     @property
     def is_done(self) -> bool:
@@ -119,7 +126,7 @@ class Scheduler:
         for part, count in step.parts:
             part.cached += count
         if step.idle_slot is not None:
-            self._there.forget(step.idle_slot)
+            self.context.forget(step.idle_slot)
         if step.is_prefill:
             self._prefilling = [sequence for sequence in self._prefilling if sequence not in step.outputs]
         for sequence, token in zip(step.outputs, tokens, strict=True):
@@ -133,7 +140,7 @@ class Scheduler:
 
     def shrink(self, reason: str) -> None:
         """Make do with half the context after `reason`; a row that does not fit even by itself is an error."""
-        smaller = self._there.sizes.halved()
+        smaller = self.context.sizes.halved()
         if smaller is None:
             self._fail(
                 self._running[0], f"{reason} for this row alone: use a smaller sampling.max_tokens or backend.context"
@@ -153,9 +160,9 @@ class Scheduler:
 
     def close(self) -> None:
         """Free the context."""
-        if self.context is not None:
-            self.context.close()
-            self.context = None
+        if self._context is not None:
+            self._context.close()
+            self._context = None
             self._spoiled = False
 
     # --- steps ----------------------------------------------------------------------------------------------------
@@ -172,7 +179,7 @@ class Scheduler:
         """Compute one batch of tokens of new rows; those that lack none get the next one."""
         if not self._prefilling:
             return None
-        batch = self._there.batch
+        batch = self.context.batch
         batch.clear()
         step = Step([], [])
         for sequence in sorted(self._prefilling, key=_slot):
@@ -196,13 +203,8 @@ class Scheduler:
         if len(rows) == 1 and self._config.reproducible and self._executor.never_alone:
             step.idle_slot = slots[0] + 1  # any token will do
             tokens, positions, slots = [*tokens, tokens[0]], [*positions, 0], [*slots, step.idle_slot]
-        self._there.batch.set_columns(tokens, positions, slots)
+        self.context.batch.set_columns(tokens, positions, slots)
         return step
-
-    @property
-    def _there(self) -> Context:
-        assert self.context is not None
-        return self.context
 
     # --- slots ----------------------------------------------------------------------------------------------------
 
@@ -219,12 +221,12 @@ class Scheduler:
                 break
             except LLMInitializationError as error:  # the longest cannot have a slot: the others may
                 self._refuse_longest(str(error))
-        if self.context is None:
+        if self._context is None:
             return
         while self._free and self._suspended:
             self._seat(self._suspended.pop(0))
         # Samples that need larger slots than these get them once the rows in flight are done.
-        while self._free and (sample := self._ahead.next(self.context.sizes.context)) is not None:
+        while self._free and (sample := self._ahead.next(self._context.sizes.context)) is not None:
             sequence = self._sequence(sample)
             self._seat(sequence)
             self._sharing.append(sequence)
@@ -247,7 +249,7 @@ class Scheduler:
             if sequence in rows:
                 rows.remove(sequence)
         self._free.append(sequence.slot)
-        self._there.forget(sequence.slot)
+        self.context.forget(sequence.slot)
         sequence.slot, sequence.cached = -1, 0
 
     def _leave(self, sequence: Sequence) -> None:
@@ -264,7 +266,7 @@ class Scheduler:
 
     def _compact(self) -> None:
         """Move the highest rows into gaps below them: a batch over neighbouring slots is computed in fewer pieces."""
-        context = self._there
+        context = self.context
         while self._running and self._free:
             last, gap = max(self._running, key=_slot), min(self._free)
             if gap > last.slot:
@@ -295,9 +297,9 @@ class Scheduler:
 
     def _wanted(self) -> Sizes:
         """Return the sizes for the rows that wait."""
-        held = self.context.sizes.tokens if self.context is not None else 0
+        held = self._context.sizes.tokens if self._context is not None else 0
         samples = [*(sequence.sample for sequence in self._suspended), *self._ahead.waiting]
-        wanted = self._executor.sizes(samples, self._limit, held)
+        wanted = self._executor.sizes(samples, self._limit, held, self._ahead.is_live)
         return wanted if self._cap is None else wanted.within(self._cap)
 
     def _fit(self, sizes: Sizes) -> None:
@@ -306,13 +308,13 @@ class Scheduler:
         Raises:
             LLMInitializationError: not even one slot can be had, or not as many as are set by hand.
         """
-        if self.context is not None and self.context.sizes.covers(sizes):
+        if self._context is not None and self._context.sizes.covers(sizes):
             return
         self.close()
         started = time.perf_counter()
-        while self.context is None:
+        while self._context is None:
             try:
-                self.context = self._executor.context(sizes)
+                self._context = self._executor.context(sizes)
             except LLMInitializationError as error:
                 smaller = sizes.halved()
                 if self._config.slots != "auto" or sizes.slots + sizes.prefixes == 1 or smaller is None:
@@ -325,7 +327,7 @@ class Scheduler:
             log.info("%s", reason)
         self.sizes = sizes
         self._free = list(range(sizes.slots))
-        self._prefixes = PrefixCache(self.context)
+        self._prefixes = PrefixCache(self._context)
 
     def _grow(self) -> None:
         """Try twice the slots again, once enough rows have finished since memory ran out."""

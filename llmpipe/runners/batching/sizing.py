@@ -15,17 +15,27 @@ from llmpipe.runners.batching.lookahead import Sample
 
 log = logging.getLogger(__name__)
 
-SMALL_PARAMETERS = 50_000_000
 CPU_SLOTS, SMALL_MODEL_SLOTS = 16, 32
-"""Where more rows at once stopped paying in the measurements under benchmarks/."""
+"""Rows in flight on a CPU: each step reads all weights once, however many rows share it, until arithmetic takes longer.
+
+Measured with 135 and 7 million parameters (benchmarks/results/slots-1-core-xeon.md): of the decode tokens/s of 64 rows,
+16 of the larger and 32 of the smaller have 0.80 and 0.97 in llama.cpp, 0.48 and 0.87 in transformers.
+"""
+SMALL_PARAMETERS = 50_000_000
+"""Below it a model is small: between the two that were measured."""
 PREFIX_SLOTS = 4
+"""Most shared prefixes that are kept: chosen by hand, as few datasets have more than a system prompt or two."""
 FEWEST_BATCH_TOKENS = 32
+"""Where halving the tokens per call ends: a call has some memory of its own, however few they are. Chosen by hand."""
 CONTEXT_STEP = 256
 """Cache sizes are multiples of this: llama.cpp rounds up to it by itself."""
 HEADROOM = 1.5
-"""How much longer than the longest row looked at a slot is, so that a later row seldom needs a larger one."""
+"""How much longer than the longest row looked at a slot is, so that a later row seldom needs a larger one.
+
+Chosen by hand: a larger context waits for all rows in flight to end, a longer slot takes memory that is seldom scarce.
+"""
 MEMORY_SHARE = 0.6
-"""Share of the free memory that the cache may take."""
+"""Share of the free memory that the cache may take; the rest is for what calls need, and for other programs."""
 UNKNOWN_BYTES = 2**50
 """More than there is: the backend says when there is too little."""
 
@@ -37,7 +47,7 @@ class Footprint:
     parameters: int
     cache_bytes_per_token: int
     gpu_slots: int | None = None
-    """Where more rows at once stop paying on a GPU; None on a CPU."""
+    """Rows in flight on a GPU; None on a CPU."""
     mapped_bytes: int = 0
     """Weights that are mapped from a file: the system counts their memory as free, and they need it all the same."""
     state_bytes: int = 0
@@ -153,6 +163,7 @@ def choose(
     limit: int,
     held_tokens: int = 0,
     free_bytes: int | None = None,
+    is_live: bool = False,
 ) -> Sizes:
     """Choose the sizes for the samples that wait.
 
@@ -163,6 +174,7 @@ def choose(
         limit: Most tokens a row may have.
         held_tokens: Tokens of the cache there is now, which makes room for the new one.
         free_bytes: Memory that is free where the cache goes; by default this process's, and on a GPU without bound.
+        is_live: Whether more samples may come at any time.
     """
     reasons = []
     longest = max(sample.need for sample in waiting)
@@ -171,12 +183,12 @@ def choose(
     slots = wanted_slots(config, model)
     if config.slots != "auto":
         reasons.append(f"{slots} slots: set by hand")
-    elif len(waiting) < slots:
+    elif len(waiting) < slots and not is_live:
         slots = len(waiting)
         reasons.append(f"{slots} slots: no more rows than that wait")
     else:
         place = "GPU" if model.gpu_slots is not None else "CPU"
-        reasons.append(f"{slots} slots: where {model.parameters / 1e6:.0f} M parameters on a {place} gain no more")
+        reasons.append(f"{slots} slots: as suits {model.parameters / 1e6:.0f} M parameters on a {place}")
     # Equal prompts are one and the same object: of thousands of samples only the few different ones are compared.
     shared = {(id(sample.prompt), end): sample.prompt for sample in waiting for end in (sample.base, sample.shared)}
     groups = {tuple(prompt[:end]) for (_, end), prompt in shared.items() if end}

@@ -12,6 +12,10 @@ ggml.py        number formats
 log.py         llama.cpp's log → Python's logging
 """
 
-from llmpipe.runners.llama_cpp.runner import LlamaCppRunner
+from llmpipe.runners.openmp import wait_briefly
+
+wait_briefly()
+
+from llmpipe.runners.llama_cpp.runner import LlamaCppRunner  # noqa: E402  which loads OpenMP
 
 __all__ = ["LlamaCppRunner"]

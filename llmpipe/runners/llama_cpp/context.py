@@ -18,6 +18,7 @@ from llmpipe.runners.llama_cpp.abort import Abort
 from llmpipe.runners.llama_cpp.ggml import number_format
 from llmpipe.runners.llama_cpp.model import Model
 from llmpipe.runners.llama_cpp.sampler import Sampler
+from llmpipe.runners.threads import Threads
 
 FLASH_ATTENTION = {Switch.auto: -1, Switch.off: 0, Switch.on: 1}
 REASONS = {1: "no room in the KV cache", 2: "it was interrupted"}
@@ -60,10 +61,11 @@ class LlamaContext:
     """
 
     def __init__(
-        self, model: Model, config: LlamaCppConfig, sizes: Sizes, threads: int, on_gpu: bool, abort: Abort
+        self, model: Model, config: LlamaCppConfig, sizes: Sizes, threads: Threads, on_gpu: bool, abort: Abort
     ) -> None:
         self.sizes = sizes
         self._model = model
+        self._threads = threads
         # In reproducible mode a row is never decoded alone, see the engine.
         sequences = max(sizes.slots + sizes.prefixes, 2 if config.reproducible else 1)
         params = llama_cpp.llama_context_default_params()
@@ -71,7 +73,7 @@ class LlamaContext:
         params.n_ctx = sequences * sizes.context
         params.n_batch = max(min(sizes.batch_tokens, params.n_ctx), sequences)
         params.n_ubatch = max(min(config.micro_batch_tokens, params.n_batch), sequences)
-        params.n_threads = params.n_threads_batch = threads
+        params.n_threads = params.n_threads_batch = threads.now
         params.flash_attn_type = FLASH_ATTENTION[Switch.off if config.reproducible else config.flash_attention]
         params.type_k = number_format(config.cache_type_k).type
         params.type_v = number_format(config.cache_type_v).type
@@ -107,6 +109,8 @@ class LlamaContext:
         """
         batch = self.batch
         batch.struct.n_tokens = batch.size
+        if (threads := self._threads.look()) != llama_cpp.llama_n_threads(self._handle):
+            llama_cpp.llama_set_n_threads(self._handle, threads, threads)
         status = llama_cpp.llama_decode(self._handle, batch.struct)
         if status == 0 and batch.outputs[: batch.size].any():
             llama_cpp.llama_synchronize(self._handle)
@@ -116,6 +120,8 @@ class LlamaContext:
 
     def sample(self, samplers: Sequence[Sampler]) -> list[int]:
         """Choose a token for each of the batch's outputs, in order; -1 where its logits are no numbers."""
+        if not samplers:  # then llama.cpp may have no logits at all
+            return []
         # llama.cpp draws something from anything, so what goes into its samplers is looked at here.
         best, indices = self.best_tokens().tolist(), self.batch.output_indices.tolist()
         return [

@@ -13,8 +13,10 @@ from llmpipe.runners.llama_cpp.context import LlamaContext
 from llmpipe.runners.llama_cpp.ggml import number_format
 from llmpipe.runners.llama_cpp.model import Model
 from llmpipe.runners.llama_cpp.sampler import Sampler
+from llmpipe.runners.threads import Threads
 
 GPU_SLOTS = 32
+"""Rows in flight on a GPU. Not measured; few, as llama.cpp takes the memory of all slots when a context is made."""
 
 
 class LlamaExecutor:
@@ -32,7 +34,7 @@ class LlamaExecutor:
     never_alone = True
     keeps_nan = True
 
-    def __init__(self, model: Model, config: LlamaCppConfig, threads: int, offload: bool, abort: Abort) -> None:
+    def __init__(self, model: Model, config: LlamaCppConfig, threads: Threads, offload: bool, abort: Abort) -> None:
         self._model = model
         self._config = config
         self._threads = threads
@@ -54,12 +56,12 @@ class LlamaExecutor:
         """The sizes that pay; see `sizing.ideal`."""
         return sizing.ideal(self._config, self.footprint)
 
-    def sizes(self, waiting: Sequence[Sample], limit: int, held_tokens: int = 0) -> Sizes:
+    def sizes(self, waiting: Sequence[Sample], limit: int, held_tokens: int = 0, is_live: bool = False) -> Sizes:
         """Choose the sizes of a context; see `sizing.choose`."""
         # With some layers here and some there, llama.cpp alone knows how much of the cache goes where.
         all_there = self._offload and self._config.n_gpu_layers in (None, -1)
         free_bytes = devices.gpu_memory()[1] if all_there else None
-        return sizing.choose(self._config, self.footprint, waiting, limit, held_tokens, free_bytes)
+        return sizing.choose(self._config, self.footprint, waiting, limit, held_tokens, free_bytes, is_live)
 
     def context(self, sizes: Sizes) -> LlamaContext:
         """Make a context; see `LlamaContext`."""

@@ -16,6 +16,7 @@ from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
 from llmpipe.runners.encoding import tokens_of, with_stop_tokens
 from llmpipe.runners.facts import Facts
 from llmpipe.runners.fitting import check_tokens, fit_prompt
+from llmpipe.runners.threads import Threads
 from llmpipe.runners.weights import find_gguf, hub_commit
 
 try:
@@ -49,6 +50,7 @@ class LlamaCppRunner(BaseLLMRunner):
 
     config_type = LlamaCppConfig
     ticks = True
+    joinable = True
     honours = sequence.OPTIONS | sampler.OPTIONS
     config: LlamaCppConfig
     _model: Model | None = None
@@ -97,7 +99,7 @@ class LlamaCppRunner(BaseLLMRunner):
 
     def _executor(self, model: Model) -> LlamaExecutor:
         """Return what computes with the model, and set how many tokens a row may have."""
-        self._threads = sizing.threads(self.config)
+        self._threads = Threads(self.config)
         self._abort = Abort()
         executor = LlamaExecutor(model, self.config, self._threads, self._offload, self._abort)
         self._limit = self.config.context or min(model.train_context, sizing.most_tokens(executor.footprint))
@@ -130,7 +132,7 @@ class LlamaCppRunner(BaseLLMRunner):
             self._model.close()
             self._model = None
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
+    def stream(self, requests: Iterable[Request | None]) -> Iterator[Chunk]:
         """Answer `requests` in `backend.slots` slots; see `BaseLLMRunner.stream`."""
         self._check_loaded()
         assert self._engine is not None and self._model is not None
@@ -194,7 +196,7 @@ class LlamaCppRunner(BaseLLMRunner):
             "model_type": self._model.describe(),
             "parameters": self._model.parameters,
             "device": self._where,
-            "threads": self._threads,
+            "threads": self._threads.now,
             "reproducible": self.config.reproducible and not self._caveat,
             **self._engine.info(),
             "llama_cpp_python": llama_cpp.__version__,

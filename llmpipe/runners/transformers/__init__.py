@@ -14,6 +14,10 @@ detokenizer.py   tokens → text as they come
 memory.py     running out of device memory, and how much there is
 """
 
-from llmpipe.runners.transformers.runner import TransformersRunner
+from llmpipe.runners.openmp import wait_briefly
+
+wait_briefly()
+
+from llmpipe.runners.transformers.runner import TransformersRunner  # noqa: E402  which loads OpenMP
 
 __all__ = ["TransformersRunner"]

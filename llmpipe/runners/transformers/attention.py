@@ -8,7 +8,7 @@ and finds in the running `Step` which token belongs where.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +24,11 @@ NAME = "llmpipe_slots"
 """What this attention is called where transformers says sdpa or eager."""
 LENGTH_STEP = 64
 """Cache lengths are rounded up to this, so that shapes repeat."""
-CPU_GROUP = 4
-"""Neighbouring slots that a CPU computes together: few, for the longest decides how much is computed for all."""
+MOST_PADDING = 1.25
+"""How many times more than needed a CPU may compute to do slots in one call, in which the longest decides for all.
+
+Each call has the threads wait for each other.
+"""
 TENSORS_WITHOUT_EFFECT = ("position_ids", "cache_position", "position_embeddings")
 """Arguments that models hand through to attention, and that it does not need."""
 
@@ -113,6 +116,7 @@ class Step:
         ]
         self._is_decode = len(starts) == batch.size and bool((slots == np.arange(batch.size)).all())
         self._ends = (positions + 1).tolist()
+        self._groups = groups([_round_up(end) for end in self._ends]) if self._is_decode else []
         self._slots = torch.from_numpy(slots.astype(np.int64))
         self._positions = torch.from_numpy(positions.astype(np.int64))
         self._placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -151,10 +155,8 @@ class Step:
         """Attend for one token per slot, slots 0, 1, …; heads that share a key are computed as its rows."""
         heads, tokens, size = query.shape
         rows = query.transpose(0, 1).reshape(tokens, keys.shape[1], -1, size)
-        group = CPU_GROUP if keys.device.type == "cpu" else tokens
         parts = []
-        for start in range(0, tokens, group):
-            part = slice(start, min(start + group, tokens))
+        for part in self._groups if keys.device.type == "cpu" else [slice(0, tokens)]:
             length = min(_round_up(max(self._ends[part])), keys.shape[2])
             mask = self._mask(keys.device, part.start, part.stop, length, style.window)[:, None, None]
             parts.append(_attention(rows[part], keys[part, :, :length], values[part, :, :length], mask, style))
@@ -276,6 +278,17 @@ def slot_attention(
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
     """Make no mask: the step knows who sees whom."""
+
+
+def groups(lengths: Sequence[int]) -> list[slice]:
+    """Part slots of these lengths into the neighbours that a CPU computes together."""
+    starts, total, longest = [0], 0, 0
+    for slot, length in enumerate(lengths):
+        total, longest = total + length, max(longest, length)
+        if longest * (slot + 1 - starts[-1]) > MOST_PADDING * total:
+            starts.append(slot)
+            total = longest = length
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(lengths)], strict=True)]
 
 
 def _round_up(tokens: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llmpipe.config import Batching, TransformersConfig
+from llmpipe.exceptions import one_line
 from llmpipe.runners.batching import Footprint, Sample, Sizes, sizing
 from llmpipe.runners.transformers import memory
 from llmpipe.runners.transformers.attention import NAME, Style
@@ -16,6 +17,11 @@ from llmpipe.runners.transformers.detokenizer import Detokenizer
 from llmpipe.runners.transformers.sampler import Sampler
 
 GPU_SLOTS = 128
+"""Rows in flight on a GPU. Not measured.
+
+A step of few rows waits for the weights to come from the GPU's memory, and for kernels to start: until arithmetic takes
+longer than that, at some hundred rows, more rows are nearly free.
+"""
 PROBES = (7, 12)
 """Lengths of the two rows that show whether a model can be computed in slots."""
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -90,10 +96,10 @@ class SlotExecutor(ModelExecutor):
         """The sizes that pay; see `sizing.ideal`."""
         return sizing.ideal(self._config, self.footprint)
 
-    def sizes(self, waiting: Sequence[Sample], limit: int, held_tokens: int = 0) -> Sizes:
+    def sizes(self, waiting: Sequence[Sample], limit: int, held_tokens: int = 0, is_live: bool = False) -> Sizes:
         """Choose the sizes of a context; see `sizing.choose`."""
         free_bytes = memory.free_bytes(self._devices)
-        return sizing.choose(self._config, self.footprint, waiting, limit, held_tokens, free_bytes)
+        return sizing.choose(self._config, self.footprint, waiting, limit, held_tokens, free_bytes, is_live)
 
     def context(self, sizes: Sizes) -> SlotContext:
         """Make a context; its memory is taken when it is first used."""
@@ -128,7 +134,7 @@ def adopt(model: Any) -> int:
         raise
     except Exception as error:  # a model is a program of someone else's: it may fail in any way
         model.set_attn_implementation(before)
-        raise UnsuitableModelError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise UnsuitableModelError(one_line(error)) from error
 
 
 def refuse_unsuitable(model: Any) -> None:

@@ -44,8 +44,12 @@ def devices_of(model: Any) -> list[torch.device]:
 
 
 def kernels(devices: list[torch.device]) -> str:
-    """Name what computes on these devices; what has the same name rounds alike."""
-    names = {"cuda": torch.cuda.get_device_name, "cpu": lambda _: f"cpu {torch.backends.cpu.get_cpu_capability()}"}
+    """Name what computes on these devices; what has the same name rounds alike.
+
+    On a CPU the threads share sums out among them, so that their number is part of it.
+    """
+    cpu = f"cpu {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    names = {"cuda": torch.cuda.get_device_name, "cpu": lambda _: cpu}
     return ", ".join(names.get(device.type, str)(device) for device in devices)
 
 

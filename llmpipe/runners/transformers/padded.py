@@ -166,7 +166,7 @@ class PaddedExecutor(ModelExecutor):
         """The rows of a batch."""
         return ideal_sizes(self._config)
 
-    def sizes(self, waiting: Sequence[Sample], limit: int, held_tokens: int = 0) -> Sizes:
+    def sizes(self, waiting: Sequence[Sample], limit: int, held_tokens: int = 0, is_live: bool = False) -> Sizes:
         """Choose the sizes of a batch; its memory is not known before it is used."""
         return choose_sizes(self._config, waiting)
 

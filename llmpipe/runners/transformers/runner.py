@@ -19,6 +19,7 @@ from llmpipe.runners.encoding import tokens_of, with_stop_tokens
 from llmpipe.runners.facts import Facts
 from llmpipe.runners.fitting import check_tokens, fit_prompt
 from llmpipe.runners.preview import Preview
+from llmpipe.runners.threads import Threads
 from llmpipe.runners.weights import find_checkpoint, hub_commit
 
 try:
@@ -33,6 +34,9 @@ except ImportError as error:
     raise MissingDependencyError("transformers and torch", "transformers", "backend=transformers") from error
 
 log = logging.getLogger(__name__)
+
+MOST_THREADS = torch.get_num_threads()
+"""As set before this is first imported, by OMP_NUM_THREADS or by hand."""
 
 
 def _chats_of(tokenizer: Any) -> dict[str, ChatTemplate]:
@@ -56,6 +60,7 @@ class TransformersRunner(BaseLLMRunner):
 
     config_type = TransformersConfig
     ticks = True
+    joinable = True
     honours = sequence.OPTIONS | sampler.OPTIONS
     config: TransformersConfig
     _model: Any = None
@@ -65,8 +70,8 @@ class TransformersRunner(BaseLLMRunner):
 
     def _initialize_model(self) -> None:
         config = self.config
-        threads = sizing.threads(config)
-        torch.set_num_threads(threads if config.threads else min(threads, torch.get_num_threads()))
+        self._threads = Threads(config, MOST_THREADS)
+        self._set_threads()
         loaded = loading.load(config, find_checkpoint(config.model), loading.torch_device(self.device))
         self._model, self._tokenizer, self._choices = loaded.model, loaded.tokenizer, loaded.choices
         self._chats = _chats_of(self._tokenizer)
@@ -74,6 +79,7 @@ class TransformersRunner(BaseLLMRunner):
         self._devices = memory.devices_of(self._model)
         self._vocabulary: int = self._model.config.get_text_config().vocab_size
         self._limit = config.context or loaded.context
+        self._set_threads()
         self._engine = self._make_engine(loaded.end_tokens)
         if config.compile:  # now that it is known how it is computed
             self._model.compile(dynamic=True)
@@ -160,11 +166,19 @@ class TransformersRunner(BaseLLMRunner):
         if self._engine is not None:
             self._engine.cancel(request_id)
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
+    def stream(self, requests: Iterable[Request | None]) -> Iterator[Chunk]:
         """Answer `requests`, `backend.slots` rows at a time; see `BaseLLMRunner.stream`."""
         self._check_loaded()
         assert self._engine is not None
-        return self._engine.stream(with_stop_tokens(requests, self._tokens), self.encode, self.tick)
+        return self._engine.stream(with_stop_tokens(requests, self._tokens), self.encode, self._before_step)
+
+    def _before_step(self) -> None:
+        self.tick()
+        self._set_threads()
+
+    def _set_threads(self) -> None:
+        if (threads := self._threads.look()) != torch.get_num_threads():
+            torch.set_num_threads(threads)
 
     def encode(self, request: Request) -> tuple[list[int], int]:
         """Return a request's prompt tokens, and how many were cut off on the left to fit the context.
@@ -214,7 +228,7 @@ class TransformersRunner(BaseLLMRunner):
             "device": str(memory.input_device(self._model)),
             "dtype": self._dtype,
             "batching": self._batching,
-            "threads": torch.get_num_threads(),
+            "threads": self._threads.now,
             **engine,
             "sizes": [*self._choices, *engine["sizes"]],
             "torch": torch.__version__,

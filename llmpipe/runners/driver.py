@@ -1,0 +1,29 @@
+"""What whoever drives a stream has to do with it meanwhile, as one object that goes in with the requests.
+
+A backend may know nothing of this. One that computes or waits for long without a chunk calls `self.tick()`, and that
+is all there is to it; the rest is for a runner whose model is in a process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from llmpipe.stopwatch import Tick, no_tick
+
+
+@dataclass(frozen=True)
+class Driver:
+    """Whoever drives a stream; by default somebody who only takes what comes."""
+
+    tick: Tick = no_tick
+    """Called at each step: commits what is due, looks at the clock and at signals. What it raises ends the stream."""
+    suspects: Mapping[int, int] = field(default_factory=dict)
+    """How often each request was run alone that was in a process when that died, by its id; as noted earlier."""
+    note_suspects: Callable[[dict[int, int]], None] = lambda suspects: None
+    """Makes the suspects durable, before one of them is run again: it may take this process along."""
+    reloaded: Callable[[], None] = lambda: None
+    """Called when the model was loaded again, before it computes anything. What it raises ends the stream."""
+
+
+NOBODY = Driver()
