@@ -8,9 +8,10 @@ from typing import Any
 
 from llmpipe.config import RunConfig, describe
 from llmpipe.datasets import Dataset, Scan
+from llmpipe.failures import Failures
 from llmpipe.ledger import Ledger
 from llmpipe.memory import MemorySampler
-from llmpipe.metrics import Totals, environment
+from llmpipe.metrics import Totals, engine_speeds, environment
 from llmpipe.outputs import (
     REPORT_FILE,
     Answered,
@@ -52,14 +53,17 @@ def conclude(
         return dict(ledger.get("summary"))
     layout = layout_of(config, scan.columns, max(config.sampling.n, ledger.most_samples()))
     totals, report = Totals(), Report(config.dataset.columns, templated=config.prompt.template is not None)
+    failures = Failures()
     answered = join(dataset.rows(), ledger.completions())
     answered = scored(answered, config.metrics.scorers, config.dataset.columns.reference)
     with new_files(directory, names) as files:
-        write_answers(files, config.output, layout, types, _noted(answered, totals, report))
+        write_answers(files, config.output, layout, types, _noted(answered, totals, report, failures))
         if ledger.get("summary") is None:  # else a file is written again, as it was
             ledger.set(peak_rss_mb=max(ledger.get("peak_rss_mb") or 0.0, memory.peak_rss_mb))
         metrics = {
             **totals.summary(ledger.get("wall_s") or 0.0),
+            **engine_speeds(ledger.get("runner") or {}),
+            "error_reasons": failures.most_frequent(),
             "load_s": ledger.get("load_s"),
             "peak_rss_mb": ledger.get("peak_rss_mb"),
             "peak_device_mb": ledger.get("peak_device_mb"),
@@ -82,9 +86,11 @@ def conclude(
     return metrics
 
 
-def _noted(answered: Iterable[Answered], totals: Totals, report: Report) -> Iterator[Answered]:
+def _noted(answered: Iterable[Answered], totals: Totals, report: Report, failures: Failures) -> Iterator[Answered]:
     """Show each output row to what sums up the run."""
     for one in answered:
         totals.add(one.completion)
         report.add(*one)
+        if one.completion.error is not None:
+            failures.add(one.row.index, one.row.file, one.row.line, one.completion.error)
         yield one

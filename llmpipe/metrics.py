@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -66,6 +66,11 @@ class Totals:
             self._rows[self._row[1]] += 1
             self._row = None
 
+    def _service_s(self) -> Sequence[float]:
+        """Return the seconds from each answer's admission to its end; none where the runner does not tell of one."""
+        latency, queue = self.times["latency_s"], self.times["queue_s"]
+        return np.subtract(latency, queue) if len(latency) == len(queue) else ()  # type: ignore[return-value]
+
     def summary(self, wall_s: float) -> dict[str, Any]:
         """Return the figures of `metrics.json` that follow from the completions.
 
@@ -93,9 +98,21 @@ class Totals:
             "completion_tokens_per_s": per_s(completion_tokens),
             "rows_per_s": per_s(sum(self._rows.values())),
             **{name: percentiles(times) for name, times in self.times.items()},
+            "service_s": percentiles(self._service_s()),
             "scores": {name: total / count for name, (total, count) in self._scores.items()},
             "scored_samples": {name: int(count) for name, (_, count) in self._scores.items()},
         }
+
+
+def engine_speeds(info: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return tokens per second of the engine's own time, from what a runner says of itself; nulls where it does not."""
+    engine = info.get("engine") or {}
+
+    def speed(what: str) -> float | None:
+        tokens, seconds = engine.get(f"{what}_tokens"), engine.get(f"{what}_s")
+        return tokens / seconds if tokens and seconds else None
+
+    return {f"{what}_tokens_per_s": speed(what) for what in ("prefill", "decode")}
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from llmpipe.memory import MemorySampler
 from llmpipe.outputs import found_files, output_files
 from llmpipe.place import check_place
 from llmpipe.preflight import look_through, mention_unread, runs_chats
+from llmpipe.progress import Progress, Watch
 from llmpipe.prompts import PromptBuilder, settle_prompt
 from llmpipe.quoting import how_to_resume
 from llmpipe.records import Request, Row, failed
@@ -29,15 +30,13 @@ from llmpipe.runners.digests import Witness
 from llmpipe.runners.driver import Driver
 from llmpipe.runners.factory import LLMRunnerFactory
 from llmpipe.stopping import Stops
-
-Progress = Callable[[int, int, int], None]
-"""Called with completions done, completions expected, and tokens generated so far."""
+from llmpipe.stopwatch import Stopwatch
 
 
 def run(
     config: RunConfig,
     directory: str | Path,
-    progress: Progress | None = None,
+    progress: Watch | None = None,
     arguments: Sequence[str] = (),
     resumed: bool = False,
 ) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def run(
     Args:
         config: The run; see `llmpipe.compose`.
         directory: Where outputs, metrics and ledger go.
-        progress: Told of every completion.
+        progress: Told how far the run is, at each step and of each answer.
         arguments: The command line `config` was composed from; kept in the directory for `llmpipe resume`.
         resumed: Of standard input and pipes, take the copies that the directory has, without a look at the streams.
 
@@ -70,7 +69,7 @@ def begin_or_continue(
     config: RunConfig,
     directory: Path,
     lock: BaseFileLock,
-    progress: Progress | None,
+    progress: Watch | None,
     arguments: Sequence[str],
     resumed: bool,
 ) -> dict[str, Any]:
@@ -106,7 +105,7 @@ def generate(
     ledger: Ledger,
     directory: Path,
     memory: MemorySampler,
-    progress: Progress,
+    progress: Watch,
 ) -> None:
     """Run every row that the ledger lacks."""
     stops = Stops(config, scan.rows)
@@ -124,22 +123,28 @@ def generate(
         prompts = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat)
         ledger.set(facts=known or facts)
         attempt = Attempt(ledger, runner, memory, config, prompt_format="chat" if chat else "raw")
-        before, expected, tokens = ledger.count(), scan.rows * config.sampling.n, 0
+        before, stopwatch = ledger.count(), Stopwatch()
+        so_far = Progress(stopwatch, before, scan.rows * config.sampling.n, config.sampling.max_tokens)
         memory.watch(runner.rss_bytes)
+
+        def tell() -> None:
+            so_far.done = before + ledger.noted
+            progress(so_far)
 
         def tick() -> None:
             ledger.check()
+            tell()
             stops.check()
 
         driver = Driver(tick, dict(ledger.get("suspects") or []), ledger.note_suspects, reloaded=ledger.before_commit)
-        completions = runner.completions(_requests(dataset.blocks(), prompts, ledger, stops), driver)
+        completions = runner.completions(_requests(dataset.blocks(), prompts, ledger, stops), driver, stopwatch)
         # Closed before the attempt ends: a runner at work cannot say what it takes.
         with attempt, closing(completions), stops.watching(runner.interrupt):  # type: ignore[type-var]
             for completion in completions:
                 ledger.add([completion])
                 stops.note(completion)
-                tokens += completion.completion_tokens or 0
-                progress(before + ledger.noted, expected, tokens)
+                so_far.note(completion)
+                tell()
     stops.raise_if_stopped(directory, dataset)
     if ledger.rows() != scan.rows:
         raise LedgerError(

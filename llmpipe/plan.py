@@ -17,6 +17,7 @@ from typing import Any
 from llmpipe.config import RunConfig, is_own
 from llmpipe.datasets import Inputs, Scan
 from llmpipe.exceptions import LLMError, LLMInitializationError, one_line
+from llmpipe.failures import Failures
 from llmpipe.fingerprint import compare_facts, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
 from llmpipe.histogram import bars
@@ -142,6 +143,7 @@ class Survey:
     def __init__(self, runner: BaseLLMRunner, prompts: PromptBuilder, id_column: str | None, every: int) -> None:
         self._runner, self._prompts, self._id_column, self._every = runner, prompts, id_column, every
         self._errors: list[dict[str, Any]] = []
+        self._failures = Failures()
         self._rows = self._bad_rows = self._unnamed = self._over_context = 0
         self._tokens = array("q")
         self._longest: list[tuple[int, int, dict[str, Any]]] = []
@@ -164,6 +166,7 @@ class Survey:
                 self._shown.append({**self._name(row), "text": text[:SHOWN_CHARACTERS], "characters": len(text)})
         except (ValueError, RecursionError) as error:
             self._bad_rows += 1
+            self._failures.add(row.index, row.file, row.line, harmless(str(error)))
             if len(self._errors) < FEW:
                 self._errors.append({**self._name(row), "reason": harmless(str(error))})
 
@@ -198,6 +201,7 @@ class Survey:
             "rows_ok": self._rows - self._bad_rows,
             "rows_error": self._bad_rows,
             "errors": self._errors,
+            "error_reasons": self._failures.most_frequent(),
             "rows_without_id": self._unnamed,
             "duplicate_ids": 0,  # with one, the run would have been refused
             "counted_rows": len(counts),

@@ -78,6 +78,10 @@ class Stopwatch:
             completion.text = "".join(texts)
         return completion
 
+    def under_way(self) -> list[int]:
+        """Return how many chunks with text there are of each sample that has begun and not ended: about its tokens."""
+        return [len(texts) for _, texts in self._open.values()]
+
     def abandoned(self) -> Iterator[Completion]:
         """Yield an error for every sample that was pulled and never finished."""
         for request_id, (_, samples) in self._waiting.items():
@@ -85,15 +89,18 @@ class Stopwatch:
                 yield failed(request_id, "the runner ended without an answer", sample)
 
 
-def complete(stream: StreamFn, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
+def complete(
+    stream: StreamFn, requests: Iterable[Request], tick: Tick = no_tick, stopwatch: Stopwatch | None = None
+) -> Iterator[Completion]:
     """Run `requests` through a runner's `stream` and yield each sample's completion as it finishes.
 
     Args:
         stream: Answers them.
         requests: What to answer.
         tick: Called before it is said of a sample that it got no answer.
+        stopwatch: Times them; whoever made it can see what is under way.
     """
-    stopwatch = Stopwatch()
+    stopwatch = stopwatch or Stopwatch()
     chunks = stream(stopwatch.watch(requests))
     try:
         for chunk in chunks:

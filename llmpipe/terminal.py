@@ -6,77 +6,111 @@ No generated text reaches the terminal from here; of a plan's prompts, what a te
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
+import rich.progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
+from llmpipe.progress import Progress
 from llmpipe.text import harmless
+from llmpipe.workers import is_worker
 
 BAR_WIDTH = 40
-RATED_EVERY_S = 0.1
+REASONS = 5
+"""Why rows failed: how many reasons are shown."""
+SHOWN_EVERY_S = 0.25
 LOGGED_EVERY_S = 60.0
+
+TIMES = {"latency": "latency_s", "in the queue": "queue_s", "service": "service_s", "first token": "first_token_s"}
+"""Labels of the times of an answer."""
 
 log = logging.getLogger(__name__)
 
 
 class ProgressBar:
-    """Rows done, rate and time left, on the standard error stream; where that is no terminal, a line a minute."""
+    """Rows done, rate and time left, on the standard error stream; where nobody watches, a line a minute in the log.
+
+    Log lines, and what else is written to the stream meanwhile, appear above the bar.
+    """
 
     def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=Console(file=sys.stderr),
-            disable=not sys.stderr.isatty(),
+        # A worker shares its terminal with others, whose bars would overwrite each other.
+        watched = sys.stderr.isatty() and not is_worker()
+        self._console = Console(file=sys.stderr)
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.BarColumn(bar_width=None),
+            rich.progress.TextColumn("{task.fields[figures]}"),
+            console=self._console,
+            expand=True,
+            disable=not watched or self._console.is_dumb_terminal,
         )
-        self._id = self._progress.add_task("loading", total=None, rate="")
-        self._task = self._progress.tasks[0]
-        self._rated_at, self._logged_at = 0.0, time.monotonic()
+        self._id = self._bar.add_task("loading", total=None, figures="")
+        self._done = -1
+        self._shown_at, self._logged_at = 0.0, math.inf
 
-    def update(self, done: int, expected: int, tokens: int) -> None:
-        """Show how far the run is; `tokens` counts what was generated since it started."""
-        self._task.completed = done
+    def update(self, progress: Progress) -> None:
+        """Show how far the run is, where that is due."""
         now = time.monotonic()
-        if now - self._rated_at < RATED_EVERY_S and done < expected:  # all else takes longer than a fast row
+        if now - self._shown_at < SHOWN_EVERY_S and (self._done == progress.done or progress.done < progress.expected):
             return
-        self._rated_at = now
-        elapsed = self._task.elapsed or 0.0
-        rate = f"{tokens / elapsed:,.0f} tokens/s" if elapsed else ""
-        self._progress.update(self._id, description="rows", completed=done, total=expected, rate=rate)
-        if self._progress.disable and now - self._logged_at >= LOGGED_EVERY_S:
+        self._shown_at, self._done = now, progress.done
+        self._logged_at = min(self._logged_at, now)
+        outlook = progress.outlook()
+        figures = [f"{progress.done:,}/{progress.expected:,}", f"{outlook.tokens_per_s:,.0f} tokens/s"]
+        if outlook.left_s is not None and progress.done < progress.expected:
+            figures.append(f"{timedelta(seconds=round(outlook.left_s))} left")
+        said = "  ".join(figures)
+        self._bar.update(self._id, description="rows", completed=outlook.answers, total=progress.expected, figures=said)
+        if self._bar.disable and now - self._logged_at >= LOGGED_EVERY_S:
             self._logged_at = now
-            log.info("%s of %s answers, %s", f"{done:,}", f"{expected:,}", rate)
+            log.info("%s", ", ".join(figures))
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        global _above
+        self._bar.start()
+        _above = None if self._bar.disable else self._console
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
+        global _above
+        _above = None
+        self._bar.stop()
+
+
+_above: Console | None = None
+"""Prints above the bar, where one is shown."""
+
+
+class TerminalHandler(logging.StreamHandler[TextIO]):
+    """Writes the log to the standard error stream: above the progress bar, where one is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        console = _above
+        if console is None:
+            super().emit(record)
+            return
+        try:
+            console.print(Text(self.format(record)), soft_wrap=True)
+        except Exception:  # as every handler does: what cannot be said ends nothing
+            self.handleError(record)
 
 
 def show_summary(metrics: dict[str, Any], directory: Path) -> None:
     """Print the figures of one run and where its files are."""
     console = _console()
     console.print(_table(_figures(metrics)))
+    _say_reasons(console, metrics)
     console.print()
     for name in (metrics["output"], "metrics.json", "report.html", "errors.jsonl"):
         if name != "errors.jsonl" or metrics["rows_error"]:
@@ -87,10 +121,7 @@ def show_plan(found: dict[str, Any], directory: Path) -> None:
     """Print what a run would do and take."""
     console = _console()
     console.print(_table(_plan_figures(found)))
-    for row in found["errors"]:
-        _say(console, f"  {row['file']} line {row['line']}: {row['reason']}")
-    if found["rows_error"] > len(found["errors"]):
-        _say(console, f"  and {found['rows_error'] - len(found['errors'])} more")
+    _say_reasons(console, found)
     if found["prompt_tokens_histogram"]:
         _say(console, "\nprompt tokens")
         most = max(one["rows"] for one in found["prompt_tokens_histogram"])
@@ -166,6 +197,16 @@ def _plan_figures(p: dict[str, Any]) -> list[tuple[str, str]]:
     return figures
 
 
+def _say_reasons(console: Console, found: dict[str, Any]) -> None:
+    """Say why rows are errors, the most frequent reasons first, each with one row."""
+    reasons = found["error_reasons"][:REASONS]
+    for one in reasons:
+        rows = f"{one['rows']:,} row{'s' if one['rows'] > 1 else ''}"
+        _say(console, harmless(f"  {rows}, such as {one['file']} line {one['line']}: {one['reason']}"))
+    if (more := found["rows_error"] - sum(one["rows"] for one in reasons)) > 0:
+        _say(console, f"  and {more:,} more")
+
+
 def _table(figures: Sequence[tuple[str, str]]) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in figures:
@@ -179,14 +220,13 @@ def _say(console: Console, text: str) -> None:
 
 def _figures(m: dict[str, Any]) -> list[tuple[str, str]]:
     runner = m["runner"]
-    latency, first = m["latency_s"], m["first_token_s"]
     memory = f"{_number(m['peak_rss_mb'], '{:,.0f}')} MB resident"
     if m["peak_device_mb"]:
         memory += f", {m['peak_device_mb']:,.0f} MB on the device"
     figures = [
         (
             "model",
-            f"{runner.get('model')}: {runner.get('model_type', 'unknown type')} on {runner.get('device')}",
+            f"{runner.get('model')}: {_kind(runner)} on {runner.get('device')}",
         ),
         ("prompts", m["prompt_format"] or "unknown"),
         ("rows", f"{m['rows']} ({m['rows_ok']} ok, {m['rows_error']} errors)"),
@@ -196,20 +236,28 @@ def _figures(m: dict[str, Any]) -> list[tuple[str, str]]:
             f"{_number(m['prompt_tokens_per_s'], '{:,.0f}')} prompt tokens/s, "
             f"{_number(m['completion_tokens_per_s'], '{:,.0f}')} generated tokens/s",
         ),
+        (
+            "engine",
+            f"{_number(m['prefill_tokens_per_s'], '{:,.0f}')} prefill tokens/s, "
+            f"{_number(m['decode_tokens_per_s'], '{:,.0f}')} decode tokens/s of its own time",
+        ),
         ("time", f"{_number(m['load_s'], '{:.2f}')} s loading, {m['wall_s']:.2f} s generating"),
-        (
-            "latency",
-            ", ".join(f"{name} {_number(latency[name], '{:.3f}')} s" for name in ("p50", "p90", "p99")),
-        ),
-        (
-            "first token",
-            ", ".join(f"{name} {_number(first[name], '{:.3f}')} s" for name in ("p50", "p90", "p99")),
-        ),
+        *((label, _percentiles(m[name])) for label, name in TIMES.items()),
         ("peak memory", memory),
     ]
     return figures + [
         (name.replace("_", " "), f"{score:.1%} of {m['scored_samples'][name]}") for name, score in m["scores"].items()
     ]
+
+
+def _kind(runner: dict[str, Any]) -> str:
+    """Return a model's type and size, which some types name."""
+    kind, size = runner.get("model_type", "unknown type"), f"{(runner.get('parameters') or 0) / 1e6:.1f}M"
+    return kind if size in (*kind.split(), "0.0M") else f"{kind} {size}"
+
+
+def _percentiles(times: dict[str, float | None]) -> str:
+    return ", ".join(f"{name} {_number(times[name], '{:.3f}')} s" for name in ("p50", "p90", "p99"))
 
 
 def _number(value: float | None, pattern: str) -> str:

@@ -30,6 +30,7 @@ from llmpipe.ledger import FILE, LedgerSnapshot, saved
 from llmpipe.outputs import WRITERS
 from llmpipe.plan import plan
 from llmpipe.preflight import look_through
+from llmpipe.progress import Progress, Watch
 from llmpipe.records import Row
 
 Compose = Callable[..., llmpipe.RunConfig]
@@ -79,9 +80,10 @@ def answers(directory: Path) -> list[str]:
         return [str(completion.text) for completion in ledger.completions()]
 
 
-def when(number: int, change: Change) -> Callable[[int, int, int], None]:
+def when(number: int, change: Change) -> Watch:
     """Return what calls `change` when a run has so many answers."""
-    return lambda done, *_: change() if done == number else None
+    waiting = [change]
+    return lambda progress: waiting.pop()() if waiting and progress.done == number else None
 
 
 def then(function: Any, change: Change) -> Any:
@@ -201,12 +203,15 @@ def check_changed_run(
     )
     chosen = [str(row.values["prompt"]) for row in Dataset(config.dataset).rows()]
     expected = [prompt for prompt in chosen for _ in range(samples)]
-    now = PROMPTS
+    now, last = PROMPTS, 0
 
-    def change(done: int, *_: int) -> None:
-        nonlocal now
+    def change(progress: Progress) -> None:
+        nonlocal now, last
+        if progress.done == last:
+            return
+        last = progress.done
         for number, edit, i, in_place in changes:
-            if number == done:
+            if number == progress.done:
                 now = EDITS[edit](now, i)
                 write(path, now, in_place)
 

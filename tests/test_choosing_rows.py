@@ -20,6 +20,7 @@ from llmpipe.datasets import Dataset
 from llmpipe.datasets.shuffle import permutation
 from llmpipe.export import export
 from llmpipe.plan import plan
+from llmpipe.progress import Progress
 
 Compose = Callable[..., llmpipe.RunConfig]
 
@@ -156,8 +157,8 @@ def test_a_run_that_was_interrupted_goes_on_with_a_dataset_that_grew_meanwhile(
 ) -> None:
     config = echo_config(write_rows(tmp_path / "a.jsonl", *"abcd"))
 
-    def interrupt(done: int, *_: int) -> None:
-        if done == 2:
+    def interrupt(progress: Progress) -> None:
+        if progress.done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -23,6 +23,7 @@ import llmpipe
 from llmpipe import LLMConfigError
 from llmpipe.datasets.csv import read_csv
 from llmpipe.exceptions import RunStopped
+from llmpipe.progress import Progress
 from llmpipe.stopping import RATED_FROM
 
 Compose = Callable[..., llmpipe.RunConfig]
@@ -255,8 +256,8 @@ def test_errors_of_earlier_attempts_count_with_those_of_later_ones(
     rows = [b"{bad" if i % 10 == 0 else {"prompt": str(i)} for i in range(300)]  # a tenth, wherever one looks
     rows[280:290] = [b"{bad"] * 10
 
-    def interrupt(done: int, *_: int) -> None:
-        if done == 150:
+    def interrupt(progress: Progress) -> None:
+        if progress.done == 150:
             raise KeyboardInterrupt
 
     config = echo_config(write_jsonl(*rows), "max_error_rate=0.12")
@@ -300,8 +301,8 @@ def test_the_last_rows_of_a_resumed_run_are_too_few_to_be_rated(
 ) -> None:
     config = echo_config(write_jsonl(*({"prompt": str(i)} for i in range(150)), b"{bad"), "max_error_rate=0.1")
 
-    def interrupt(done: int, *_: int) -> None:
-        if done == 150:
+    def interrupt(progress: Progress) -> None:
+        if progress.done == 150:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

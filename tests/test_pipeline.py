@@ -26,6 +26,7 @@ import llmpipe
 from llmpipe import Chunk, DatasetError, EchoRunner, LedgerError, LLMConfigError, LLMError, LLMInferenceError, Request
 from llmpipe.exceptions import RunInterrupted, RunStopped
 from llmpipe.ledger import saved
+from llmpipe.progress import Progress
 
 Compose = Callable[..., llmpipe.RunConfig]
 TIMINGS = ("queue_s", "first_token_s", "latency_s")
@@ -443,8 +444,8 @@ def test_a_config_of_the_library_runs_in_a_directory_given_as_text(
     assert isinstance(config, llmpipe.RunConfig)
     assert config.sampling.max_tokens == 5
     told: list[tuple[int, int, int]] = []
-    llmpipe.run(config, str(tmp_path / "run"), progress=lambda *counts: told.append(counts))
-    assert told == [(1, 1, 1)]
+    llmpipe.run(config, str(tmp_path / "run"), progress=lambda p: told.append((p.done, p.expected, p.tokens)))
+    assert told[-1] == (1, 1, 1)
     with pytest.raises(LLMConfigError, match="max_tokens=0"):
         llmpipe.compose(["sampling.max_tokens=0"])
 
@@ -545,7 +546,7 @@ def test_a_run_in_use_by_another_process_is_refused(
 ) -> None:
     config = echo_config(write_jsonl({"prompt": "a"}, {"prompt": "b"}))
 
-    def again(*counts: int) -> None:
+    def again(_: Progress) -> None:
         with pytest.raises(LedgerError, match="in use by another process"):
             llmpipe.run(config, tmp_path / "run")
 
@@ -558,9 +559,11 @@ def test_a_signal_stops_the_run_and_the_library_can_continue_it(
 ) -> None:
     config = echo_config(write_jsonl(*({"prompt": str(i)} for i in range(5))))
 
-    def stop(done: int, *_: int) -> None:
-        if done == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+    wishes = [signal.SIGTERM]  # one: a second one ends the process
+
+    def stop(progress: Progress) -> None:
+        if wishes and progress.done == 2:
+            os.kill(os.getpid(), wishes.pop())
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RunInterrupted, match="interrupted by SIGTERM; continue with: llmpipe resume "):
@@ -578,7 +581,7 @@ def test_a_closed_terminal_stops_the_run_once_however_often_it_says_so_unless_no
 ) -> None:
     config = echo_config(write_jsonl({"prompt": "a"}, {"prompt": "b"}))
 
-    def hang_up(*_: int) -> None:
+    def hang_up(_: Progress) -> None:
         for _ in range(2):  # the kernel, and the shell
             os.kill(os.getpid(), signal.SIGHUP)
 

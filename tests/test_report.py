@@ -85,9 +85,17 @@ def metrics_of(*completions: Completion, **changes: Any) -> dict[str, Any]:
             "runner",
             "started_at",
             "finished_at",
+            "prefill_tokens_per_s",
+            "decode_tokens_per_s",
         )
     )
-    rest = {"seed": 0, "dataset_digest": "sha256:0", "environment": environment(), "output": "outputs.jsonl"}
+    rest: dict[str, Any] = {
+        "error_reasons": [],
+        "seed": 0,
+        "dataset_digest": "sha256:0",
+        "environment": environment(),
+        "output": "outputs.jsonl",
+    }
     return {**totals.summary(2.0), **nothing, **rest, **changes}
 
 

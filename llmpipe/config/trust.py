@@ -40,7 +40,7 @@ _KNOWN = {
     ),
     "callbacks": re.compile(r"hydra\.experimental\.callbacks\.[A-Z]\w*Callback"),
     "job_logging": re.compile(
-        r"(logging|logging\.handlers|colorlog)\.[A-Z]\w*|llmpipe\.terminal\.TerminalFormatter|queue\.\w*Queue"
+        r"(logging|logging\.handlers|colorlog)\.[A-Z]\w*|llmpipe\.terminal\.Terminal(Formatter|Handler)|queue\.\w*Queue"
     ),
 }
 """What Hydra's nodes may name without trust: whole paths, so that no module is reached through what another imports."""

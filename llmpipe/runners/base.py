@@ -26,7 +26,7 @@ from llmpipe.runners.decoding import StopStrings
 from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.facts import Facts
 from llmpipe.runners.turns import Stream
-from llmpipe.stopwatch import complete
+from llmpipe.stopwatch import Stopwatch, complete
 
 log = logging.getLogger(__name__)
 
@@ -207,15 +207,18 @@ class BaseLLMRunner(AsyncConveniences):
         """Say what decides its answers beside its options; without the weights, as far as it is known."""
         return Facts()
 
-    def completions(self, requests: Iterable[Request], driver: Driver = NOBODY) -> Iterator[Completion]:
+    def completions(
+        self, requests: Iterable[Request], driver: Driver = NOBODY, stopwatch: Stopwatch | None = None
+    ) -> Iterator[Completion]:
         """Answer `requests` and yield each sample's completion, with its times, as it finishes.
 
         Args:
             requests: What to answer; pulled when there is room.
             driver: Whose `tick` is called at each step, also where no sample finishes, and while the runner waits for
                 another process.
+            stopwatch: Times the answers; it knows those under way.
         """
-        return self._exclusively(complete(self._ticking, requests, self.tick), driver)
+        return self._exclusively(complete(self._ticking, requests, self.tick, stopwatch), driver)
 
     def driven(self, requests: Iterable[Request], driver: Driver = NOBODY) -> Stream[Chunk]:
         """Yield the chunks of `stream` while holding the runner, which `driver` drives, as in `completions`."""

@@ -7,11 +7,12 @@ with success is known by the files' places, sizes and times, so that it is tried
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ BYTES_PER_S = 20 * 2**20
 """How slowly large files may be read."""
 LEAST_BYTES = 4 * 2**30
 """How much memory any trial may take."""
+TALKERS = ("llmpipe.runners", "llmpipe.llama_cpp")
+"""The loggers of what runs in a trial."""
 
 
 class Trial:
@@ -68,6 +71,21 @@ class Trial:
         with suppress(OSError):  # then it is tried again
             self._memory.parent.mkdir(parents=True, exist_ok=True)
             self._memory.write_text(outcome, encoding="ascii")
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep what a trial says to those who ask for details: its sizes and restarts are not those of a run."""
+    loggers = [logging.getLogger(name) for name in TALKERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        if not logger.isEnabledFor(logging.DEBUG):
+            logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class TrialRunner(IsolatedRunner):

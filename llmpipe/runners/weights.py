@@ -14,6 +14,7 @@ from llmpipe.config import BUNDLED
 from llmpipe.config.checks import readable
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError
 from llmpipe.quoting import listed
+from llmpipe.runners import hub
 
 BUNDLED_DIR = Path(__file__).parent.parent / "models" / "tiny-chat"
 
@@ -79,17 +80,23 @@ def _only_gguf(files: list[str], where: str, remedy: str) -> str:
 
 def _download_gguf(model: str) -> Path:
     try:
-        from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError as error:
         raise MissingDependencyError("huggingface_hub", "transformers", f"the hub model {model}") from error
     repo, _, pattern = model.partition(":")
     try:
-        files = [name for name in HfApi().list_repo_files(repo) if name.endswith(".gguf")]
+        there = os.listdir(snapshot_download(repo, local_files_only=True))
+    except LocalEntryNotFoundError:
+        there = []
+    online = hub.is_needed(model, cached=any(name.endswith(".gguf") for name in there))
+    try:
+        files = [name for name in (HfApi().list_repo_files(repo) if online else there) if name.endswith(".gguf")]
         wanted = [name for name in files if not pattern or fnmatch.fnmatch(name.lower(), f"*{pattern.lower()}*")]
         name = _only_gguf(wanted, f"hub repository {repo}", f"backend.model={repo}:")
         first, split, _ = name.partition("-00001-of-")
         parts = [part for part in files if part.startswith(f"{first}-0")] if split else [name]
-        paths = {part: Path(hf_hub_download(repo, part)) for part in parts}
+        paths = {part: Path(hf_hub_download(repo, part, local_files_only=not online)) for part in parts}
     except LLMInitializationError:
         raise
     except Exception as error:  # whatever the hub or the network says, the remedy is the same
@@ -130,9 +137,13 @@ def hub_commit(model: str, file: str, revision: str | None = None) -> str | None
         file: Name of a file of the repository.
         revision: The branch, tag or commit that was asked for.
     """
-    if local_path(model) is not None:
-        return None
+    found = None if local_path(model) is not None else cached(model, file, revision)
+    return None if found is None else found.parts[-1 - len(Path(file).parts)]
+
+
+def cached(model: str, file: str, revision: str | None = None) -> Path | None:
+    """Return where the cache has a file of a hub model; None where it does not. Arguments as in `hub_commit`."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model.partition(":")[0], file, revision=revision)
-    return Path(found).parts[-1 - len(Path(file).parts)] if isinstance(found, str) else None
+    return Path(found) if isinstance(found, str) else None

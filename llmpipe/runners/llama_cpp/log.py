@@ -10,9 +10,12 @@ import llama_cpp
 
 log = logging.getLogger("llmpipe.llama_cpp")
 # The levels of ggml.h (those in llama-cpp-python's own comments are out of date). An error goes into the exception that
-# it leads to, so the log shows it to those only who ask for details; so do the pages that it says about a model.
+# it leads to, so the log shows it to those only who ask for details; so do the pages that it says about a model,
+# and what it mends in a file's vocabulary.
 _ERROR = 4
 _LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, _ERROR: logging.DEBUG}
+_VOCABULARY = "load: "
+"""How the lines of `llama_vocab::impl::load` begin, which names itself."""
 CALLED_BY_NATIVE_CODE = True
 """What is raised while `_callback` runs goes nowhere; whoever raises something from a signal can wait until it ends."""
 _errors: deque[str] = deque(maxlen=20)
@@ -32,7 +35,7 @@ def _callback(level: int, text: bytes, _: ctypes.c_void_p) -> None:
     line, _line = _line.strip(), ""
     if _level == _ERROR:
         _errors.append(line)
-    log.log(_LEVELS.get(_level, logging.DEBUG), "%s", line)
+    log.log(logging.DEBUG if line.startswith(_VOCABULARY) else _LEVELS.get(_level, logging.DEBUG), "%s", line)
 
 
 def capture() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,14 @@ class Model:
         return None
 
     def describe(self) -> str:
-        """Return llama.cpp's short description, such as `llama 7B Q4_K - Medium`."""
+        """Return architecture, size and number format, such as `llama 134.5M Q4_1`; the size is that of the tensors.
+
+        llama.cpp's own short description names a size that it guesses from the number of layers.
+        """
         buffer = ctypes.create_string_buffer(256)
         llama_cpp.llama_model_desc(self.handle, buffer, len(buffer))
-        # llama.cpp names only the sizes it knows.
-        return buffer.value.decode("utf-8", "replace").replace("?B", f"{self.parameters / 1e6:.1f}M")
+        text = buffer.value.decode("utf-8", "replace")
+        return re.sub(r"^(\S+) \S+( \([A-Z]\w+\))?", rf"\1 {self.parameters / 1e6:.1f}M", text)
 
     @property
     def train_context(self) -> int:

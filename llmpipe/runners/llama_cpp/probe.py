@@ -20,7 +20,7 @@ from llmpipe.quoting import listed
 from llmpipe.records import Request
 from llmpipe.runners.digests import files_of
 from llmpipe.runners.llama_cpp.model import adapter_file
-from llmpipe.runners.trials import Trial, TrialRunner
+from llmpipe.runners.trials import Trial, TrialRunner, quietly
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +60,8 @@ def probe(path: Path, config: LlamaCppConfig, weights: bool = True) -> bool:
         layout = layouts.pop(0)
         try:
             few = replace(few, repack=layout)
-            with TrialRunner(
-                trial, config._target_, LlamaCppConfig, few, DeviceConfig("cpu"), weights=weights
-            ) as runner:
+            asked = config._target_, LlamaCppConfig, few, DeviceConfig("cpu")
+            with quietly(), TrialRunner(trial, *asked, weights=weights) as runner:
                 if weights:
                     _try(runner)
             break

@@ -206,6 +206,7 @@ class LlamaCppRunner(BaseLLMRunner):
         return {
             "model": self.config.model,
             "model_type": self._model.describe(),
+            "parameters": self._model.parameters,
             "device": self._where,
             "threads": self._threads.now,
             "reproducible": self.config.reproducible and not self._caveat,

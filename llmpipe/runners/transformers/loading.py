@@ -13,20 +13,24 @@ from textwrap import shorten
 from typing import Any, Self
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, modeling_gguf_pytorch_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.utils import logging as transformers_logging
 
 from llmpipe.config import DeviceConfig, Dtype, TransformersConfig, split_adapter
 from llmpipe.exceptions import LLMInitializationError, MissingDependencyError, one_line
+from llmpipe.runners import hub
 from llmpipe.runners.batching import Footprint
 from llmpipe.runners.chat import read_template
 from llmpipe.runners.transformers.executor import GPU_SLOTS
 from llmpipe.runners.transformers.files import refuse_adapter, refuse_strangers
 from llmpipe.runners.transformers.trial import try_tokenizer
+from llmpipe.runners.weights import cached, local_path
 
 log = logging.getLogger(__name__)
-transformers_logging.disable_progress_bar()  # llmpipe shows its own
+if not log.isEnabledFor(logging.DEBUG):
+    transformers_logging.disable_progress_bar()  # llmpipe shows its own
+modeling_gguf_pytorch_utils.tqdm = transformers_logging.tqdm  # that heeds the line above
 
 DEFAULT_CONTEXT = 4096
 """For models that do not say what they were trained for."""
@@ -106,7 +110,7 @@ class Checkpoint:
 
     def __init__(self, config: TransformersConfig, path: str) -> None:
         self._asked = config
-        self.path = path
+        self.path = path = _at_hand(config, path)
         self.source: dict[str, Any] = {"local_files_only": config.local_files_only}
         with ExitStack() as stack, _packages_named(config.model):
             if path.endswith(".gguf"):
@@ -155,6 +159,18 @@ class Checkpoint:
             # Of quantised weights only the files tell the size.
             mapped_bytes=sum(file.stat().st_size for file in files) or parameters * size,
         )
+
+
+def _at_hand(config: TransformersConfig, path: str) -> str:
+    """Return where the cache has a hub model if the hub does not answer, else the path as it is.
+
+    Raises:
+        LLMInitializationError: neither has it.
+    """
+    if config.local_files_only or local_path(config.model) is not None:
+        return path
+    here = cached(config.model, "config.json", config.revision)
+    return path if hub.is_needed(path, here is not None) else str(here.parent)  # type: ignore[union-attr]
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]

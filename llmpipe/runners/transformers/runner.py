@@ -34,7 +34,6 @@ except ImportError as error:
     raise MissingDependencyError("transformers and torch", "transformers", "backend=transformers") from error
 
 log = logging.getLogger(__name__)
-transformers.utils.logging.disable_progress_bar()  # llmpipe shows its own
 
 MOST_THREADS = torch.get_num_threads()
 """As set before this is first imported, by OMP_NUM_THREADS or by hand."""
@@ -236,6 +235,7 @@ class TransformersRunner(BaseLLMRunner):
         return {
             "model": self.config.model,
             "model_type": type(self._model).__name__,
+            "parameters": self._model.num_parameters(),
             "device": str(memory.input_device(self._model)),
             "dtype": self._dtype,
             "batching": self._batching,
