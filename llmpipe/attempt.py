@@ -10,12 +10,12 @@ from typing import Any, Self
 from llmpipe.config import RunConfig, is_own
 from llmpipe.exceptions import LLMError, LLMInferenceError, LLMInitializationError, one_line
 from llmpipe.ledger import Ledger
-from llmpipe.memory import MemorySampler
 from llmpipe.quoting import how_to_resume
 from llmpipe.redaction import as_written, below
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.digests import ModelChanged
 from llmpipe.stopping import WaitingIsOver
+from llmpipe.system.memory import MemorySampler
 
 log = logging.getLogger(__name__)
 

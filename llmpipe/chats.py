@@ -20,7 +20,7 @@ from llmpipe.exceptions import LLMConfigError, UnusableText
 from llmpipe.quoting import quoted
 from llmpipe.records import Message
 from llmpipe.sharegpt import as_messages
-from llmpipe.small_files import read_small_text
+from llmpipe.system.small_files import read_small_text
 from llmpipe.text import is_utf8
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

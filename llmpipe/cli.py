@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from llmpipe.config.messages import in_words
 from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
 from llmpipe.redaction import redacted
-from llmpipe.streams import lost, usable_streams
+from llmpipe.system.streams import lost, usable_streams
 from llmpipe.verbs import OK, REFUSED, main_of
 from llmpipe.verbs.arguments import chosen
 

@@ -10,7 +10,6 @@ from llmpipe.config import RunConfig, describe
 from llmpipe.datasets import Dataset, Scan
 from llmpipe.failures import Failures
 from llmpipe.ledger import Ledger
-from llmpipe.memory import MemorySampler
 from llmpipe.metrics import Totals, engine_speeds, environment
 from llmpipe.outputs import (
     REPORT_FILE,
@@ -29,6 +28,7 @@ from llmpipe.outputs import (
 from llmpipe.redaction import sealed
 from llmpipe.report import Report
 from llmpipe.scorers import scored
+from llmpipe.system.memory import MemorySampler
 
 
 def conclude(

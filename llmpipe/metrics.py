@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from llmpipe import machine
 from llmpipe.records import Completion
+from llmpipe.system import machine
 from llmpipe.version import __version__
 
 TIMES = ("queue_s", "first_token_s", "latency_s")

@@ -17,7 +17,6 @@ from llmpipe.exceptions import LedgerError
 from llmpipe.fingerprint import compare_facts, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
 from llmpipe.ledger import Ledger, held
-from llmpipe.memory import MemorySampler
 from llmpipe.outputs import found_files, output_files
 from llmpipe.place import check_place
 from llmpipe.preflight import look_through, mention_unread, runs_chats
@@ -31,6 +30,7 @@ from llmpipe.runners.driver import Driver
 from llmpipe.runners.factory import LLMRunnerFactory
 from llmpipe.stopping import Stops
 from llmpipe.stopwatch import Stopwatch
+from llmpipe.system.memory import MemorySampler
 
 
 def run(

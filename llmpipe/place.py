@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llmpipe.ledger import FILE
-from llmpipe.links import check_link
+from llmpipe.system.links import check_link
 
 IN_PLACE = (FILE, f"{FILE}-wal", f"{FILE}-shm", f"{FILE}-journal", ".lock")
 INPUTS = ".input-*"

@@ -26,7 +26,7 @@ from llmpipe.datasets import Dataset
 from llmpipe.exceptions import LLMInferenceError, RunInterrupted, RunStopped
 from llmpipe.quoting import how_to_resume
 from llmpipe.records import Completion
-from llmpipe.signals import SIGNALS, TWICE, heeded
+from llmpipe.system.signals import SIGNALS, TWICE, heeded
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llmpipe.progress import Progress
+from llmpipe.system.workers import is_worker
 from llmpipe.text import harmless
-from llmpipe.workers import is_worker
 
 BAR_WIDTH = 40
 REASONS = 5

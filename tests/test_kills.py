@@ -21,11 +21,11 @@ from test_isolation import arguments_of, child_of, config_of, isolated, requests
 import llmpipe
 from llmpipe import LLMInferenceError, LLMInitializationError, LLMRunnerFactory
 from llmpipe.ledger import LedgerSnapshot
-from llmpipe.machine import oom_kills
 from llmpipe.runners import child as child_module
 from llmpipe.runners import triage
 from llmpipe.runners.driver import Driver
 from llmpipe.runners.triage import ALONE_ATTEMPTS, LOSSES
+from llmpipe.system.machine import oom_kills
 
 FROM_OUTSIDE = r"was ended by a kill from outside \(signal 9, SIGKILL\)"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llmpipe import machine
 from llmpipe.config import LlamaCppConfig
 from llmpipe.runners.batching import sizing
+from llmpipe.system import machine
 
 MB = 10**6
 NO_LIMIT = 9223372036854771712

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from llmpipe.exceptions import LLMConfigError
-from llmpipe.memory import MemorySampler
 from llmpipe.metrics import Totals, environment, percentiles
 from llmpipe.records import Completion, failed
 from llmpipe.scorers import contains, exact_match, scorers_named
+from llmpipe.system.memory import MemorySampler
 
 
 def done(row: int, sample: int = 0, reason: str = "stop", **values: float) -> Completion:

@@ -199,7 +199,7 @@ class Runs(RuleBasedStateMachine):
             # it is told again: else Hypothesis finds its own findings gone.
             patch("llmpipe.ledger.writing.COMMIT_EVERY_S", 1e9),
             patch("time.perf_counter", lambda: next(clock) / 1024),
-            patch("llmpipe.memory.own_rss_bytes", lambda: 2**26),
+            patch("llmpipe.system.memory.own_rss_bytes", lambda: 2**26),
             patch("llmpipe.attempt.utc_now", lambda: "2026-01-31T12:00:00+00:00"),
         ):
             return llmpipe.run(config, directory)

@@ -25,7 +25,7 @@ from llmpipe.ledger import LedgerSnapshot
 from llmpipe.progress import Progress
 from llmpipe.runners.driver import Driver
 from llmpipe.stopping import Stops, WaitingIsOver
-from llmpipe.workers import passing_on
+from llmpipe.system.workers import passing_on
 
 LONG = ["sampling.max_tokens=15000", "backend.context=20000", "backend.threads=1"]
 BACKENDS = {

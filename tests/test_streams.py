@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from llmpipe import read_run
 from llmpipe.runners.weights import BUNDLED_DIR
-from llmpipe.streams import SPELT_OUT, usable_streams
+from llmpipe.system.streams import SPELT_OUT, usable_streams
 
 ROWS = [{"id": "naïve", "prompt": "漢字 … → 🙂"}, {"id": "b", "prompt": "plain"}]
 NOISY = """

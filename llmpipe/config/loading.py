@@ -23,7 +23,7 @@ from llmpipe.config.references import references_of
 from llmpipe.config.run import RunConfig
 from llmpipe.config.trust import DESCRIPTIVE, TAKES_TRUST, check_composed, check_group, key_of, leaves, trusted_modules
 from llmpipe.exceptions import LLMConfigError, LLMError
-from llmpipe.links import check_link
+from llmpipe.system.links import check_link
 
 _TRUSTED_PLACES = ("structured:", "pkg://hydra.", "pkg://hydra_plugins.")
 """Where what Python code has registered, Hydra and its plugins have their config files."""

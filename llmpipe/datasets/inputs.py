@@ -16,7 +16,7 @@ from typing import IO, Self
 from llmpipe.config.checks import readable
 from llmpipe.exceptions import DatasetError
 from llmpipe.quoting import how_to_resume
-from llmpipe.temporary import temporary_directory
+from llmpipe.system.temporary import temporary_directory
 
 log = logging.getLogger(__name__)
 

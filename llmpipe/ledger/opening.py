@@ -12,9 +12,9 @@ from typing import Any
 import filelock
 
 from llmpipe.exceptions import LedgerError
-from llmpipe.files import new_files, seal
 from llmpipe.ledger.faults import damaged, faults_named
 from llmpipe.ledger.format import FILE, TABLES, VERSION, note
+from llmpipe.system.files import new_files, seal
 
 
 def locked(directory: Path, lock: filelock.BaseFileLock | None = None) -> filelock.BaseFileLock:

@@ -4,7 +4,6 @@ A row's own columns come out as they went in. To add a format: write a class lik
 name it in `WRITERS`.
 """
 
-from llmpipe.files import found_files, new_files, seal
 from llmpipe.outputs.arrow_types import ColumnTypes
 from llmpipe.outputs.layout import COLUMNS, ID, POSITION, Answered, Layout, all_names, join, layout_of
 from llmpipe.outputs.own import is_same, own_file, refuse_foreign
@@ -22,6 +21,7 @@ from llmpipe.outputs.writing import (
     write_metrics,
     writer_of,
 )
+from llmpipe.system.files import found_files, new_files, seal
 
 __all__ = [
     "COLUMNS",

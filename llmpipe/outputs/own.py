@@ -17,8 +17,8 @@ from typing import IO, Any
 import filelock
 
 from llmpipe.exceptions import LLMError
-from llmpipe.files import file_digest, new_files, seal
-from llmpipe.links import check_link
+from llmpipe.system.files import file_digest, new_files, seal
+from llmpipe.system.links import check_link
 
 
 def note_of(path: Path) -> Path:

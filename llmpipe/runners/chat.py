@@ -20,7 +20,7 @@ from llmpipe.exceptions import LLMConfigError
 from llmpipe.records import Message
 from llmpipe.redaction import redacted
 from llmpipe.runners.templates.code import MOST_SOURCE, BoundedEnvironment
-from llmpipe.small_files import read_small_text
+from llmpipe.system.small_files import read_small_text
 
 MOST_REASON = 1000
 """Characters of what a template says when it refuses a chat."""

@@ -31,10 +31,10 @@ from llmpipe.exceptions import (
     LLMInitializationError,
     LLMOutOfMemoryError,
 )
-from llmpipe.machine import oom_kills
 from llmpipe.redaction import concealed
 from llmpipe.runners.chat import ChatTemplateError
 from llmpipe.runners.deaths import ChildDied, death_of
+from llmpipe.system.machine import oom_kills
 
 log = logging.getLogger(__name__)
 

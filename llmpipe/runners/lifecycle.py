@@ -11,13 +11,13 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from llmpipe import memory
 from llmpipe.config import BackendConfig, DeviceConfig, DeviceType, ModelConfig, SamplingConfig, backend_config
 from llmpipe.exceptions import LLMError, LLMInferenceError, LLMInitializationError, one_line
 from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.rendering import ChatRenderer
 from llmpipe.runners.stepper import Stepper
 from llmpipe.runners.turns import Holder, Stream, Turns
+from llmpipe.system import memory
 
 if TYPE_CHECKING:
     from llmpipe.runners.preview import Preview

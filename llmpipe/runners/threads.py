@@ -11,10 +11,10 @@ import logging
 import sys
 import time
 
-from llmpipe import machine
 from llmpipe.config import BackendConfig
 from llmpipe.runners import openmp
 from llmpipe.runners.batching import sizing
+from llmpipe.system import machine
 
 log = logging.getLogger(__name__)
 

@@ -34,11 +34,11 @@ from llmpipe.exceptions import LLMError, RunInterrupted
 from llmpipe.place import check_place
 from llmpipe.redaction import RedactedFormatter, redacted
 from llmpipe.replay import composed_from, find_files, typed, with_files
-from llmpipe.streams import usable_streams
-from llmpipe.temporary import temporary_directory
+from llmpipe.system.streams import usable_streams
+from llmpipe.system.temporary import temporary_directory
+from llmpipe.system.workers import become_worker, in_this_process, is_worker, passing_on
 from llmpipe.verbs import OK, REFUSED, SOME_ERRORS
 from llmpipe.verbs.arguments import refuse_remote
-from llmpipe.workers import become_worker, in_this_process, is_worker, passing_on
 
 log = logging.getLogger("llmpipe")
 

@@ -9,9 +9,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from llmpipe import machine
 from llmpipe.config import BackendConfig, BatchingConfig
 from llmpipe.runners.batching.lookahead import Sample
+from llmpipe.system import machine
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from llmpipe import machine
 from llmpipe.exceptions import LLMInferenceError, LLMOutOfMemoryError, one_line
+from llmpipe.system import machine
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 """What PyTorch's allocators say, each in its own words; only CUDA's has a type of its own."""

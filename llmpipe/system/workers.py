@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from llmpipe.signals import SIGNALS, TWICE, heeded
+from llmpipe.system.signals import SIGNALS, TWICE, heeded
 
 PR_SET_PDEATHSIG = 1
 LOOK_EVERY_S = 0.5
