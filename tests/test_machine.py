@@ -138,7 +138,7 @@ def test_hyperthreads_of_a_core_count_once(tmp_path: Path, allowed: set[int], ph
 
 def asked_of(code: str, **options: object) -> str:
     """Run a line of Python in a process of its own; return what it prints."""
-    code = f"from llmpipe import machine; {code}"
+    code = f"from llmpipe.system import machine; {code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, **options)  # type: ignore[call-overload]
     return str(done.stdout)
 
