@@ -129,6 +129,7 @@ def generate(
 
         def tell() -> None:
             so_far.done = before + ledger.noted
+            so_far.expected = so_far.done + stopwatch.waiting + (scan.rows - stops.begun) * config.sampling.n
             progress(so_far)
 
         def tick() -> None:
