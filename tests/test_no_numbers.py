@@ -138,7 +138,7 @@ def test_rows_left_behind_by_rows_of_nan_are_as_alone_in_reproducible_mode(
 ) -> None:
     """The broken ones say what breaks them, and leave slots below those of the others."""
     options = {"model": str(write_broken(arch, np.nan)), "threads": 1, "slots": 3, "reproducible": True}
-    sampling = {"temperature": 0.9, "max_tokens": 12, "ignore_eos": True}
+    sampling: dict[str, Any] = {"temperature": 0.9, "max_tokens": 12, "ignore_eos": True}
     with LlamaCppRunner(options, "cpu") as runner:
         asked = [
             runner.request(f"Row {i}", i, "raw", **sampling, logit_bias={ord(BROKEN): 1e4} if i in broken else {})
