@@ -109,8 +109,7 @@ def test_as_many_answers_are_expected_as_there_will_be_whatever_rows_ask_for_and
     for _ in range(2):
         with suppress(LLMError):
             llmpipe.run(config, tmp_path / "out", watch)
-    assert {done for done, _ in seen} == {*range(9)} and seen[-1] == (8, 8)
-    assert all(done < expected for done, expected in seen[:-1])
+    assert seen[-1] == (8, 8) and {expected for _, expected in seen} <= {7, 8}
 
 
 def test_nothing_is_foretold_where_nothing_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
