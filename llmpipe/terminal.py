@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class ProgressBar:
-    """Answers so far, rate and time left, on the standard error stream; in the log, each minute, where nobody watches.
+    """Answers so far, rate and time left, on the standard error stream; where nobody watches, a line a minute in a log.
 
     Log lines, and what else is written to the stream meanwhile, appear above the bar.
     """
@@ -69,8 +69,10 @@ class ProgressBar:
         figures = [f"{progress.done:,}/{progress.expected:,}", f"{outlook.tokens_per_s:,.0f} tokens/s"]
         if outlook.left_s is not None and progress.done < progress.expected:
             figures.append(f"{timedelta(seconds=round(outlook.left_s))} left")
-        so_far, said = outlook.answers, "  ".join(figures)
-        self._bar.update(self._id, description="answers", completed=so_far, total=progress.expected, figures=said)
+        said = "  ".join(figures)
+        self._bar.update(
+            self._id, description="answers", completed=outlook.answers, total=progress.expected, figures=said
+        )
         if self._bar.disable and now - self._logged_at >= LOGGED_EVERY_S:
             self._logged_at = now
             log.info("%s", ", ".join(figures))

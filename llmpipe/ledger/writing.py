@@ -171,7 +171,7 @@ class Ledger(LedgerReader):
         """Write all that happens inside, synced to disk, or nothing of it."""
         if _identity(self.path) != self._file:  # SQLite would go on, in a file that is elsewhere, or nowhere
             raise LedgerError(
-                f"{self.path.parent} was moved, replaced or deleted while the run went on; where it is now, it "
+                f"{self.directory} was moved, replaced or deleted while the run went on; where it is now, it "
                 f"continues with llmpipe resume DIRECTORY"
             )
         with self._turn, faults_named(self.path):
