@@ -49,7 +49,7 @@ def _found(path: str) -> list[Source]:
     file = Path(path).expanduser()
     if file.is_file():
         return [Source(file, {})]
-    if file.is_dir():
+    if path and file.is_dir():  # "" is a variable of a shell's that was not set
         return _with_columns(file, _inside(path, file))
     if is_remote(path):
         raise DatasetError(f"dataset.path={path!r} {_NOT_YET}")

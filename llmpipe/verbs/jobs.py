@@ -31,7 +31,7 @@ from llmpipe.config.escapes import text_of
 from llmpipe.config.loading import check_configs, checked
 from llmpipe.config.messages import in_words
 from llmpipe.config.trust import key_of
-from llmpipe.exceptions import LLMError, RunInterrupted
+from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
 from llmpipe.place import check_place
 from llmpipe.redaction import RedactedFormatter, redacted
 from llmpipe.replay import composed_from, find_files, typed, with_files
@@ -78,7 +78,7 @@ def run_jobs(flags: Namespace, settings: Sequence[str], work: Work, compare: Com
 
     Raises:
         RunInterrupted: a signal ended a job; no other was begun.
-        LLMError, HydraException, OmegaConfBaseException, OSError: no job could begin.
+        LLMError, HydraException, OmegaConfBaseException, OSError: no job could begin, or there was none.
     """
     for setting in settings:
         if key_of(setting) in ("hydra.run.dir", "hydra.sweep.dir"):
@@ -94,7 +94,10 @@ def run_jobs(flags: Namespace, settings: Sequence[str], work: Work, compare: Com
         except Interrupted as interrupted:
             program.end(compare)
             raise interrupted.error from None
-        return program.end(compare)
+        code = program.end(compare)
+        if code is None and flags.multirun and not flags.hydra_help:
+            raise LLMConfigError("the sweep has no job: glob() finds options of a group, such as sampling=glob(*)")
+        return code
 
 
 def _start(flags: Namespace, program: Program) -> None:
