@@ -21,7 +21,7 @@ from llmpipe.stopwatch import Stopwatch
 RECENT_S = 10.0
 """The rate is that of the last seconds; prompts and answers take turns within fewer."""
 REMEMBERED_S = 30.0
-"""What was longer ago than this, and than a quarter of the run, says little of what a row costs."""
+"""Within so long, or a quarter of the run if that is longer, a step's weight in what a row costs falls to 1/e."""
 
 
 class Outlook(NamedTuple):

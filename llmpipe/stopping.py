@@ -41,9 +41,9 @@ YIELD_S = 0.1
 
 
 class WaitingIsOver(BaseException):
-    """Nothing that is under way is waited for any longer.
+    """The run is to end now; nothing that is under way is waited for.
 
-    No `Exception`, because a backend that goes on after any of those would go on after this.
+    It is no `Exception`, because a backend may catch every `Exception` and go on.
     """
 
 

@@ -222,7 +222,7 @@ class _TooLarge(ValueError):
 
 
 class _Text:
-    """JSON text of any length, of which no more is held than the value at hand.
+    """JSON text of any length, read in blocks; only the current value is held in memory.
 
     Args:
         file: Where it is read from.
@@ -357,7 +357,7 @@ class _Text:
         return self._held[self._at : self._at + KEPT_BYTES]
 
     def _pass_string(self) -> None:
-        """Pass over a string, of which no more than a block is held."""
+        """Pass over a string, holding no more than a block of it."""
         line, inside = self.line, self._at + 1
         while True:
             match = _IN_STRING.match(self._held, inside)
@@ -372,7 +372,7 @@ class _Text:
             inside = self._at
 
     def _pass_scalar(self) -> None:
-        """Pass over a string, a number or a word, of which no more than a block is held."""
+        """Pass over a string, a number or a word, holding no more than a block of it."""
         if self.peek() == ord('"'):
             return self._pass_string()
         while (match := _SCALAR.match(self._held, self._at)) is not None:

@@ -1,7 +1,7 @@
-"""What whoever drives a stream has to do with it meanwhile, as one object that goes in with the requests.
+"""The caller's side of a stream: what is to be called while it goes on. It goes in with the requests.
 
-A backend may know nothing of this. One that computes or waits for long without a chunk calls `self.tick()`, and that
-is all there is to it; the rest is for a runner whose model is in a process of its own.
+A backend need not know it. One that computes or waits for long without a chunk calls `self.tick()`; all else is for a
+runner whose model is in a process of its own.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ _values = attrgetter(*(f.name for f in fields(Chunk)))
 
 
 class Abandoned(BaseException):
-    """The parent wants no more of a stream. No `Exception`, because a backend may go on after any of those."""
+    """The parent has given up a stream. No `Exception`, because a backend may catch every `Exception` and go on."""
 
 
 def serve(handle: int, parent: int) -> None:

@@ -41,7 +41,7 @@ class Source(Protocol):
 
 
 class NobodyWaits(BaseException):
-    """All that is computed is for nobody. No `Exception`, because a backend may go on after any of those."""
+    """Nobody waits for an answer any more. No `Exception`, because a backend may catch every `Exception` and go on."""
 
 
 class Call:

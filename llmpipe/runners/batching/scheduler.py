@@ -72,9 +72,9 @@ class Scheduler:
         self._running: list[Sequence] = []
         """Those that have slots, in the order in which they came."""
         self._prefilling: list[Sequence] = []
-        """Those of them whose next token needs more than the last one to be computed."""
+        """Running rows with more than one token still to be computed: their prompt, or what they lost."""
         self._sharing: list[Sequence] = []
-        """Those of them whose slot has yet to get what they share."""
+        """Running rows that wait for the cache of a prefix that they share with others."""
         self._suspended: list[Sequence] = []
         """Those that gave up their slots and wait for others."""
         self._free: list[int] = []
@@ -170,7 +170,7 @@ class Scheduler:
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def _share(self) -> Step | None:
-        """Let new rows have the caches of what they share, and compute what of it is not there."""
+        """Copy caches of shared prefixes to new rows; return the step that computes the next missing one."""
         while self._sharing:
             if (step := self._prefixes.provide(self._sharing[0])) is not None:
                 return step
@@ -203,7 +203,7 @@ class Scheduler:
         slots = [row.slot for row in rows]
         step = Step([(row, 1) for row in rows], rows, is_prefill=False)
         if len(rows) == 1 and self._config.reproducible and self._executor.never_alone:
-            step.idle_slot = slots[0] + 1  # any token will do
+            step.idle_slot = slots[0] + 1  # its token does not matter: nobody reads its logits
             tokens, positions, slots = [*tokens, tokens[0]], [*positions, 0], [*slots, step.idle_slot]
         self.context.batch.set_columns(tokens, positions, slots)
         return step

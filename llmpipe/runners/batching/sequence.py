@@ -10,7 +10,7 @@ from llmpipe.runners.batching.lookahead import Sample
 from llmpipe.runners.decoding import StopStrings
 
 OPTIONS = frozenset({"max_tokens", "stop", "stop_token_ids", "ignore_eos", "n", "seed"})
-"""Sampling options that a `Sequence` honours, and those of which its request has made samples and their seeds."""
+"""Sampling options that a `Sequence` honours; `n` and `seed` have made its request's samples and their seeds."""
 
 
 class Sequence:

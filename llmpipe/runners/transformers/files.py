@@ -39,7 +39,8 @@ def refuse_strangers(name: str, path: str, source: Mapping[str, Any], allow_pick
     indexes = ["model.safetensors.index.json", *(["pytorch_model.bin.index.json"] if allow_pickle else [])]
     ending = "" if allow_pickle else ".safetensors"
     configs = ["config.json"]
-    for other in files.read("config.json").get("configuration_files") or ():  # of which one is read instead
+    # Of these, transformers reads the one for its own version instead of config.json.
+    for other in files.read("config.json").get("configuration_files") or ():
         files.check("config.json", other)
         configs.append(other)
     for config in configs:
