@@ -17,7 +17,7 @@ class Driver:
     """Whoever drives a stream; by default somebody who only takes what comes."""
 
     tick: Tick = no_tick
-    """Called at each step: commits what is due, looks at the clock and at signals. What it raises ends the stream."""
+    """Called at each step: looks at the clock, at signals and for commits that failed; may raise to end the stream."""
     suspects: Mapping[int, int] = field(default_factory=dict)
     """How often each request was run alone that was in a process when that died, by its id; as noted earlier."""
     note_suspects: Callable[[dict[int, int]], None] = lambda suspects: None
