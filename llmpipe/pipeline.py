@@ -123,6 +123,7 @@ def generate(config: RunConfig, material: Material, ledger: Ledger, memory: Memo
 
         def tell() -> None:
             so_far.done = before + ledger.noted
+            so_far.expected = so_far.done + stopwatch.waiting + (scan.rows - stops.begun) * config.sampling.n
             progress(so_far)
 
         def tick() -> None:

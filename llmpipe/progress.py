@@ -50,7 +50,7 @@ class Progress:
         self.done = done
         """Answers so far, those of earlier attempts included."""
         self.expected = expected
-        """Answers that there will be."""
+        """Answers there will be, as far as is known: a row may ask for more or fewer, and one that fails has one."""
         self._lengths: Counter[int] = Counter()
         self._recent = deque([(time.monotonic(), 0)])
         self._costs = Costs(time.monotonic())

@@ -65,7 +65,7 @@ class Lifecycle(ABC):
         self.load_s = 0.0
         self.is_loaded = False
         self._turns = Turns()
-        self._stepper = Stepper(self._turns)
+        self._own_stepper = Stepper(self._turns)
         self._driver = NOBODY
         self.now = datetime.now().astimezone()
         """The time that chat templates are told; of a run, its start, so that it has the same prompts when resumed."""
@@ -165,6 +165,13 @@ class Lifecycle(ABC):
             raise LLMInitializationError(message) from error
         self.load_s = time.perf_counter() - started
         self.is_loaded = weights
+
+    @property
+    def _stepper(self) -> Stepper:
+        """Answers what is asked asynchronously; a new one in a forked process, where no thread came along."""
+        if self._own_stepper.is_elsewhere:
+            self._own_stepper = Stepper(self._turns)
+        return self._own_stepper
 
     def _check_loaded(self) -> None:
         if not self.is_loaded:

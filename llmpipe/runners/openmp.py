@@ -64,8 +64,9 @@ def _crowd(libraries: list[ctypes.CDLL], threads: int, leave: threading.Event) -
 
 def _gnu_libraries() -> list[ctypes.CDLL]:
     """Return GNU's OpenMP as it is loaded here: packages may bring one each."""
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text(errors="surrogateescape").splitlines() if maps.exists() else []
+    lines: list[str] = []
+    with suppress(OSError):  # there is none but on Linux, and where processes may look at themselves
+        lines = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
     found = []
     for path in sorted({"/" + line.partition("/")[2] for line in lines if "/libgomp" in line}):
         with suppress(OSError):  # it is there no longer

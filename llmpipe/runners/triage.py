@@ -67,7 +67,7 @@ class Cohort:
         alone: The row, where it is a suspect that is run by itself.
     """
 
-    def __init__(self, rows: Iterator[Request], alone: Request | None = None) -> None:
+    def __init__(self, rows: Iterator[Request | None], alone: Request | None = None) -> None:
         self.rows = rows
         self.alone = alone
         self._open: dict[int, tuple[Request, set[int]]] = {}
@@ -77,10 +77,14 @@ class Cohort:
         self.answered: list[int] = []
         """Ids of the requests that are done."""
 
-    def pull(self, count: int) -> list[Request]:
-        """Return the next rows, at most so many, which the child holds then."""
-        pulled = list(islice(self.rows, count))
-        self._open.update({request.id: (request, set(request.samples)) for request in pulled})
+    def pull(self, count: int) -> list[Request] | None:
+        """Return the next rows, at most so many, which the child holds then; None where there are none just now."""
+        pulled: list[Request] = []
+        for request in islice(self.rows, count):
+            if request is None:
+                return pulled or None
+            self._open[request.id] = request, set(request.samples)
+            pulled.append(request)
         return pulled
 
     def take(self, chunk: Chunk) -> None:
@@ -111,7 +115,7 @@ class Triage:
     """Divides the rows of one stream into cohorts, and judges them when their child dies.
 
     Args:
-        requests: The rows.
+        requests: The rows; None among them where there are none just now.
         suspects: How often each suspect of an earlier run was run alone, by its id.
         note: Makes the suspects durable.
         losses: Told of deaths that no row is to blame for.
@@ -119,7 +123,7 @@ class Triage:
 
     def __init__(
         self,
-        requests: Iterable[Request],
+        requests: Iterable[Request | None],
         suspects: Mapping[int, int],
         note: Callable[[dict[int, int]], None],
         losses: Losses,
@@ -135,10 +139,10 @@ class Triage:
         self._last: deque[list[Request]] = deque()
         """Suspects to be run, each alone, when all others are done."""
 
-    def _unsuspected(self, requests: Iterable[Request]) -> Iterator[Request]:
+    def _unsuspected(self, requests: Iterable[Request | None]) -> Iterator[Request | None]:
         """Yield `requests`, but put suspects of an earlier run off."""
         for request in requests:
-            if request.id in self._suspects:
+            if request is not None and request.id in self._suspects:
                 self._last.append([request])
             else:
                 yield request
@@ -205,7 +209,7 @@ class Triage:
             return []
         size = max(isqrt(len(held)), 1)  # few restarts, and neighbours still share the model
         groups = [held[i : i + size] for i in range(0, len(held), size)]
-        if cohort.rows is not self._source and (left := list(cohort.rows)):
+        if cohort.rows is not self._source and (left := [row for row in cohort.rows if row is not None]):
             groups.append(left)
         self._apart.extendleft(reversed(groups))
         return []

@@ -39,7 +39,10 @@ GOES_NOT_ON = "a stream cannot go on in a process that was forked off meanwhile:
 
 
 class Thread:
-    """Stands for a thread for as long as that lives."""
+    """Stands for a thread for as long as that lives; for the main one, as long as the program does."""
+
+    def __init__(self) -> None:
+        self.is_main = threading.get_ident() == threading.main_thread().ident
 
 
 _here = threading.local()
@@ -143,7 +146,8 @@ class Holder:
     @property
     def is_gone(self) -> bool:
         """Whether its thread has ended."""
-        return self._thread() is None
+        thread = self._thread()
+        return thread is None or (thread.is_main and not threading.main_thread().is_alive())
 
     @property
     def is_here(self) -> bool:

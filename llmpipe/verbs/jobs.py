@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import tempfile
 from argparse import Namespace
@@ -37,12 +38,15 @@ from llmpipe.replay import composed_from, find_files, typed, with_files
 from llmpipe.system.streams import usable_streams
 from llmpipe.system.temporary import temporary_directory
 from llmpipe.system.workers import become_worker, in_this_process, is_worker, passing_on
-from llmpipe.verbs import OK, REFUSED, SOME_ERRORS
+from llmpipe.verbs import OK, REFUSED, SOME_ERRORS, VERBS
 from llmpipe.verbs.arguments import refuse_remote
 
 log = logging.getLogger("llmpipe")
 
 CONFIG_NAME = "config"
+_DIRECTED = "|".join(name for name, verb in VERBS.items() if verb.takes.startswith("DIR"))
+_BEHIND_A_VERB = re.compile(rf"^(\s*\S+\s+)(?:(?:{_DIRECTED})\s+\S+|{'|'.join(VERBS)})\s+")
+"""The verb in a line that a shell completes, and its directory, of which Hydra knows nothing."""
 
 
 class Job(NamedTuple):
@@ -97,6 +101,8 @@ def _start(flags: Namespace, program: Program) -> None:
     """Do what `hydra.main` does; that reads the flags from `sys.argv`, where they have to stand in one order."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors by itself, with a stack trace, and exits
     version.setbase("1.3")
+    if flags.shell_completion and "COMP_LINE" in os.environ:
+        os.environ["COMP_LINE"] = _BEHIND_A_VERB.sub(r"\1", os.environ["COMP_LINE"])
     if flags.experimental_rerun is not None:
         program.job(_get_rerun_conf(flags.experimental_rerun, flags.overrides))
     else:
@@ -277,8 +283,8 @@ def job_of(composed: DictConfig, job: Any) -> Job:
     if job.job.chdir:  # what is read is named from where the command was given all the same
         find_files(vars(config), job.runtime.cwd)
         arguments = [with_files(text, job.runtime.cwd) for text in arguments]
-    if config.trusted_modules and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # as `python -m llmpipe` has it, but behind what is installed
+    if config.trusted_modules and job.runtime.cwd not in sys.path:
+        sys.path.append(job.runtime.cwd)  # as `python -m llmpipe` has it, but behind what is installed
     return Job(config, Path(job.runtime.output_dir), arguments)
 
 

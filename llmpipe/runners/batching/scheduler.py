@@ -121,6 +121,8 @@ class Scheduler:
         if self.cancelled:
             self._drop_cancelled()
         self._admit()
+        if not self._executor.is_static:
+            self._compact()
         return self._share() or self._prefill() or self._decode()
 
     def advance(self, step: Step, tokens: list[int]) -> None:
@@ -233,7 +235,6 @@ class Scheduler:
             self._seat(sequence)
             self._sharing.append(sequence)
         self.most_rows_in_flight = max(self.most_rows_in_flight, len(self._running))
-        self._compact()
 
     def _sequence(self, sample: Sample) -> Sequence:
         sampler, detokenizer = self._executor.sampler(sample), self._executor.detokenizer(sample)
@@ -267,14 +268,16 @@ class Scheduler:
         self._leave(sequence)
 
     def _compact(self) -> None:
-        """Move the highest rows into gaps below them: a batch over neighbouring slots is computed in fewer pieces."""
-        context = self.context
+        """Move the highest rows into gaps below them: a batch over neighbouring slots is computed in fewer pieces.
+
+        Also where no row may begin any more: in reproducible mode a row in a piece of its own would be computed alone.
+        """
         while self._running and self._free:
             last, gap = max(self._running, key=_slot), min(self._free)
             if gap > last.slot:
                 return
-            context.copy(last.slot, gap)
-            context.forget(last.slot)
+            self.context.copy(last.slot, gap)
+            self.context.forget(last.slot)
             self._free.remove(gap)
             self._free.append(last.slot)
             last.slot = gap

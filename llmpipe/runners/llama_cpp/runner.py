@@ -194,7 +194,7 @@ class LlamaCppRunner(BaseLLMRunner):
     def facts(self) -> Facts:
         """Say what decides the answers beside the options; see `BaseLLMRunner.facts`."""
         return Facts(
-            decides={"commit": hub_commit(self.config.model, self._path.name)},
+            decides={"commit": hub_commit(self.config.model, self._path)},
             may_decide={"context": self._limit, "llama_cpp_python": llama_cpp.__version__},
             last_digits={"device": self._where, "kernels": llama_cpp.llama_print_system_info().decode().strip()},
         )
