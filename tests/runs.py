@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def rows_of(directory: Path, timings: bool = False) -> list[dict[str, Any]]:
 
 
 def errors_of(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "errors.jsonl").read_bytes().splitlines()]
+    return [json.loads(line) for line in (directory / "errors.jsonl").read_bytes().split(b"\n")[:-1]]
 
 
 def bytes_of(directory: Path) -> dict[str, bytes]:
@@ -34,3 +35,12 @@ def start(dataset: Path, directory: Path, *overrides: str) -> subprocess.Popen[s
 
 def start_command(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def committed(directory: Path) -> int:
+    """Return how many completions a running process has made durable."""
+    try:
+        with sqlite3.connect(f"file:{directory / 'ledger.sqlite'}?mode=ro", uri=True) as ledger:
+            return int(ledger.execute("SELECT count(*) FROM completions").fetchone()[0])
+    except sqlite3.OperationalError:  # not there yet
+        return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import bytes_of, rows_of, start, start_command
+from runs import bytes_of, committed, rows_of, start, start_command
 
 import llmpipe
 from llmpipe import Chunk, EchoRunner, LedgerError, LLMInferenceError, Request
@@ -187,15 +186,6 @@ def resume(directory: Path) -> tuple[int, str]:
     process = start_command([sys.executable, "-m", "llmpipe", "resume", str(directory)])
     said = "".join(process.communicate(timeout=120))
     return process.returncode, said
-
-
-def committed(directory: Path) -> int:
-    """Return how many completions a running process has made durable."""
-    try:
-        with sqlite3.connect(f"file:{directory / 'ledger.sqlite'}?mode=ro", uri=True) as ledger:
-            return int(ledger.execute("SELECT count(*) FROM completions").fetchone()[0])
-    except sqlite3.OperationalError:  # not there yet
-        return 0
 
 
 def signal_midway(process: subprocess.Popen[str], directory: Path, signum: int) -> int:

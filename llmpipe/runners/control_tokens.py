@@ -59,7 +59,7 @@ class ControlTexts:
     def pieces(self, text: str, mark: str) -> Iterator[Piece]:
         """Split a rendered chat: what is between two control tokens, and has marks, stands by itself."""
         start = 0
-        """Where the text begins that the next piece takes as it is."""
+        """Where the next piece without marks begins."""
         words = 0
         """Where the text after the last control token begins."""
         strips = False

@@ -138,9 +138,8 @@ def look_first(log_config: DictConfig, verbose_config: bool | str | Sequence[str
         LLMError: something there leads elsewhere, or is another program's.
     """
     job: Any = HydraConfig.get() if HydraConfig.initialized() else None
-    if job is not None and not OmegaConf.is_missing(
-        job.runtime, "output_dir"
-    ):  # launchers call this before they have one
+    # Launchers call this before a job has a directory, too.
+    if job is not None and not OmegaConf.is_missing(job.runtime, "output_dir"):
         check_directory(job, log_config)
     configure_log(log_config, verbose_config)
 

@@ -180,7 +180,7 @@ class Scheduler:
         return None
 
     def _prefill(self) -> Step | None:
-        """Compute one batch of tokens of new rows; those that lack none get the next one."""
+        """Put tokens of new rows into the batch, as many as it takes; a row with none left over gets its next token."""
         if not self._prefilling:
             return None
         batch = self.context.batch
