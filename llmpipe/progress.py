@@ -104,7 +104,7 @@ class Costs:
         self._products, self._shares, self._sums = np.zeros((2, 2)), np.zeros(2), np.zeros(3)
 
     def add(self, now: float, rows: int, further_tokens: int) -> None:
-        """Take note of how many there are by now."""
+        """Note how many rows were begun, and how many further tokens were generated, by now."""
         counts = np.array([rows, further_tokens], dtype=float)
         step, took_s = np.maximum(counts - self._counts, 0.0), now - self._last
         if not step.any():  # it goes on

@@ -127,7 +127,7 @@ class Stops:
         self.begun += 1
 
     def note(self, completion: Completion) -> None:
-        """Take notice of an answer."""
+        """Count an answer that is an error."""
         if completion.error is not None:
             self._errors += not self._failed[completion.request_id]
             self._failed[completion.request_id] = True

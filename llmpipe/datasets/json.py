@@ -34,7 +34,7 @@ _STRINGS = re.compile(_STRING)
 _WHOLE = re.compile(rb'(?:[^"]++|' + _STRING + rb")*+")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _FEW = 4096
-"""So many brackets and strings are looked at one by one, as most rows have fewer; then blocks are."""
+"""So many brackets and strings of a row are looked at one by one, and then whole blocks; most rows have fewer."""
 _IN_STRING = re.compile(rb'[^"\\\r\n]*+(?:\\.[^"\\\r\n]*+)*+')
 _SCALAR = re.compile(_STRING + rb'|[^][{}",: \t\r\n]*')
 _BLANKS = re.compile(rb"[ \t\r\n]*")
@@ -235,7 +235,7 @@ class _Text:
         self._held = b""
         self._at = 0
         self.line = 1
-        """Where the reader stands."""
+        """The line that the reader has come to."""
 
     def peek(self) -> int:
         """Pass over blanks and return the next byte, or `_END`."""

@@ -75,7 +75,7 @@ class Trial:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep what a trial says to those who ask for details: its sizes and restarts are not those of a run."""
+    """Show log lines of a trial only where details are asked for: its sizes and restarts are not those of a run."""
     loggers = [logging.getLogger(name) for name in TALKERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

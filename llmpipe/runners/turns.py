@@ -93,7 +93,7 @@ class Stream(Iterator[T]):
             return next(self._items)
 
     def close(self) -> None:
-        """End it."""
+        """End the stream, after the item that is being made."""
         with self._step:
             self._items.close()
 

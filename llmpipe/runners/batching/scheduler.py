@@ -57,7 +57,7 @@ class Scheduler:
         self._limit = limit
         self._context: Context | None = None
         self.sizes = replace(executor.ideal, slots=1)
-        """Those of the context there is, or was last."""
+        """Sizes of the current context, or of the last one."""
         self.cancelled: set[int] = set()
         """Ids of requests to give up; their rows leave before the next step."""
         self.most_rows_in_flight = 0
@@ -70,13 +70,13 @@ class Scheduler:
         self._ahead: LookAhead
         self._chunks: list[Chunk] = []
         self._running: list[Sequence] = []
-        """Those that have slots, in the order in which they came."""
+        """Rows that have slots, in the order in which they came."""
         self._prefilling: list[Sequence] = []
         """Running rows with more than one token still to be computed: their prompt, or what they lost."""
         self._sharing: list[Sequence] = []
         """Running rows that wait for the cache of a prefix that they share with others."""
         self._suspended: list[Sequence] = []
-        """Those that gave up their slots and wait for others."""
+        """Rows that gave up their slots and wait for new ones."""
         self._free: list[int] = []
         self._prefixes: PrefixCache
         self._spoiled = False
