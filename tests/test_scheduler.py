@@ -302,3 +302,10 @@ def test_a_stream_that_ends_anywhere_leaves_the_engine_as_it_was(
         assert chunk.error in (None, NO_NUMBERS)
         texts[chunk.request_id, chunk.sample] += chunk.text
     assert texts == {(request.id, n): alone(request)[0] for request in good for n in request.samples}
+
+
+def test_a_slot_that_kept_a_row_company_does_so_again_after_memory_ran_out() -> None:
+    """The one row there is fails while a token is chosen, and the next one needs the same company."""
+    engine = made(LlamaCppConfig(slots=1, reproducible=True, batch_tokens=7), Faults(sample={1}), False, False)
+    ends = list(engine.stream(asked([("B", {"max_tokens": 5, "ignore_eos": True})] * 2), encode))
+    assert [end.finish_reason for end in ends if end.finish_reason] == ["error", "length"]

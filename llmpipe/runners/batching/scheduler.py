@@ -206,6 +206,7 @@ class Scheduler:
         step = Step([(row, 1) for row in rows], rows, is_prefill=False)
         if len(rows) == 1 and self._config.reproducible and self._executor.never_alone:
             step.idle_slot = slots[0] + 1  # its token does not matter: nobody reads its logits
+            self.context.forget(step.idle_slot)  # where no token could be chosen, the last one is still there
             tokens, positions, slots = [*tokens, tokens[0]], [*positions, 0], [*slots, step.idle_slot]
         self.context.batch.set_columns(tokens, positions, slots)
         return step
