@@ -196,6 +196,7 @@ class BaseLLMRunner(AsyncConveniences):
 
         Raises:
             LLMInferenceError: this backend has no tokens.
+            ValueError: an id is none of the model's.
         """
         raise LLMInferenceError(f"{type(self).__name__} has no tokens that could be told")
 

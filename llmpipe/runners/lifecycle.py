@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
@@ -67,6 +68,8 @@ class Lifecycle(ABC):
         self._turns = Turns()
         self._own_stepper = Stepper(self._turns)
         self._driver = NOBODY
+        self._resident = threading.RLock()
+        """Held by whoever reads a model without having a turn, and while it is released."""
         self.now = datetime.now().astimezone()
         """The time that chat templates are told; of a run, its start, so that it has the same prompts when resumed."""
         self.renderer = ChatRenderer()
@@ -144,10 +147,11 @@ class Lifecycle(ABC):
         self.close()
 
     def _unload(self) -> None:
-        if self.is_loaded or self.preview is not None:
-            self.is_loaded, self.preview = False, None
-            self._release_model()
-            gc.collect()
+        with self._resident:
+            if self.is_loaded or self.preview is not None:
+                self.is_loaded, self.preview = False, None
+                self._release_model()
+                gc.collect()
 
     def _load(self, weights: bool = True) -> None:
         started = time.perf_counter()

@@ -141,15 +141,14 @@ def look_first(log_config: DictConfig, verbose_config: bool | str | Sequence[str
         LLMError: something there leads elsewhere, or is another program's.
     """
     job: Any = HydraConfig.get() if HydraConfig.initialized() else None
-    if job is not None and not OmegaConf.is_missing(
-        job.runtime, "output_dir"
-    ):  # launchers call this before they have one
+    # Launchers call this before a job has a directory, too.
+    if job is not None and not OmegaConf.is_missing(job.runtime, "output_dir"):
         check_directory(job, log_config)
     configure_log(log_config, verbose_config)
 
 
 def check_directory(job: Any, log_config: DictConfig) -> None:
-    """Refuse links, and what is another program's, where Hydra is going to write for a job.
+    """Refuse links, and files of other programs, where Hydra is going to write for a job.
 
     Args:
         job: The job's node of Hydra's.
@@ -178,15 +177,15 @@ class Outcome(NamedTuple):
     exit_code: int
     settings: list[str]
     found: dict[str, Any] | None
-    """None of one that was refused or stopped."""
+    """What the job found, such as its metrics; None where it was refused or stopped."""
 
 
 _outcomes: dict[int, Outcome] = {}
-"""Of the jobs of a sweep, by their numbers."""
+"""The outcomes of a sweep's jobs, by their numbers."""
 
 
 class Found(dict[str, Any]):
-    """What a job of a sweep returns, with what came of it, which is noted in each process that it comes to.
+    """What a job of a sweep returns. Making or unpickling it notes the job's outcome in the process where that is done.
 
     Args:
         found: What was found.
