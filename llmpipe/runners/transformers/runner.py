@@ -141,7 +141,7 @@ class TransformersRunner(BaseLLMRunner):
         return replace(config, slots=1)
 
     def _refuse_slots(self) -> None:
-        """Raise what of the config speaks against slots."""
+        """Refuse slots where an option of the config does not go with them."""
         if self.config.batching is Batching.padded:
             raise UnsuitableModelError("backend.batching=padded")
         if self.config.attn_implementation is not None:
