@@ -26,8 +26,9 @@ def main() -> None:
     """Run every size and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="10000,1000000", help="comma-separated")
+    counts = [int(count) for count in parser.parse_args().rows.split(",")]
     print("| rows | rows/s, whole process | rows/s, reading to last commit | peak MB |\n|---|---|---|---|")
-    for count in map(int, parser.parse_args().rows.split(",")):
+    for count in counts:
         with tempfile.TemporaryDirectory() as work:
             print(line(count, Path(work)), flush=True)
 
