@@ -76,7 +76,7 @@ class Attempt:
         self._ledger.set(peak_device_mb=peak, **({"runner": info} if did else {}), **self._figures())
 
     def _explain(self, error: Exception) -> None:
-        """Raise what a fault of the runner means to the run; what is none is left as it is."""
+        """Turn a fault of the runner into an error of the run; an error that is not the runner's goes on as it is."""
         name = type(self._runner).__name__
         safe = f"what was finished is safe: {how_to_resume(self._ledger.directory)}"
         if isinstance(error, (LLMInferenceError, LLMInitializationError)) and not isinstance(error, ModelChanged):

@@ -41,9 +41,9 @@ YIELD_S = 0.1
 
 
 class WaitingIsOver(BaseException):
-    """Nothing that is under way is waited for any longer.
+    """The run is to end now; nothing that is under way is waited for.
 
-    No `Exception`, because a backend that goes on after any of those would go on after this.
+    It is no `Exception`, because a backend may catch every `Exception` and go on.
     """
 
 
@@ -127,7 +127,7 @@ class Stops:
         self.begun += 1
 
     def note(self, completion: Completion) -> None:
-        """Take notice of an answer."""
+        """Count an answer that is an error."""
         if completion.error is not None:
             self._errors += not self._failed[completion.request_id]
             self._failed[completion.request_id] = True

@@ -9,6 +9,7 @@ import logging
 import math
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -19,18 +20,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llmpipe.figures import shown_figures
 from llmpipe.progress import Progress
 from llmpipe.system.workers import is_worker
 from llmpipe.text import harmless
+from llmpipe.units import percent, words
 
 BAR_WIDTH = 40
 REASONS = 5
 """Why rows failed: how many reasons are shown."""
 SHOWN_EVERY_S = 0.25
 LOGGED_EVERY_S = 60.0
-
-TIMES = {"latency": "latency_s", "in the queue": "queue_s", "service": "service_s", "first token": "first_token_s"}
-"""Labels of the times of an answer."""
 
 log = logging.getLogger(__name__)
 
@@ -222,34 +222,15 @@ def _say(console: Console, text: str) -> None:
 
 
 def _figures(m: dict[str, Any]) -> list[tuple[str, str]]:
-    runner = m["runner"]
-    memory = f"{_number(m['peak_rss_mb'], '{:,.0f}')} MB resident"
-    if m["peak_device_mb"]:
-        memory += f", {m['peak_device_mb']:,.0f} MB on the device"
-    figures = [
-        (
-            "model",
-            f"{runner.get('model')}: {_kind(runner)} on {runner.get('device')}",
-        ),
+    runner, lines = m["runner"], defaultdict[str, list[str]](list)
+    for figure in shown_figures(m):
+        lines[figure.line].append(figure.said)
+    return [
+        ("model", f"{runner.get('model')}: {_kind(runner)} on {runner.get('device')}"),
         ("prompts", m["prompt_format"] or "unknown"),
-        ("rows", f"{m['rows']} ({m['rows_ok']} ok, {m['rows_error']} errors)"),
-        ("tokens", f"{m['prompt_tokens']:,} prompt, {m['completion_tokens']:,} generated"),
-        (
-            "speed",
-            f"{_number(m['prompt_tokens_per_s'], '{:,.0f}')} prompt tokens/s, "
-            f"{_number(m['completion_tokens_per_s'], '{:,.0f}')} generated tokens/s",
-        ),
-        (
-            "engine",
-            f"{_number(m['prefill_tokens_per_s'], '{:,.0f}')} prefill tokens/s, "
-            f"{_number(m['decode_tokens_per_s'], '{:,.0f}')} decode tokens/s of its own time",
-        ),
-        ("time", f"{_number(m['load_s'], '{:.2f}')} s loading, {m['wall_s']:.2f} s generating"),
-        *((label, _percentiles(m[name])) for label, name in TIMES.items()),
-        ("peak memory", memory),
-    ]
-    return figures + [
-        (name.replace("_", " "), f"{score:.1%} of {m['scored_samples'][name]}") for name, score in m["scores"].items()
+        *((line, ", ".join(said)) for line, said in lines.items() if line),
+        *((words(name), f"{percent(score)} of {m['scored_samples'][name]:,}") for name, score in m["scores"].items()),
+        *(("" if number else "sizes", reason) for number, reason in enumerate(runner.get("sizes") or ())),
     ]
 
 
@@ -257,10 +238,6 @@ def _kind(runner: dict[str, Any]) -> str:
     """Return a model's type and size, which some types name."""
     kind, size = runner.get("model_type", "unknown type"), f"{(runner.get('parameters') or 0) / 1e6:.1f}M"
     return kind if size in (*kind.split(), "0.0M") else f"{kind} {size}"
-
-
-def _percentiles(times: dict[str, float | None]) -> str:
-    return ", ".join(f"{name} {_number(times[name], '{:.3f}')} s" for name in ("p50", "p90", "p99"))
 
 
 def _number(value: float | None, pattern: str) -> str:

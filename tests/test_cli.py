@@ -79,6 +79,8 @@ def test_rows_that_fail_make_the_exit_code_3(tmp_path: Path, three_rows: Path) -
         ("backend.slots=0", ">= 1"),
         ("dataset.path=nowhere.jsonl", "does not exist"),
         ("dataset.path=conf", "conf"),
+        ("dataset.path=", "dataset.path='' does not exist"),
+        ("prompt.system=a\n\x1b[2J", r"text with \n \x1b [ needs quotes"),
         ("metrics.scorers=[exact]", "exact_match"),
         ("prompt.template='{question'", "brace"),
         ("output.format=xml", "parquet"),
@@ -231,6 +233,15 @@ def test_a_log_that_cannot_be_opened_is_said_in_a_line(tmp_path: Path, three_row
     done = run_llmpipe("backend=echo", f"dataset.path={three_rows}", "hydra.run.dir=out", cwd=tmp_path)
     assert done.returncode == 1
     assert "run.log: Is a directory" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_working_directory_that_is_gone_is_said_in_a_line(tmp_path: Path, three_rows: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = f'cd gone && rmdir ../gone && "{sys.executable}" -m llmpipe backend=echo dataset.path="{three_rows}"'
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "the working directory is not there any more" in done.stderr
 
 
 def test_resume_without_a_directory_is_refused(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import pytest
 from traps import Said
 
 import llmpipe
-from llmpipe import LLMRunnerFactory
+from llmpipe import LLMRunnerFactory, figures, terminal, units
 from llmpipe.datasets import READERS
+from llmpipe.metrics import Totals
 from llmpipe.outputs import WRITERS
 from llmpipe.scorers import SCORERS
 
@@ -66,6 +67,31 @@ def test_the_dataset_format_the_output_format_and_the_scorer_work_together(
     (tmp_path / "rows.jsonl").write_text('{"prompt": "the answer is 42.0", "reference": 42}\n')
     scored = llmpipe.run(echo_config(tmp_path / "rows.jsonl", "metrics.scorers=[same_number]"), tmp_path / "scored")
     assert scored["scores"] == {"same_number": 1.0}
+
+
+def test_the_metric_is_a_line_of_totals_and_one_entry_that_terminal_report_and_docs_show(
+    tmp_path: Path,
+    write_jsonl: Callable[..., Path],
+    echo_config: Callable[..., llmpipe.RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (line,) = re.findall(r'^    ("tokens_per_answer": .*),$', PAGE, re.MULTILINE)
+    (entry,) = re.findall(r"^    (Figure\(.*?^    \))", PAGE, re.DOTALL | re.MULTILINE)
+    figure: figures.Figure = eval(entry, vars(figures) | vars(units))
+    monkeypatch.setattr(figures, "FIGURES", (*figures.FIGURES, figure))
+    summary = Totals.summary
+
+    def with_metric(self: Totals, wall_s: float) -> dict[str, Any]:
+        return summary(self, wall_s) | eval(f"{{{line}}}", {"self": self, "completion_tokens": sum(self.answer_tokens)})
+
+    monkeypatch.setattr(Totals, "summary", with_metric)
+    metrics = llmpipe.run(echo_config(write_jsonl({"prompt": "a b c"}, {"prompt": "d"})), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["tokens_per_answer"] == 2
+    terminal.show_summary(metrics, tmp_path / "run")
+    assert re.search(r"^tokens .* 4 generated, 2 per answer", capsys.readouterr().out, re.MULTILINE)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<dt>tokens per answer</dt><dd>2<small>of 2 answers</small>" in page
 
 
 def test_a_format_that_does_not_exist_is_refused_before_anything_is_loaded(

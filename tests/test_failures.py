@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 import llmpipe
 from llmpipe.failures import SHAPES, Failures
+from llmpipe.figures import FIGURES
 from llmpipe.terminal import _console, _say_reasons
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +50,10 @@ def test_every_figure_is_defined_on_the_page_of_figures(
 ) -> None:
     config = echo_config(write_jsonl({"prompt": "a", "reference": "a"}, b"{bad", b"{worse"))
     metrics = llmpipe.run(config, tmp_path / "run")
-    page = (ROOT / "docs" / "metrics.md").read_text()
-    assert [name for name in metrics if f"`{name}`" not in page] == []
+    assert sorted(metrics) == sorted(figure.key for figure in FIGURES)
+    page = runpy.run_path(str(ROOT / "tools" / "generated_tables.py"))["on_page_markdown"](
+        (ROOT / "docs" / "metrics.md").read_text()
+    )
+    assert [name for name in metrics if not re.search(rf"^\| `{name}` \| \S.* \|$", page, re.MULTILINE)] == []
     assert sum(one["rows"] for one in metrics["error_reasons"]) == metrics["rows_error"] == 2
     assert metrics["prefill_tokens_per_s"] is None

@@ -19,7 +19,8 @@ from llmpipe.metrics import Totals, environment
 from llmpipe.records import Completion, Row, failed
 from llmpipe.report import Report
 from llmpipe.report.excerpts import CHARACTERS, PLAIN, TURNS, shown
-from llmpipe.report.page import ANSWERS, ERROR_ROWS, memory, number, seconds
+from llmpipe.report.page import ANSWERS, ERROR_ROWS
+from llmpipe.units import memory, number, seconds
 
 CONFIG = describe(compose())
 HOSTILE = [

@@ -82,6 +82,7 @@ def test_the_version_is_that_of_llmpipe_wherever_it_is_asked_for(arguments: list
         (["--config-dir=nowhere"], "nowhere' not found"),
         (["--experimental-rerun=nowhere.pickle"], "is no file"),
         (["resume", "out", "-m"], "a run directory holds one run"),
+        (["-m", *ECHO[:1], "dataset.path=glob(*.jsonl)"], "the sweep has no job: glob() finds options of a group"),
         (["resum", "out"], "did you mean 'resume'?"),
         (["exprot"], "did you mean 'export'?"),
         (["-m", "plam", "seed=1"], "did you mean 'plan'?"),
@@ -94,7 +95,7 @@ def test_the_version_is_that_of_llmpipe_wherever_it_is_asked_for(arguments: list
 def test_what_is_no_command_is_refused_in_a_line(arguments: list[str], why: str, place: Path, said: Said) -> None:
     (place / "my runs").mkdir()
     code, error = said(*arguments)
-    assert code == 1
+    assert code == 1, error
     assert error.startswith("llmpipe: ") and error.count("\n") == 1 and why in error, error
 
 

@@ -22,7 +22,7 @@ from llmpipe.text import harmless
 
 FIELDS = "__dataclass_fields__"
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(\S+?)=(.*)'$", re.MULTILINE)
-_PLAIN = re.compile(r"[\w/\\+.$%*@?|:\s-]", re.ASCII)
+_PLAIN = re.compile(r"[\w/\\+.$%*@?|: \t-]", re.ASCII)
 """What needs no quotes in Hydra's grammar."""
 _LIST = re.compile(r"""\[([^\[\]{}"']*)\]""")
 _RAISED = re.compile(r"""^\w+ raised while resolving interpolation: ["']?(.*?)["']?$""")

@@ -160,7 +160,7 @@ class LedgerSnapshot(LedgerReader):
 
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
-        """Call nothing damaged that was only written to."""
+        """Say of a ledger that looks damaged because a run goes on writing to it that it is in use."""
         try:
             yield
         except LedgerError:

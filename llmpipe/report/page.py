@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmpipe.config import BACKENDS, ColumnsConfig
+from llmpipe.figures import FIGURES, shown_figures
 from llmpipe.histogram import TICKS, even_bars, log_bars
 from llmpipe.records import Completion, Row
 from llmpipe.report.excerpts import Answer, Failed, answer_of, failed_of, shown
+from llmpipe.units import count, memory, number, percent, seconds, words
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 STYLE = Path(__file__).with_name("page.css")
@@ -78,6 +79,8 @@ class Report:
             backend=_backend(config),
             dataset=_dataset(config),
             m=metrics,
+            figures=shown_figures(metrics),
+            times=[one for one in FIGURES if one.distribution],
             runner=runner,
             config=config,
             latency=log_bars(latency_s),
@@ -109,48 +112,3 @@ def _short(path: Any) -> str:
     """Return the last part of a path, or of a hub's id."""
     text = str(path).replace("\\", "/").rstrip("/")
     return text.rpartition("/")[2] or str(path)
-
-
-# --- figures in words; a dash where there is none ---------------------------------------------------------------------
-
-
-def count(value: float | None) -> str:
-    """Return a number without its fraction."""
-    return "–" if value is None else f"{value:,.0f}"
-
-
-def number(value: float | None) -> str:
-    """Return a number with three digits, or with all that stand before the point."""
-    if value is None:
-        return "–"
-    decimals = 0 if value == int(value) else max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{decimals}f}"
-
-
-def percent(value: float | None) -> str:
-    """Return a share."""
-    return "–" if value is None else f"{value:.1%}"
-
-
-def memory(value_mb: float | None) -> str:
-    """Return an amount of memory."""
-    if value_mb is None:
-        return "–"
-    return f"{value_mb:,.0f} MB" if value_mb < 10_000 else f"{value_mb / 1000:,.1f} GB"
-
-
-def seconds(value_s: float | None) -> str:
-    """Return a time in the unit that suits it."""
-    if value_s is None:
-        return "–"
-    if value_s < 60:
-        unit, scale = ("s", 1) if value_s >= 1 or not value_s else ("ms", 1e3) if value_s >= 1e-3 else ("µs", 1e6)
-        return f"{number(value_s * scale)} {unit}"
-    minutes, rest = divmod(round(value_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
-def words(name: str) -> str:
-    """Return the name of a figure as one reads it."""
-    return name.replace("_", " ")

@@ -61,7 +61,7 @@ class IsolatedRunner(BaseLLMRunner):
         self._status: dict[str, Any] = {}
         self._restarts = 0
         self.crashes = 0
-        """How often the child died of what ran in it."""
+        """How often the child died by a fault of what ran in it, rather than by a kill from outside."""
         self._losses = Losses()
         super().__init__(config, device, sampling, weights)
 

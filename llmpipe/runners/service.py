@@ -43,7 +43,7 @@ _values = attrgetter(*(f.name for f in fields(Chunk)))
 
 
 class Abandoned(BaseException):
-    """The parent wants no more of a stream. No `Exception`, because a backend may go on after any of those."""
+    """The parent has given up a stream. No `Exception`, because a backend may catch every `Exception` and go on."""
 
 
 def serve(handle: int, parent: int) -> None:
@@ -73,7 +73,7 @@ class Service:
         threading.Thread(target=self._read, name="llmpipe-read", daemon=True).start()
 
     def run(self) -> None:
-        """Do what is asked for; ends with the process."""
+        """Answer the parent's messages, one after another, until the process ends."""
         while True:
             kind, content = self._inbox.get()
             answer: Callable[[Any], Message] = getattr(self, f"_{kind}")
@@ -84,7 +84,7 @@ class Service:
                 self._outbox.send("failed", named(error))
 
     def _read(self) -> None:
-        """Take messages as they come, whatever the runner is doing."""
+        """Receive messages in a thread of their own, so that they arrive while the runner computes."""
         while True:
             try:
                 kind, content = pickle.loads(self._connection.recv_bytes())

@@ -42,7 +42,7 @@ class Source(Protocol):
 
 
 class NobodyWaits(BaseException):
-    """All that is computed is for nobody. No `Exception`, because a backend may go on after any of those."""
+    """Nobody waits for an answer any more. No `Exception`, because a backend may catch every `Exception` and go on."""
 
 
 class Call:
@@ -52,7 +52,7 @@ class Call:
         self.request = request
         self.give = give
         self.samples = set(request.samples)
-        """Those that have no end yet."""
+        """Samples that have not ended."""
         self._left = False
         self._thread = threading.current_thread()
 
@@ -82,11 +82,11 @@ class Stepper:
         self._thread: threading.Thread | None = None
         self._waiting: deque[Call] = deque()
         self._open: dict[int, Call] = {}
-        """Those that the stream has pulled, by id."""
+        """Calls whose requests the stream has pulled, by id."""
         self._place: Holder | None = None
-        """The next stream's in the queue, where one is needed for those who wait."""
+        """The next stream's place in the queue; None where the waiting calls need no next stream."""
         self._joins = False
-        """Whether those who wait are sure to be pulled by the stream there is."""
+        """Whether the current stream is sure to pull the waiting calls."""
         self._has_turn = False
         self._driver = Driver(self._tick)
 

@@ -71,9 +71,9 @@ class Cohort:
         self.rows = rows
         self.alone = alone
         self._open: dict[int, tuple[Request, set[int]]] = {}
-        """The requests that it holds, and which of their samples have no answer."""
+        """The requests that the child holds, and which of their samples have no answer."""
         self._begun: set[tuple[int, int]] = set()
-        """Those of the samples of which text is out."""
+        """Samples that have yielded text and have not ended."""
         self.answered: list[int] = []
         """Ids of the requests that are done."""
 
@@ -158,7 +158,7 @@ class Triage:
         return Cohort(iter(group), alone=group[0] if len(group) == 1 else None)
 
     def given_up(self, cohort: Cohort) -> list[Chunk]:
-        """Return what ends a row that may not be run alone once more; nothing where the cohort is to be run."""
+        """Return the chunks that end a row which was run alone too often; none where the cohort may run."""
         row = cohort.alone
         if row is None or self._suspects[row.id] < ALONE_ATTEMPTS:
             return []
@@ -169,7 +169,7 @@ class Triage:
         self._count(cohort, 1)
 
     def withdraw(self, cohort: Cohort) -> None:
-        """Take back what `begin` has noted: the run of the cohort was ended by what no row has to do with."""
+        """Take back what `begin` has noted, because no row is to blame for the end of this cohort's run."""
         self._count(cohort, -1)
 
     def _count(self, cohort: Cohort, by: int) -> None:
@@ -187,7 +187,7 @@ class Triage:
             self._suspects.pop(answered, None)
 
     def blame(self, cohort: Cohort, death: ChildDied) -> list[Chunk]:
-        """Decide what becomes of a cohort's rows after their child's death; return what ends those that are given up.
+        """Decide which rows of a cohort run again after their child died; return the chunks that end the others.
 
         Raises:
             LLMInferenceError: the child was lost too often, with no row to blame.

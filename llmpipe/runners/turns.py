@@ -93,7 +93,7 @@ class Stream(Iterator[T]):
             return next(self._items)
 
     def close(self) -> None:
-        """End it."""
+        """End the stream, after the item that is being made."""
         with self._step:
             self._items.close()
 
@@ -107,7 +107,7 @@ class Stream(Iterator[T]):
         if not self._step.acquire(blocking=False):
             return False
         try:
-            if self.at_work:  # it is its own source, or the like, that asks
+            if self.at_work:  # asked from inside itself, for instance by the iterator that it pulls requests from
                 return False
             self._ended = why
             self._items.close()
@@ -117,7 +117,7 @@ class Stream(Iterator[T]):
 
 
 class Holder:
-    """Who has a turn or waits for one: a stream, or a call where there is none."""
+    """One that has a turn or waits for it: a stream, or, where no stream is set, a call."""
 
     def __init__(self) -> None:
         self._stream: weakref.ref[Stream[Any]] | None = None

@@ -21,7 +21,7 @@ import psutil
 ROOT = Path("/")
 """Where /proc and /sys are."""
 LEAST_LOOK_S = 0.2
-"""Shortest time of which it can be said who had the processors: the system counts in hundredths of a second."""
+"""Shortest time over which the use of processors can be measured: the system counts in hundredths of a second."""
 
 
 class Cores(NamedTuple):

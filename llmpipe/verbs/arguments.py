@@ -25,7 +25,7 @@ from llmpipe.verbs.former import refuse_former
 from llmpipe.version import __version__
 
 MODES = ("run", "multirun", "cfg", "shell_completion", "info")
-"""Flags that say what Hydra is to do, of which it can do one."""
+"""Hydra's flags that choose what it does; they exclude each other."""
 COMPLETION = ("install", "uninstall", "query")
 """What a shell's completion is asked to do, with the name of the shell."""
 QUIET = ("hydra.output_subdir=null", "hydra/job_logging=terminal")

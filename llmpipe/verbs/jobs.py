@@ -31,7 +31,7 @@ from llmpipe.config.escapes import text_of
 from llmpipe.config.loading import check_configs, checked
 from llmpipe.config.messages import in_words
 from llmpipe.config.trust import key_of
-from llmpipe.exceptions import LLMError, RunInterrupted
+from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
 from llmpipe.place import check_place
 from llmpipe.redaction import RedactedFormatter, redacted
 from llmpipe.replay import composed_from, find_files, typed, with_files
@@ -78,7 +78,7 @@ def run_jobs(flags: Namespace, settings: Sequence[str], work: Work, compare: Com
 
     Raises:
         RunInterrupted: a signal ended a job; no other was begun.
-        LLMError, HydraException, OmegaConfBaseException, OSError: no job could begin.
+        LLMError, HydraException, OmegaConfBaseException, OSError: no job could begin, or there was none.
     """
     for setting in settings:
         if key_of(setting) in ("hydra.run.dir", "hydra.sweep.dir"):
@@ -94,7 +94,10 @@ def run_jobs(flags: Namespace, settings: Sequence[str], work: Work, compare: Com
         except Interrupted as interrupted:
             program.end(compare)
             raise interrupted.error from None
-        return program.end(compare)
+        code = program.end(compare)
+        if code is None and flags.multirun and not flags.hydra_help:
+            raise LLMConfigError("the sweep has no job: glob() finds options of a group, such as sampling=glob(*)")
+        return code
 
 
 def _start(flags: Namespace, program: Program) -> None:
@@ -138,15 +141,14 @@ def look_first(log_config: DictConfig, verbose_config: bool | str | Sequence[str
         LLMError: something there leads elsewhere, or is another program's.
     """
     job: Any = HydraConfig.get() if HydraConfig.initialized() else None
-    if job is not None and not OmegaConf.is_missing(
-        job.runtime, "output_dir"
-    ):  # launchers call this before they have one
+    # Launchers call this before a job has a directory, too.
+    if job is not None and not OmegaConf.is_missing(job.runtime, "output_dir"):
         check_directory(job, log_config)
     configure_log(log_config, verbose_config)
 
 
 def check_directory(job: Any, log_config: DictConfig) -> None:
-    """Refuse links, and what is another program's, where Hydra is going to write for a job.
+    """Refuse links, and files of other programs, where Hydra is going to write for a job.
 
     Args:
         job: The job's node of Hydra's.
@@ -175,15 +177,15 @@ class Outcome(NamedTuple):
     exit_code: int
     settings: list[str]
     found: dict[str, Any] | None
-    """None of one that was refused or stopped."""
+    """What the job found, such as its metrics; None where it was refused or stopped."""
 
 
 _outcomes: dict[int, Outcome] = {}
-"""Of the jobs of a sweep, by their numbers."""
+"""The outcomes of a sweep's jobs, by their numbers."""
 
 
 class Found(dict[str, Any]):
-    """What a job of a sweep returns, with what came of it, which is noted in each process that it comes to.
+    """What a job of a sweep returns. Making or unpickling it notes the job's outcome in the process where that is done.
 
     Args:
         found: What was found.

@@ -36,7 +36,7 @@ except ImportError as error:
 log = logging.getLogger(__name__)
 
 MOST_THREADS = torch.get_num_threads()
-"""As set before this is first imported, by OMP_NUM_THREADS or by hand."""
+"""torch's threads when this is first imported, as OMP_NUM_THREADS or a person has set them."""
 
 
 def _chats_of(tokenizer: Any) -> dict[str, ChatTemplate]:

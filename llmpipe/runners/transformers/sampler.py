@@ -197,7 +197,7 @@ def candidates(
 
 
 def _first(weights: torch.Tensor, mass: float, short: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keep the first candidates of each row that have a probability of `mass`; say where there are too few."""
+    """Keep each row's first candidates up to a probability of `mass`; say which rows have too few candidates for it."""
     sums = weights.cumsum(-1)
     few = sums[:, -1] < mass
     return weights.masked_fill(sums - weights >= mass, 0), few if short is None else short | few

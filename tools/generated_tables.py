@@ -1,7 +1,8 @@
-"""Writes tables of options into the pages of docs/ when they are built: `<!-- options: dataset -->` becomes one.
+"""Writes tables into the pages of docs/ when they are built.
 
-MkDocs calls `on_page_markdown`, a hook in mkdocs.yml. The tables come from the dataclasses in `llmpipe/config/`, as
-`--help` does, so that no page can fall behind.
+`<!-- options: dataset -->` becomes that group's options, and `<!-- figures -->` the figures of `metrics.json`. MkDocs
+calls `on_page_markdown`, a hook in mkdocs.yml. The tables come from where the program has them, the dataclasses in
+`llmpipe/config/` and `llmpipe/figures.py`, so that no page can fall behind.
 """
 
 from __future__ import annotations
@@ -13,16 +14,23 @@ from typing import Any
 
 from llmpipe.config import BACKENDS, BackendConfig, RunConfig, field_docs
 from llmpipe.config.options import default_of
+from llmpipe.figures import FIGURES
 
-MARK = re.compile(r"<!-- options: ([\w-]+) -->")
+MARK = re.compile(r"<!-- (?:options: ([\w-]+)|figures) -->")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Return a page with the tables that its marks ask for."""
-    return MARK.sub(lambda mark: table(mark[1]), markdown)
+    return MARK.sub(lambda mark: options(mark[1]) if mark[1] else figures(), markdown)
 
 
-def table(name: str) -> str:
+def figures() -> str:
+    """Return the figures of `metrics.json` as a table."""
+    rows = [f"| `{figure.key}` | {figure.definition} |" for figure in FIGURES]
+    return "\n".join(["| figure | what it is |", "|---|---|", *rows])
+
+
+def options(name: str) -> str:
     """Return the options of a group of `RunConfig`, of a backend, or of the run itself (`run`), as a table."""
     if name == "run":
         rows = [row for row in rows_of(RunConfig) if "." not in row[0] and row[0] != "backend"]
