@@ -666,3 +666,14 @@ def test_a_run_ended_by_a_signal_resumes_to_what_an_uninterrupted_one_gives(
         before = bytes_of(tmp_path / "run")
         assert resume(tmp_path / "run")[0] == 3
         assert bytes_of(tmp_path / "run") == before
+
+
+def test_the_peak_of_a_job_is_its_own_whatever_ran_before_it_in_the_process(tmp_path: Path) -> None:
+    sizes = "backend.slots=4,200,4"
+    command = [sys.executable, "-m", "llmpipe", "-m", "backend=llama_cpp", sizes, "dataset=questions"]
+    command += ["sampling.max_tokens=8", f"hydra.sweep.dir={tmp_path / 'out'}"]
+    subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True)
+    found = [json.loads((tmp_path / "out" / str(job) / "metrics.json").read_text()) for job in range(3)]
+    small, large, again = (one["peak_rss_mb"] for one in found)
+    assert large > again + 10
+    assert abs(again - small) < 8
