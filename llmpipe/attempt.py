@@ -76,11 +76,9 @@ class Attempt:
         self._ledger.set(peak_device_mb=peak, **({"runner": info} if did else {}), **self._figures())
 
     def _explain(self, error: Exception) -> None:
-        """Raise what a fault of the runner means to the run; what is none is left as it is."""
-        safe, name = (
-            f"what was finished is safe: {how_to_resume(self._ledger.path.parent)}",
-            type(self._runner).__name__,
-        )
+        """Turn a fault of the runner into an error of the run; an error that is not the runner's goes on as it is."""
+        name = type(self._runner).__name__
+        safe = f"what was finished is safe: {how_to_resume(self._ledger.directory)}"
         if isinstance(error, (LLMInferenceError, LLMInitializationError)) and not isinstance(error, ModelChanged):
             # A model that could not be loaded was loaded again, in the middle: the run had begun.
             raise LLMInferenceError(f"{error}; {safe}") from error

@@ -64,7 +64,7 @@ def without_fraction(value: Any) -> Any:
 
 
 def as_id(value: Any) -> str | int | float | None:
-    """Return a cell as an id, of a type that JSON has; None where it is none: nothing, a list, an object."""
+    """Return a cell as an id of a type that JSON has; None where the cell is empty, a list or an object."""
     if isinstance(value, (str, int)):
         return value
     if is_missing(value) or isinstance(value, (list, tuple, dict)):
@@ -74,7 +74,7 @@ def as_id(value: Any) -> str | int | float | None:
 
 
 def right_answers(reference: Any, typed: bool = True) -> list[str]:
-    """Return the texts that are right, of a row's reference: one value, or a list of which any will do.
+    """Return the right answers, as texts, that a row's reference holds: one value, or a list of alternatives.
 
     Numbers, booleans and dates have each spelling in which people write them: 4.0 is `4` and `4.0`, true is `true`,
     `True` and `TRUE`. Missing values are no answers; an empty list is the answer `[]`.

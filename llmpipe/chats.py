@@ -55,7 +55,7 @@ class ChatInput:
     continue_final: bool = False
     """The text ends with that of the last message, which the answer continues; else where an answer begins."""
     now: datetime | None = None
-    """The time that it is, for the template."""
+    """The current time, for templates that print it."""
 
 
 def parse_messages(value: Any, any_role: bool = False) -> Chat:
@@ -234,7 +234,7 @@ def from_json(text: str, what: str) -> Any:
     """Return what a JSON text holds.
 
     Raises:
-        ValueError: it is none; names `what` it should be.
+        ValueError: the text is not JSON; the message says `what` it should be.
     """
     try:
         value = orjson.loads(text)

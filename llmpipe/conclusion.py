@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from llmpipe.config import RunConfig, describe
-from llmpipe.datasets import Dataset, Scan
 from llmpipe.failures import Failures
 from llmpipe.ledger import Ledger
 from llmpipe.metrics import Totals, engine_speeds, environment
 from llmpipe.outputs import (
     REPORT_FILE,
     Answered,
-    ColumnTypes,
     found_files,
     join,
     layout_of,
@@ -25,22 +22,17 @@ from llmpipe.outputs import (
     write_answers,
     write_metrics,
 )
+from llmpipe.preflight import Material
 from llmpipe.redaction import sealed
 from llmpipe.report import Report
 from llmpipe.scorers import scored
 from llmpipe.system.memory import MemorySampler
 
 
-def conclude(
-    config: RunConfig,
-    dataset: Dataset,
-    scan: Scan,
-    types: ColumnTypes | None,
-    ledger: Ledger,
-    directory: Path,
-    memory: MemorySampler,
-) -> dict[str, Any]:
-    """Write outputs and metrics from the ledger, unless they are there and whole."""
+def conclude(config: RunConfig, material: Material, ledger: Ledger, memory: MemorySampler) -> dict[str, Any]:
+    """Write outputs, metrics and report from the ledger, unless they are there and whole."""
+    dataset, scan, types = material
+    directory = ledger.directory
     written = config.written()
     options = {"output": describe(config.output), "metrics": describe(config.metrics)}
     wanted = sealed(options, {name: written[name] for name in options}, ledger.get("written_as"))

@@ -25,7 +25,7 @@ from llmpipe.quoting import how_to_resume, shortened
 from llmpipe.redaction import redacted
 
 MOST_CHARACTERS = 4000
-"""Of a message, whatever of the user's it quotes; then it is cut in the middle."""
+"""Longest message; one that quotes more of the user's own text is cut in the middle."""
 
 
 def one_line(error: BaseException) -> str:

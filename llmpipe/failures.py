@@ -22,6 +22,8 @@ class Failures:
 
     def __init__(self) -> None:
         self._found: dict[str, dict[str, Any]] = {}
+        self._exact = True
+        """Whether no row was dropped."""
         self._row: int | None = None
 
     def add(self, index: int, file: str, line: int, reason: str) -> None:
@@ -35,10 +37,15 @@ class Failures:
         elif len(self._found) < SHAPES:
             self._found[shape] = {"rows": 1, "reason": reason[:_LONGEST], "file": file, "line": line}
         else:
+            self._exact = False
             for found in self._found.values():
                 found["rows"] -= 1
             self._found = {shape: found for shape, found in self._found.items() if found["rows"]}
 
     def most_frequent(self) -> list[dict[str, Any]]:
-        """Return the reasons of the most rows; each with `rows` (at least so many), and `file` and `line` of one."""
-        return sorted(self._found.values(), key=lambda found: -found["rows"])[:SHOWN]
+        """Return the reasons of the most rows; each with `rows`, and `file` and `line` of one.
+
+        Where not all could be counted, `exact` is False, and a reason has at least so many rows.
+        """
+        frequent = sorted(self._found.values(), key=lambda found: -found["rows"])[:SHOWN]
+        return [{**found, "exact": self._exact} for found in frequent]

@@ -22,7 +22,7 @@ FIRST_ROWS = 128
 
 
 def refuse_hopeless(config: RunConfig, dataset: Dataset, scan: Scan) -> None:
-    """Refuse a run of which the first rows all fail, by what they are or by what the model's template takes.
+    """Refuse a run whose first rows all fail, by themselves or in the model's chat template.
 
     Args:
         config: The run.
@@ -30,7 +30,7 @@ def refuse_hopeless(config: RunConfig, dataset: Dataset, scan: Scan) -> None:
         scan: What is in them.
 
     Raises:
-        DatasetError: they do; gives the reason for the first one.
+        DatasetError: all of them fail; gives the reason for the first one.
         LLMConfigError, LLMInitializationError: the model's files cannot be read, or do not suit the prompts.
     """
     builder = PromptBuilder(config.prompt, config.dataset.columns, config.sampling, config.seed, chat=True)
@@ -40,7 +40,7 @@ def refuse_hopeless(config: RunConfig, dataset: Dataset, scan: Scan) -> None:
         requests.append(builder.build(row))
 
     _refuse(dataset, build)
-    # A template takes one question: only what is more of a chat is worth reading the model's vocabulary for.
+    # Every template takes a single question, so the model's vocabulary is read only for chats of more turns.
     chats = [request.messages for request in requests if request is not None and request.messages is not None]
     if not _is_own_and_here(config) or all([message["role"] for message in chat] == ["user"] for chat in chats):
         return

@@ -15,7 +15,7 @@ TICKS = 4
 SHORTEST = 1e-6
 """Counted in place of zero, which has no logarithm."""
 LEAST_RATIO = 2 ** (1 / 128)
-"""Of two edges of logarithmic bars: numbers that differ by less are as good as equal."""
+"""Least ratio of a logarithmic bar's end to its start: numbers that differ by less are as good as equal."""
 
 
 class Bar(NamedTuple):

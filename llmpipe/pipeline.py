@@ -12,14 +12,14 @@ from filelock import BaseFileLock
 from llmpipe.attempt import Attempt, utc_now
 from llmpipe.conclusion import conclude
 from llmpipe.config import RunConfig
-from llmpipe.datasets import Dataset, Inputs, Scan
+from llmpipe.datasets import Inputs
 from llmpipe.exceptions import LedgerError
 from llmpipe.fingerprint import compare_facts, facts_of, fingerprint
 from llmpipe.first_rows import refuse_hopeless
 from llmpipe.ledger import Ledger, held
 from llmpipe.outputs import found_files, output_files
 from llmpipe.place import check_place
-from llmpipe.preflight import look_through, mention_unread, runs_chats
+from llmpipe.preflight import Material, look_through, mention_unread, runs_chats
 from llmpipe.progress import Progress, Watch
 from llmpipe.prompts import PromptBuilder, settle_prompt
 from llmpipe.quoting import how_to_resume
@@ -76,7 +76,8 @@ def begin_or_continue(
     """Run, as `run`, in a directory that no other process works in."""
     before = Before.of(directory)
     with Inputs(directory, before.begun, resumed) as inputs:
-        dataset, scan, types = look_through(config, inputs, before)
+        material = look_through(config, inputs, before)
+        dataset, scan, _ = material
         if not before.begun:  # a fresh run: it leaves nothing where it may not write at its end
             found_files(directory, output_files(config.output), {})
             refuse_hopeless(config, dataset, scan)
@@ -94,20 +95,13 @@ def begin_or_continue(
             note_asked(ledger, asked, scan, arguments)
             if not ledger.finished():
                 found_files(directory, output_files(config.output), ledger.get("files") or {})
-                generate(config, dataset, scan, ledger, directory, memory, progress or (lambda *_: None))
-            return conclude(config, dataset, scan, types, ledger, directory, memory)
+                generate(config, material, ledger, memory, progress or (lambda *_: None))
+            return conclude(config, material, ledger, memory)
 
 
-def generate(
-    config: RunConfig,
-    dataset: Dataset,
-    scan: Scan,
-    ledger: Ledger,
-    directory: Path,
-    memory: MemorySampler,
-    progress: Watch,
-) -> None:
+def generate(config: RunConfig, material: Material, ledger: Ledger, memory: MemorySampler, progress: Watch) -> None:
     """Run every row that the ledger lacks."""
+    dataset, scan, directory = material.dataset, material.scan, ledger.directory
     stops = Stops(config, scan.rows)
     stops.recall(ledger.rows(), ledger.errors())
     stops.raise_if_stopped(directory, dataset)  # before the model loads
@@ -129,6 +123,7 @@ def generate(
 
         def tell() -> None:
             so_far.done = before + ledger.noted
+            so_far.expected = so_far.done + stopwatch.waiting + (scan.rows - stops.begun) * config.sampling.n
             progress(so_far)
 
         def tick() -> None:

@@ -114,9 +114,9 @@ def _planned(config: RunConfig, directory: Path, inputs: Inputs, before: Before)
 
 
 def so_far(config: RunConfig, scan: Scan, directory: Path, before: Before) -> tuple[int | None, dict[str, Any]]:
-    """Return how many rows a run in the directory has behind it, and the facts that it would have to go on with.
+    """Return how many rows of the run in a directory are done, and the facts of the runner that it began with.
 
-    Without a run there, the first is None. There are no facts where nothing is left to compute, or was ever loaded.
+    The number is None where no run has begun. Facts are missing where no model was loaded yet, or none is needed.
 
     Raises:
         LedgerError: a run with this configuration could not go on, or begin, there.
@@ -158,7 +158,7 @@ class Survey:
         self._unnamed += row.own_id(self._id_column) is None
         try:
             request = self._prompts.build(row)
-            assert request is not None  # of a row of which nothing is done
+            assert request is not None  # no sample is done, so there is something to ask
             if row.index % self._every == 0:
                 self._encode(row, request)
             if len(self._shown) < SHOWN:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 from llmpipe.config import PromptFormat, RunConfig, check_trusted
 from llmpipe.datasets import Dataset, Inputs, Scan
@@ -18,18 +19,23 @@ from llmpipe.sharegpt import CONVERSATIONS
 log = logging.getLogger(__name__)
 
 
-def look_through(
-    config: RunConfig, inputs: Inputs | None = None, before: Before | None = None
-) -> tuple[Dataset, Scan, ColumnTypes | None]:
+class Material(NamedTuple):
+    """What a run works on."""
+
+    dataset: Dataset
+    scan: Scan
+    """What one reading of the whole dataset found in it."""
+    types: ColumnTypes | None
+    """The types of its columns, where the format of the answers needs them."""
+
+
+def look_through(config: RunConfig, inputs: Inputs | None = None, before: Before | None = None) -> Material:
     """Refuse what can be refused before anything is loaded or written.
 
     Args:
         config: The run.
         inputs: Keeps what of the dataset can be read only once.
         before: The run that is to be continued: whether the dataset has grown since can then be told.
-
-    Returns:
-        The dataset, what is in it, and, where the answers' format needs them, the types of its columns.
 
     Raises:
         LLMConfigError, DatasetError, MissingDependencyError: the run cannot start.
@@ -47,7 +53,7 @@ def look_through(
         log.warning("the dataset has no rows")
     if config.sampling.n > 1 and config.sampling.is_greedy:
         log.warning("sampling.n=%d, and all will be alike: sampling.temperature is 0", config.sampling.n)
-    return dataset, scan, types
+    return Material(dataset, scan, types)
 
 
 def runs_chats(config: RunConfig, scan: Scan, runner: BaseLLMRunner) -> bool:

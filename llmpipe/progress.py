@@ -21,7 +21,7 @@ from llmpipe.stopwatch import Stopwatch
 RECENT_S = 10.0
 """The rate is that of the last seconds; prompts and answers take turns within fewer."""
 REMEMBERED_S = 30.0
-"""What was longer ago than this, and than a quarter of the run, says little of what a row costs."""
+"""Within so long, or a quarter of the run if that is longer, a step's weight in what a row costs falls to 1/e."""
 
 
 class Outlook(NamedTuple):
@@ -50,7 +50,7 @@ class Progress:
         self.done = done
         """Answers so far, those of earlier attempts included."""
         self.expected = expected
-        """Answers that there will be."""
+        """Answers there will be, as far as is known: a row may ask for more or fewer, and one that fails has one."""
         self._lengths: Counter[int] = Counter()
         self._recent = deque([(time.monotonic(), 0)])
         self._costs = Costs(time.monotonic())
@@ -104,7 +104,7 @@ class Costs:
         self._products, self._shares, self._sums = np.zeros((2, 2)), np.zeros(2), np.zeros(3)
 
     def add(self, now: float, rows: int, further_tokens: int) -> None:
-        """Take note of how many there are by now."""
+        """Note how many rows were begun, and how many further tokens were generated, by now."""
         counts = np.array([rows, further_tokens], dtype=float)
         step, took_s = np.maximum(counts - self._counts, 0.0), now - self._last
         if not step.any():  # it goes on

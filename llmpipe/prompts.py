@@ -37,8 +37,8 @@ class PromptBuilder:
     """Turns rows into requests.
 
     Args:
-        prompt: What becomes of a prompt.
-        columns: Where it is.
+        prompt: The options that say how a prompt becomes a request.
+        columns: The names of the columns with prompts, chats and ids.
         sampling: The run's options, which a row's own override.
         seed: The run's seed.
         chat: Whether plain prompts become user messages.
@@ -221,7 +221,7 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
 
 
 def _said(value: Any) -> Any:
-    """Return an object without what it leaves unsaid, and what is none as it is.
+    """Return an object without its empty fields; a value that is not an object is returned as it is.
 
     A Parquet struct has every field in every row, null where the row says nothing, or NaN; a map is a list of pairs.
     """

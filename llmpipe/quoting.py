@@ -13,7 +13,7 @@ MOST_CHARACTERS = 200
 
 
 class Names:
-    """Names in the order in which they come, of which only the first ones are held."""
+    """Names in the order in which they come; only the first ones are kept, the others are counted."""
 
     def __init__(self, names: Iterable[object] = ()) -> None:
         self._first: list[str] = []

@@ -45,7 +45,7 @@ class Row:
 
     @property
     def size(self) -> int:
-        """About how many bytes the row has in its file, or, of a Parquet file, its like in memory."""
+        """About how many bytes the row takes in its file; for Parquet, the mean of its batch in memory."""
         if self.raw is not None:
             return len(self.raw)
         if self.batch is not None:

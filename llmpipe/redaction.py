@@ -27,7 +27,7 @@ References = Mapping[Place, str]
 """What was written where a value came from the environment."""
 
 LEAST = 6
-"""Characters of a value that texts are searched for: 1 and true are everywhere."""
+"""Fewest characters of a value that texts are searched for: short ones, such as 1 or true, are everywhere."""
 _SEALED = re.compile(r"(?s)(.*) \(scrypt ([0-9a-f]{32}) ([0-9a-f]{32})\)")
 _concealed: dict[str, str] = {}
 _pattern = re.compile(r"(?!)")

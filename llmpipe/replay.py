@@ -31,9 +31,9 @@ from llmpipe.ledger import saved, saved_arguments
 from llmpipe.text import harmless
 
 GROUP, OPTION = "written_out", "run"
-"""The config group, and its one option, that Hydra knows while a run goes on that was noted as values."""
+"""The config group, and its one option, under which Hydra is given a run that was noted as values."""
 MOST_LEVELS = 50
-"""As deep as values are read from a run directory; Hydra and OmegaConf go inside of each by recursion."""
+"""How deep values from a run directory may nest, because Hydra and OmegaConf walk them by recursion."""
 _FILES = ("dataset.path", "prompt.tools", "backend.model", "backend.chat_template", "backend.lora")
 """Keys that may name files, from the working directory of the run."""
 _WRITES = ("backend.offload_folder",)

@@ -22,20 +22,20 @@ class Before(NamedTuple):
     begun: bool = False
     fingerprint: dict[str, Any] | None = None
     files: list[list[Any]] | None = None
-    """What the rows of its dataset held, file by file."""
+    """Digests of what the dataset's rows held, file by file."""
 
     @classmethod
     def of(cls, directory: Path) -> Before:
-        """Read it; the ledger is left as it is.
+        """Read what a directory's ledger has noted, without changing the ledger.
 
         Raises:
-            LedgerError: it is damaged.
+            LedgerError: the ledger is damaged.
         """
         return cls(True, *saved(directory, "fingerprint", "dataset_files")) if begun(directory) else cls()
 
     @property
     def rows(self) -> int | None:
-        """How many there were."""
+        """How many rows the dataset had."""
         rows: int | None = (self.fingerprint or {}).get("dataset", {}).get("rows")
         return rows
 
@@ -55,7 +55,7 @@ class Before(NamedTuple):
         return {**asked, "dataset": before} if grown else asked
 
     def change(self, scan: Scan, config: DatasetConfig) -> str | None:
-        """Say which file of the dataset has changed in the rows that it had, if one has; not of other rows of it."""
+        """Say which file of the dataset has changed, if one has; None where now other rows of it are asked for."""
         known = (self.fingerprint or {}).get("dataset", {})
         others = (config.shuffle, config.offset) != (known.get("shuffle"), known.get("offset"))
         if others or (config.limit is not None and config.limit < (self.rows or 0)):
@@ -64,7 +64,7 @@ class Before(NamedTuple):
 
 
 def begun_with(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the command line of a run as it is noted, with the directory from which it names its files."""
+    """Return, as the ledger notes them, a run's command line and the directory that its relative paths start from."""
     try:
         place = os.getcwd()
     except OSError:  # it is gone, and so nothing was named from there
@@ -73,7 +73,7 @@ def begun_with(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def note_asked(ledger: Ledger, asked: dict[str, Any], scan: Scan, arguments: Sequence[str]) -> None:
-    """Note what is asked of the run where that is new: at its beginning, and when its dataset has grown."""
+    """Note the fingerprint, and the arguments, where they are new: at the beginning, and when the dataset has grown."""
     known = ledger.get("fingerprint")["dataset"]
     facts = {**(begun_with(arguments) if arguments else {}), "dataset_files": scan.contents}
     if asked["dataset"]["rows"] != known["rows"]:

@@ -41,9 +41,9 @@ YIELD_S = 0.1
 
 
 class WaitingIsOver(BaseException):
-    """Nothing that is under way is waited for any longer.
+    """The run is to end now; nothing that is under way is waited for.
 
-    No `Exception`, because a backend that goes on after any of those would go on after this.
+    It is no `Exception`, because a backend may catch every `Exception` and go on.
     """
 
 
@@ -62,7 +62,7 @@ class Stops:
         self._rated_from = min(RATED_FROM, rows)
         self._until = math.inf
         self._received: int | None = None
-        self._asked = self._errors = 0
+        self.begun = self._errors = 0
         self._failed = bytearray(rows)
         """For each row, whether one of its answers is an error."""
         self._last_error: Completion | None = None
@@ -117,17 +117,17 @@ class Stops:
             rows: How many have answers.
             errors: The answers that are errors; looked at only where they count.
         """
+        self.begun += rows
         if self._config.max_error_rate is not None and self._config.on_error is not OnError.stop:
-            self._asked += rows
             for completion in errors:
                 self.note(completion)
 
     def asked(self) -> None:
         """Count a row that is begun; until it fails it is good, so that no early error is given undue weight."""
-        self._asked += 1
+        self.begun += 1
 
     def note(self, completion: Completion) -> None:
-        """Take notice of an answer."""
+        """Count an answer that is an error."""
         if completion.error is not None:
             self._errors += not self._failed[completion.request_id]
             self._failed[completion.request_id] = True
@@ -136,9 +136,9 @@ class Stops:
     def _too_many_errors(self) -> bool:
         if self._config.on_error is OnError.stop:
             return self._errors > 0
-        if self._config.max_error_rate is None or self._asked < self._rated_from:
+        if self._config.max_error_rate is None or self.begun < self._rated_from:
             return False
-        return self._errors > self._config.max_error_rate * self._asked
+        return self._errors > self._config.max_error_rate * self.begun
 
     # --- ending ---------------------------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ class Stops:
         last = f"{row.file} line {row.line}: {self._last_error.error}"
         if self._config.on_error is OnError.stop:
             return RunStopped(directory, f"on_error=stop, and there is an error: {last}")
-        why = f"{self._errors} of {self._asked} rows are errors, over max_error_rate={self._config.max_error_rate}"
+        why = f"{self._errors} of {self.begun} rows are errors, over max_error_rate={self._config.max_error_rate}"
         return RunStopped(directory, f"{why}; the last: {last}", "max_error_rate=null")
 
 

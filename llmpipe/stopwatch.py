@@ -28,11 +28,14 @@ class Stopwatch:
         self._waiting: dict[int, tuple[float, set[int]]] = {}
         """When each request was pulled, and which of its samples have no answer yet."""
         self._open: dict[tuple[int, int], tuple[Completion, list[str]]] = {}
+        self.waiting = 0
+        """Samples that were pulled and have no answer yet."""
 
     def watch(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Pass `requests` on, noting when each one is pulled."""
         for request in requests:
             self._waiting[request.id] = time.perf_counter(), set(request.samples)
+            self.waiting += len(request.samples)
             yield request
 
     def add(self, chunk: Chunk) -> Completion | None:
@@ -61,6 +64,7 @@ class Stopwatch:
             self._open[key] = completion, texts
             return None
         waiting.discard(chunk.sample)
+        self.waiting -= 1
         if not waiting:
             del self._waiting[chunk.request_id]
         completion.finish_reason = chunk.finish_reason

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class ProgressBar:
-    """Rows done, rate and time left, on the standard error stream; where nobody watches, a line a minute in the log.
+    """Answers so far, rate and time left, on the standard error stream; where nobody watches, a line a minute in a log.
 
     Log lines, and what else is written to the stream meanwhile, appear above the bar.
     """
@@ -70,7 +70,9 @@ class ProgressBar:
         if outlook.left_s is not None and progress.done < progress.expected:
             figures.append(f"{timedelta(seconds=round(outlook.left_s))} left")
         said = "  ".join(figures)
-        self._bar.update(self._id, description="rows", completed=outlook.answers, total=progress.expected, figures=said)
+        self._bar.update(
+            self._id, description="answers", completed=outlook.answers, total=progress.expected, figures=said
+        )
         if self._bar.disable and now - self._logged_at >= LOGGED_EVERY_S:
             self._logged_at = now
             log.info("%s", ", ".join(figures))
@@ -201,8 +203,9 @@ def _say_reasons(console: Console, found: dict[str, Any]) -> None:
     """Say why rows are errors, the most frequent reasons first, each with one row."""
     reasons = found["error_reasons"][:REASONS]
     for one in reasons:
-        rows = f"{one['rows']:,} row{'s' if one['rows'] > 1 else ''}"
-        _say(console, harmless(f"  {rows}, such as {one['file']} line {one['line']}: {one['reason']}"))
+        rows = f"{'' if one['exact'] else 'at least '}{one['rows']:,} row{'s' if one['rows'] > 1 else ''}"
+        said = harmless(f"  {rows}, such as {one['file']} line {one['line']}: {one['reason']}")
+        _say(console, said.replace("\n", "\\n"))  # a line each, whatever a reason quotes
     if (more := found["rows_error"] - sum(one["rows"] for one in reasons)) > 0:
         _say(console, f"  and {more:,} more")
 

@@ -1,3 +1,3 @@
-"""Which llmpipe this is; apart from the package's own module, which names all others."""
+"""Which llmpipe this is, for the build and for the package, whose own module loads all others on demand."""
 
 __version__ = "0.1.0"

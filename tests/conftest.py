@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 from traps import Said, lay
 
-from llmpipe import BaseLLMRunner, LLMRunnerFactory, RunConfig, compose
+from llmpipe import BaseLLMRunner, Chunk, EchoRunner, LLMRunnerFactory, Request, RunConfig, compose
 
 BACKENDS = ["llama_cpp", "transformers"]
 
@@ -86,6 +86,24 @@ def echo_config() -> Callable[..., RunConfig]:
         return compose(["backend=echo", f"dataset.path={path}", *overrides])
 
     return make
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[int, ...]]]:
+    """The requests that reach the runner, as row and samples."""
+    requests: list[tuple[int, tuple[int, ...]]] = []
+    stream = EchoRunner.stream
+
+    def noting(self: EchoRunner, given: Iterable[Request]) -> Iterator[Chunk]:
+        def noted() -> Iterator[Request]:
+            for request in given:
+                requests.append((request.id, request.samples))
+                yield request
+
+        yield from stream(self, noted())
+
+    monkeypatch.setattr(EchoRunner, "stream", noting)
+    return requests
 
 
 @pytest.fixture

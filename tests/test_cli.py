@@ -79,6 +79,8 @@ def test_rows_that_fail_make_the_exit_code_3(tmp_path: Path, three_rows: Path) -
         ("backend.slots=0", ">= 1"),
         ("dataset.path=nowhere.jsonl", "does not exist"),
         ("dataset.path=conf", "conf"),
+        ("dataset.path=", "dataset.path='' does not exist"),
+        ("prompt.system=a\n\x1b[2J", r"text with \n \x1b [ needs quotes"),
         ("metrics.scorers=[exact]", "exact_match"),
         ("prompt.template='{question'", "brace"),
         ("output.format=xml", "parquet"),

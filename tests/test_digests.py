@@ -20,6 +20,7 @@ import pytest
 
 import llmpipe
 from llmpipe import LLMInferenceError, LLMInitializationError, RunConfig, compose
+from llmpipe.progress import Progress
 from llmpipe.runners import digests
 from llmpipe.runners.digests import TEMPLATES, State, Witness, content_digest, model_digest
 from llmpipe.runners.weights import BUNDLED_DIR
@@ -187,9 +188,10 @@ def answers(directory: Path) -> list[str]:
     return [json.loads(line)["completion"] for line in (directory / "outputs.jsonl").read_bytes().splitlines()]
 
 
-def at(number: int, act: Callable[[], None]) -> Callable[[int, int, int], None]:
+def at(number: int, act: Callable[[], None]) -> Callable[[Progress], None]:
     """Return a `progress` that acts once so many rows are done."""
-    return lambda done, expected, tokens: act() if done == number else None
+    pending = [act]
+    return lambda progress: pending.pop()() if pending and progress.done == number else None
 
 
 def replace_weights(file: Path) -> None:
@@ -240,9 +242,11 @@ def test_answers_of_a_model_that_is_changed_meanwhile_do_not_count(
                 stream.write((tmp_path / "whole").read_bytes())
             shutil.copystat(tmp_path / "whole", file)
 
-    def act(done: int, expected: int, tokens: int) -> None:
-        if done in (8, 16):
-            change() if done == 8 else undo()
+    pending = {8: change, 16: undo}
+
+    def act(progress: Progress) -> None:
+        if progress.done in pending:
+            pending.pop(progress.done)()
 
     with pytest.raises(
         LLMInferenceError, match=rf"{file.name} was changed .*continue with: llmpipe resume {directory}"

@@ -7,9 +7,12 @@ import runpy
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 import llmpipe
 from llmpipe.failures import SHAPES, Failures
 from llmpipe.figures import FIGURES
+from llmpipe.terminal import _console, _say_reasons
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +23,8 @@ def test_reasons_that_differ_in_numbers_and_quotes_are_one_and_name_a_row() -> N
         failures.add(i, "a.jsonl", i + 1, f"{i} tokens of 'row {i}' exceed 512" if i % 10 else "no prompt")
     failures.add(999, "a.jsonl", 1000, "another sample of the same row")
     first, second = failures.most_frequent()
-    assert first == {"rows": 900, "reason": "1 tokens of 'row 1' exceed 512", "file": "a.jsonl", "line": 2}
+    where = {"file": "a.jsonl", "line": 2}
+    assert first == {"rows": 900, "exact": True, "reason": "1 tokens of 'row 1' exceed 512", **where}
     assert (second["rows"], second["reason"]) == (100, "no prompt")
 
 
@@ -30,7 +34,15 @@ def test_a_frequent_reason_is_found_among_ever_new_ones_in_bounded_memory() -> N
         failures.add(i, "a", i, "".join(chr(97 + int(digit)) for digit in str(i)) if i % 3 else "the one")
     assert len(failures._found) <= SHAPES
     first = failures.most_frequent()[0]
-    assert first["reason"] == "the one" and 0 < first["rows"] <= 20 * SHAPES // 3 + 1
+    assert first["reason"] == "the one" and 0 < first["rows"] <= 20 * SHAPES // 3 + 1 and not first["exact"]
+
+
+def test_a_reason_has_one_line_on_the_terminal_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    failures = Failures()
+    failures.add(0, "a\x1b[2J.jsonl", 1, "\x1b[31mred\n  9 rows, such as [bold]none[/bold]")
+    _say_reasons(_console(), {"error_reasons": failures.most_frequent(), "rows_error": 1})
+    said = r"  1 row, such as a\x1b[2J.jsonl line 1: \x1b[31mred\n  9 rows, such as [bold]none[/bold]"
+    assert capsys.readouterr().out == said + "\n"
 
 
 def test_every_figure_is_defined_on_the_page_of_figures(

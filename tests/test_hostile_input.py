@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import hostile
 import pytest
 from hostile import Bad, good_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import errors_of
 
 import llmpipe
 from llmpipe import LLMConfigError
@@ -50,10 +50,6 @@ def lines_of(directory: Path) -> list[bytes]:
 
 def good_lines(directory: Path) -> list[bytes]:
     return [line for line in lines_of(directory) if b'"good ' in line]
-
-
-def errors_of(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "errors.jsonl").read_bytes().split(b"\n")[:-1]]
 
 
 def check_errors(directory: Path, path: Path, expected: Sequence[tuple[int, str]]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from breaking import Breaking, BreakingConfig
+from runs import rows_of
 
 import llmpipe
 from llmpipe import (
@@ -50,10 +51,6 @@ def isolated(**options: Any) -> IsolatedRunner:
 
 def requests_of(*prompts: str, samples: tuple[int, ...] = (0,)) -> Iterator[Request]:
     return (Request(i, SamplingConfig(), prompt, samples=samples) for i, prompt in enumerate(prompts))
-
-
-def rows_of(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "outputs.jsonl").read_bytes().splitlines()]
 
 
 def gone(pid: int, within_s: float = 10) -> bool:

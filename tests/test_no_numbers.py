@@ -129,3 +129,22 @@ def test_a_penalty_that_makes_logits_infinite_is_an_error(
     done = runner.run([wild, mild])
     assert "milder penalties" in (done[0].error or "")
     assert done[1].error is None
+
+
+@pytest.mark.parametrize("arch", ["llama", "mamba"])
+@pytest.mark.parametrize("broken", [[1, 2], [1]], ids=str)
+def test_rows_left_behind_by_rows_of_nan_are_as_alone_in_reproducible_mode(
+    arch: str, broken: list[int], write_broken: Callable[..., Path]
+) -> None:
+    """The broken ones say what breaks them, and leave slots below those of the others."""
+    options = {"model": str(write_broken(arch, np.nan)), "threads": 1, "slots": 3, "reproducible": True}
+    sampling: dict[str, Any] = {"temperature": 0.9, "max_tokens": 12, "ignore_eos": True}
+    with LlamaCppRunner(options, "cpu") as runner:
+        asked = [
+            runner.request(f"Row {i}", i, "raw", **sampling, logit_bias={ord(BROKEN): 1e4} if i in broken else {})
+            for i in range(3)
+        ]
+        expected = {i: runner.run([asked[i]])[0].text for i in range(3) if i not in broken}
+        done = runner.run(asked)
+    assert {completion.request_id: completion.text for completion in done if completion.error is None} == expected
+    assert all("NaN" in (done[i].error or "") for i in broken)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import llmpipe
+from llmpipe import LLMError
 from llmpipe.config import SamplingConfig
 from llmpipe.progress import Progress, expected_rest
 from llmpipe.records import Chunk, Completion, Request
@@ -88,6 +92,24 @@ def test_the_rate_is_that_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -
         progress.note(Completion(second, completion_tokens=100 if second <= 20 else 10))
         rate = progress.outlook().tokens_per_s
     assert rate == pytest.approx(10, rel=0.1)
+
+
+def test_as_many_answers_are_expected_as_there_will_be_whatever_rows_ask_for_and_fail(
+    write_jsonl: Callable[..., Path], echo_config: Callable[..., llmpipe.RunConfig], tmp_path: Path
+) -> None:
+    rows = [{"prompt": "a"}, {"prompt": 7}, {"prompt": "b", "sampling": {"n": 5}}, {"prompt": "c"}]
+    config = echo_config(write_jsonl(*rows), "sampling.n=2", "sampling.temperature=1")
+    seen: list[tuple[int, int]] = []
+
+    def watch(progress: Progress) -> None:
+        seen.append((progress.done, progress.expected))
+        if len(seen) == 4:
+            raise LLMError("enough")
+
+    for _ in range(2):
+        with suppress(LLMError):
+            llmpipe.run(config, tmp_path / "out", watch)
+    assert seen[-1] == (10, 10) and {expected for _, expected in seen} <= {7, 8, 10}
 
 
 def test_nothing_is_foretold_where_nothing_has_come(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 
 import psutil
 import pytest
+from runs import committed
 
 import llmpipe
-from llmpipe import BaseLLMRunner, LedgerError, LLMInferenceError, LLMRunnerFactory, RunConfig
+from llmpipe import BaseLLMRunner, LLMInferenceError, LLMRunnerFactory, RunConfig
 from llmpipe.exceptions import RunInterrupted
 from llmpipe.ledger import LedgerSnapshot
 from llmpipe.progress import Progress
@@ -46,15 +47,6 @@ def short_and_long(path: Path) -> Path:
         row["sampling"] = {"ignore_eos": True}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def committed(directory: Path) -> int:
-    """Return how many answers another process would find."""
-    try:
-        with LedgerSnapshot(directory) as ledger:
-            return ledger.count()
-    except LedgerError:  # not there yet
-        return 0
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> float:

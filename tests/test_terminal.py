@@ -140,6 +140,6 @@ def test_a_terminal_of_any_width_shows_the_log_one_bar_and_the_figures(columns: 
     assert process.wait(60) == 0
     lines = screen_of(output.decode(), columns)
     (bar,) = [line for line in lines if "━" in line]
-    assert re.match(r"rows \d:\d\d:\d\d ━+ 5/5  [\d,]+ tokens/s *$", bar)
+    assert re.match(r"answers \d:\d\d:\d\d ━+ 5/5  [\d,]+ tokens/s *$", bar)
     above = lines[: lines.index(bar)]
     assert any("rows of at most" in line for line in above) and not any(line.startswith("loading") for line in lines)

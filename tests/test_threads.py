@@ -13,11 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmpipe import BaseLLMRunner, machine
+from llmpipe import BaseLLMRunner
 from llmpipe.config import LlamaCppConfig
 from llmpipe.runners import openmp, threads
 from llmpipe.runners.openmp import BRIEFLY, VARIABLES
 from llmpipe.runners.threads import Threads, beside
+from llmpipe.system import machine
 
 LOOKS_FOR = """
 import os, sys
@@ -194,6 +195,21 @@ def test_room_is_what_was_idle_or_ours_since_the_last_look(
     monkeypatch.setattr(machine, "_processor_times", iter(looks).__next__)
     room = machine.Room()
     assert [room.look() for _ in expected] == expected
+
+
+def test_a_system_that_hides_its_processors_and_what_is_loaded_keeps_all_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def hidden(*_: Any, **__: Any) -> None:
+        raise PermissionError("/proc")
+
+    monkeypatch.setattr(machine, "cores", lambda: machine.Cores(4, 4, None))
+    monkeypatch.setattr(machine, "LEAST_LOOK_S", 0.0)
+    monkeypatch.setattr(machine.psutil, "cpu_times", hidden)
+    monkeypatch.setattr(openmp.Path, "read_text", hidden)
+    found = Threads(LlamaCppConfig())
+    assert [found.look(), found.look()] == [4, 4]
+    assert not openmp.sleep_at_once(True, 4)
 
 
 def test_room_as_this_system_counts_it() -> None:

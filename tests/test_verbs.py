@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import run_llmpipe
@@ -75,9 +76,13 @@ def test_the_version_is_that_of_llmpipe_wherever_it_is_asked_for(arguments: list
         (["-m", "--cfg=job"], "--multirun and --cfg do not go together"),
         (["--cfg=jobs"], "invalid choice: 'jobs'"),
         (["--config-path=mine.yaml"], "--config-name chooses a file"),
+        (["-cp", "nowhere"], "--config-path='nowhere' is no directory"),
+        (["--shell-completion"], "--shell-completion goes with one of install=SHELL, uninstall=SHELL, query=SHELL"),
+        (["", "seed=1"], "unknown verb ''"),
         (["--config-dir=nowhere"], "nowhere' not found"),
         (["--experimental-rerun=nowhere.pickle"], "is no file"),
         (["resume", "out", "-m"], "a run directory holds one run"),
+        (["-m", *ECHO[:1], "dataset.path=glob(*.jsonl)"], "the sweep has no job: glob() finds options of a group"),
         (["resum", "out"], "did you mean 'resume'?"),
         (["exprot"], "did you mean 'export'?"),
         (["-m", "plam", "seed=1"], "did you mean 'plan'?"),
@@ -90,7 +95,7 @@ def test_the_version_is_that_of_llmpipe_wherever_it_is_asked_for(arguments: list
 def test_what_is_no_command_is_refused_in_a_line(arguments: list[str], why: str, place: Path, said: Said) -> None:
     (place / "my runs").mkdir()
     code, error = said(*arguments)
-    assert code == 1
+    assert code == 1, error
     assert error.startswith("llmpipe: ") and error.count("\n") == 1 and why in error, error
 
 
@@ -107,6 +112,7 @@ def test_what_is_no_command_is_refused_in_a_line(arguments: list[str], why: str,
         (["export=out", "export_to=so far.parquet", "seed=1"], ["export", "out", "seed=1", "--to", "so far.parquet"]),
         (["export", "out", "export_to=x.jsonl", "export_force=true"], ["export", "out", "--to", "x.jsonl", "--force"]),
         (["plan=true", "resume=out"], ["plan", "hydra.run.dir=out"]),
+        (["seed=1", "~export", "~plan=true"], ["seed=1"]),
     ],
 )
 def test_a_former_key_is_refused_with_the_command_that_does_the_same(
@@ -134,6 +140,20 @@ def test_no_config_group_asks_for_a_verb(key: str, place: Path, said: Said) -> N
 def test_flags_stand_anywhere(arguments: list[str], place: Path, said: Said) -> None:
     assert said(*arguments, "hydra.sweep.dir=outs")[0] == 0
     assert {path.name for path in (place / "outs").iterdir()} == {"0", "1", "multirun.yaml"}
+
+
+@pytest.mark.parametrize("line", ["llmpipe", "llmpipe plan", "llmpipe resume out", "llmpipe run seed=1"])
+def test_a_shell_completes_what_stands_behind_a_verb(line: str, printed: Printed, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COMP_LINE", f"{line} backend=t")
+    assert printed("-sc", "query=bash") == (0, "backend=transformers\n")
+
+
+def test_a_directory_of_configs_is_named_from_where_the_command_is_given(place: Path, said: Said) -> None:
+    (place / "mine").mkdir()
+    (place / "mine" / "my.yaml").write_text("defaults: [run_schema, /schema/echo@backend, _self_]\nseed: 7\n")
+    code, error = said("-cp", "mine", "-cn", "my", "dataset.path=rows.jsonl", "hydra.run.dir=out")
+    assert code == 0, error
+    assert json.loads((place / "out" / "metrics.json").read_text())["seed"] == 7
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
@@ -181,6 +201,15 @@ def test_a_job_in_its_own_directory_reads_what_is_named_from_outside_of_it(
     code, error = said("resume", str(out), "trusted_modules=[where]", "backend._target_=where.Where")
     assert code == 0, error
     assert len((out / "outputs.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_job_in_its_own_directory_finds_a_trusted_module_where_the_command_was_given(place: Path) -> None:
+    (place / "mine.py").write_text("from llmpipe import EchoRunner\n\n\nclass Mine(EchoRunner): ...\n")
+    own = ["backend=echo", "backend._target_=mine.Mine", "trusted_modules=[mine]", "hydra.job.chdir=true"]
+    program = "from llmpipe.cli import main; raise SystemExit(main())"  # what the script llmpipe is
+    command = [sys.executable, "-P", "-c", program, *own, "dataset.path=rows.jsonl", "hydra.run.dir=out"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", [".hydra/config.yaml", "run.log"])

@@ -11,7 +11,7 @@ import pytest
 from llmpipe import LLMInitializationError
 from llmpipe.runners import digests
 from llmpipe.runners.digests import model_digest
-from llmpipe.runners.weights import BUNDLED_DIR, find_checkpoint, find_gguf, local_path
+from llmpipe.runners.weights import BUNDLED_DIR, find_checkpoint, find_gguf, hub_commit, local_path
 
 
 @pytest.mark.parametrize("model", ["owner/name", "owner/name:Q4_K_M", "owner/name:file-Q4_K_M.gguf"])
@@ -61,11 +61,12 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     downloaded: list[str] = []
 
-    def download(repo: str, name: str) -> str:
-        assert repo == "owner/m-GGUF"
+    def download(repo: str, name: str, local_files_only: bool) -> str:
+        assert repo == "owner/m-GGUF" and not local_files_only
         downloaded.append(name)
         return str(tmp_path / name)
 
+    monkeypatch.setattr("llmpipe.runners.hub.is_needed", lambda model, cached: True)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo: HUB)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     return downloaded
@@ -94,9 +95,26 @@ def test_a_hub_that_cannot_be_reached_is_an_error_with_a_remedy(monkeypatch: pyt
     def unreachable(*_: Any) -> None:
         raise ConnectionError("no route")
 
+    monkeypatch.setattr("llmpipe.runners.hub.is_needed", lambda model, cached: True)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unreachable)
     with pytest.raises(LLMInitializationError, match="ConnectionError.*give a local file"):
         find_gguf("owner/name")
+
+
+def test_a_file_of_the_cache_is_found_in_its_folder_and_one_that_is_not_there_is_said_to_be_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    repository, commit = tmp_path / "models--owner--name", "a" * 40
+    file = repository / "snapshots" / commit / "Q8_0" / "m-Q8_0.gguf"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"GGUF")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert find_gguf("owner/name:q8_0") == file and hub_commit("owner/name:q8_0", file) == commit
+    with pytest.raises(LLMInitializationError, match="'owner/name:q4_0': the hub .* does not answer"):
+        find_gguf("owner/name:q4_0")
 
 
 def test_a_digest_tells_models_apart_and_not_where_they_are(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ directories.py where the YAML files and the example datasets are
 references.py  which values came from the environment
 loading.py     Hydra's loader, with those checks
 reading.py     YAML files and overrides → `RunConfig`
+messages.py    what Hydra and OmegaConf find wrong → one line
 """
 
 from llmpipe.config.backends import (

@@ -1,4 +1,4 @@
-"""The options of each backend: what all have, what those with continuous batching have, and what is one's own."""
+"""The options of each backend: those of all, those of backends with continuous batching, and each one's own."""
 
 from __future__ import annotations
 

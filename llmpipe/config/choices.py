@@ -65,9 +65,9 @@ class OnError(str, Enum):
     """What an error row does to its run."""
 
     quarantine = "quarantine"
-    """It goes to `errors.jsonl`, and the run goes on."""
+    """The row goes to `errors.jsonl`, and the run goes on."""
     stop = "stop"
-    """It ends the run, which can be resumed."""
+    """The row ends the run, which can be resumed."""
 
 
 class Switch(str, Enum):
@@ -95,7 +95,7 @@ class RopeScaling(str, Enum):
     """How positions beyond those a model was trained for are squeezed into its range."""
 
     model = "model"
-    """As the file says."""
+    """As the model's file says."""
     none = "none"
     linear = "linear"
     yarn = "yarn"

@@ -58,7 +58,7 @@ def _converters(cls: type) -> list[tuple[str, Any, Convert]]:
 
 
 def converter(hint: Any) -> Convert | None:
-    """Return what converts values to a type; None where any value will do, or nobody here knows the type."""
+    """Return the function that converts values to a type; None where the type is unknown here, or takes any value."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return _any_of(arguments)

@@ -15,7 +15,7 @@ from typing import Any
 from llmpipe.exceptions import LLMConfigError
 
 KEYS = ("sampling.stop", "prompt.template", "prompt.system")
-"""Where text stands that is meant for the model. In any other key a backslash is one, as in `C:\new`."""
+r"""Keys whose text is meant for the model. In any other key a backslash is a backslash, as in `C:\new`."""
 MEANINGS = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
 _ESCAPE = re.compile(r"""(?:\\u[0-9a-fA-F]{4})+|\\([ntr\\"'])""")
 _AMBIGUOUS = re.compile(r"\\[ntr]")

@@ -26,10 +26,10 @@ from llmpipe.exceptions import LLMConfigError, LLMError
 from llmpipe.system.links import check_link
 
 _TRUSTED_PLACES = ("structured:", "pkg://hydra.", "pkg://hydra_plugins.")
-"""Where what Python code has registered, Hydra and its plugins have their config files."""
+"""Where config files need no trust: those that Python code has registered, and Hydra's and its plugins' own."""
 
 _SWEPT = ("params", "search_space", "parametrization")
-"""Where sweepers are told what to sweep over."""
+"""Keys of sweepers that say what to sweep over."""
 _KEYS = {"hydra", *(field.name for field in fields(RunConfig))}
 """First names of the keys that a composed configuration has."""
 

@@ -22,7 +22,7 @@ from llmpipe.text import harmless
 
 FIELDS = "__dataclass_fields__"
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(\S+?)=(.*)'$", re.MULTILINE)
-_PLAIN = re.compile(r"[\w/\\+.$%*@?|:\s-]", re.ASCII)
+_PLAIN = re.compile(r"[\w/\\+.$%*@?|: \t-]", re.ASCII)
 """What needs no quotes in Hydra's grammar."""
 _LIST = re.compile(r"""\[([^\[\]{}"']*)\]""")
 _RAISED = re.compile(r"""^\w+ raised while resolving interpolation: ["']?(.*?)["']?$""")
@@ -64,7 +64,7 @@ def _unreadable(override: str) -> str:
         return f"{override!r} cannot be read: {key!r} is no key"
     found = _LIST.fullmatch(value)
     items = re.split(r"\s*,\s*", found[1].strip()) if found else [value]
-    signs = " ".join(dict.fromkeys(_PLAIN.sub("", "".join(items))))
+    signs = " ".join(repr(sign)[1:-1] for sign in dict.fromkeys(_PLAIN.sub("", "".join(items))))
     quoted = [_quoted(item) if not found or _PLAIN.sub("", item) else item for item in items]
     told = f"{key}=[{','.join(quoted)}]" if found else f"{key}={quoted[0]}"
     return (

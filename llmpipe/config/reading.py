@@ -51,9 +51,9 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
 
 @contextmanager
 def _apart_from_others() -> Iterator[None]:
-    """Put aside what Hydra and OmegaConf know, of which there is one for all: the caller may be a Hydra program itself.
+    """Put the global state of Hydra and OmegaConf aside, because the caller may be a Hydra program itself.
 
-    That is what Hydra was initialised with, the schemas in its store, and the resolvers.
+    The state is what Hydra was initialised with, the schemas in its store, and the resolvers.
     """
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra

@@ -300,7 +300,7 @@ class RunConfig:
             number("run_timeout_s", self.run_timeout_s, 0, 1e9, "a number > 0, or null", open_low=True)
 
     def replace(self, changes: Mapping[str, Any]) -> RunConfig:
-        """Return a copy with other values, of which it is still known what came from the environment."""
+        """Return a copy with other values; it still knows which values came from the environment."""
         copy = replace(self, **changes)
         copy.references = self.references
         return copy

@@ -51,7 +51,7 @@ _CALLED = ("_target_", "()", "class", "queue", "listener")
 _STREAMS = ("sys.stdout", "sys.stderr")
 
 _OF_GROUPS = ("run", "sweep", "mode", "verbose", "launcher", "sweeper", "callbacks", *_LOGGING)
-"""What of Hydra's own configuration a group may set, besides the job's name."""
+"""Nodes of Hydra's own configuration that a group may set, besides the job's name."""
 _REFERENCE = re.compile(r"\$\{hydra[.:](runtime|job|run|sweep)\.\w+\}")
 _RUN_DIR, _JOB_NAME = "${hydra.runtime.output_dir}", "${hydra.job.name}"
 _LOG_FILE = re.compile(r"(?!\.)[\w .-]+\.log")
@@ -61,7 +61,7 @@ _TEXTS |= {"comment", "constraint", "gres", "mem_per_gpu", "mem_per_cpu"}
 """Parameters of launchers and sweepers whose text is no command, no function's name and no address."""
 
 _RUNNER = ("backend", "_target_")
-"""What no one but llmpipe calls, which looks at it when all else has been settled."""
+"""The one target that only llmpipe itself calls; it is checked when all else has been settled."""
 
 Leaf = tuple[tuple[str, ...], Any]
 

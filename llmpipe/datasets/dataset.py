@@ -39,11 +39,11 @@ class Scan:
 
     rows: int
     columns: list[str]
-    """Those that were asked about, and others; of more than `MAX_COLUMNS`, not all."""
+    """Columns of the rows; where there are more than `MAX_COLUMNS`, those that were asked about and some others."""
     contents: list[FileContent]
-    """What the rows of its files hold."""
+    """Digests of the rows, file by file."""
     earlier: list[FileContent] | None = None
-    """What as many rows held as were asked for, from the first one on, where there are so many."""
+    """The same of the first rows alone, as many as an earlier run had; None where there are fewer now."""
 
     @property
     def digest(self) -> str:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _OPEN_FILE = re.compile(r"-|/dev/(stdin|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 _spent: set[str] = set()
-"""Those that this process has read to their end."""
+"""Streams that this process has read to their end; they cannot be read again."""
 
 
 class Inputs:
@@ -45,7 +45,7 @@ class Inputs:
         return self._given or self._temporary.enter_context(temporary_directory())
 
     def copy_of(self, path: str, number: int) -> Path | None:
-        """Return the copy of what a path names; None where that is no stream.
+        """Return the copy of the stream that a path names; None where the path is not a stream.
 
         Args:
             path: As `dataset.path` has it.
@@ -63,7 +63,7 @@ class Inputs:
                 return copy if copy.is_file() else None
             raise DatasetError(f"{copy} is gone, the copy of what was read from dataset.path={path!r}")
         new = copy.with_name(f"{copy.name}.tmp")
-        self._made.append(new)  # of which nothing is left where the disk is full, or somebody has had enough
+        self._made.append(new)  # before it is written, so that it is removed after a full disk or an interrupt
         self._read(path, new)
         if not self._begun:
             self._made.append(copy)

@@ -34,7 +34,7 @@ _STRINGS = re.compile(_STRING)
 _WHOLE = re.compile(rb'(?:[^"]++|' + _STRING + rb")*+")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _FEW = 4096
-"""So many brackets and strings are looked at one by one, as most rows have fewer; then blocks are."""
+"""So many brackets and strings of a row are looked at one by one, and then whole blocks; most rows have fewer."""
 _IN_STRING = re.compile(rb'[^"\\\r\n]*+(?:\\.[^"\\\r\n]*+)*+')
 _SCALAR = re.compile(_STRING + rb'|[^][{}",: \t\r\n]*')
 _BLANKS = re.compile(rb"[ \t\r\n]*")
@@ -222,7 +222,7 @@ class _TooLarge(ValueError):
 
 
 class _Text:
-    """JSON text of any length, of which no more is held than the value at hand.
+    """JSON text of any length, read in blocks; only the current value is held in memory.
 
     Args:
         file: Where it is read from.
@@ -235,7 +235,7 @@ class _Text:
         self._held = b""
         self._at = 0
         self.line = 1
-        """Where the reader stands."""
+        """The line that the reader has come to."""
 
     def peek(self) -> int:
         """Pass over blanks and return the next byte, or `_END`."""
@@ -357,7 +357,7 @@ class _Text:
         return self._held[self._at : self._at + KEPT_BYTES]
 
     def _pass_string(self) -> None:
-        """Pass over a string, of which no more than a block is held."""
+        """Pass over a string, holding no more than a block of it."""
         line, inside = self.line, self._at + 1
         while True:
             match = _IN_STRING.match(self._held, inside)
@@ -372,7 +372,7 @@ class _Text:
             inside = self._at
 
     def _pass_scalar(self) -> None:
-        """Pass over a string, a number or a word, of which no more than a block is held."""
+        """Pass over a string, a number or a word, holding no more than a block of it."""
         if self.peek() == ord('"'):
             return self._pass_string()
         while (match := _SCALAR.match(self._held, self._at)) is not None:

@@ -94,7 +94,7 @@ def _zstd(path: Path) -> IO[bytes]:
 def _frames(file: IO[bytes], new_frame: Any) -> Iterator[bytes]:
     """Unpack Zstandard of any number of frames; zstandard's own reader takes one that is cut off for whole."""
     frame: Any = None
-    while packed := file.read(512):  # of which nobody can make more than 16 MB
+    while packed := file.read(512):  # so few that no file, however it was packed, unpacks to more than 16 MB at once
         while packed:
             frame = frame or new_frame()
             yield frame.decompress(packed)
@@ -105,7 +105,7 @@ def _frames(file: IO[bytes], new_frame: Any) -> Iterator[bytes]:
 
 
 class _Pieces(io.RawIOBase):
-    """A file of which the bytes come in pieces of any size."""
+    """A file whose bytes come in pieces of any size."""
 
     def __init__(self, pieces: Iterator[bytes], file: IO[bytes]) -> None:
         self._pieces, self._file = pieces, file

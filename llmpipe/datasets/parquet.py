@@ -58,7 +58,7 @@ def _batch_rows(file: Any) -> int:
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """A cell of which no value can be made."""
+    """A cell that cannot become a Python value."""
 
     reason: str
 
@@ -92,7 +92,7 @@ def _converted(cell: Any, convert: Callable[[Any], Any]) -> Any:
 
 
 def _converter(kind: pa.DataType) -> Callable[[Any], Any] | None:
-    """Return what makes of a value all that it means: JSON text its value, a map with text as keys an object."""
+    """Return the function that decodes an Arrow type: JSON text to its value, a map with text keys to an object."""
     import pyarrow as pa
 
     types = pa.types

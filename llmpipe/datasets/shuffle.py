@@ -14,7 +14,7 @@ import numpy as np
 from llmpipe.records import Row
 
 WINDOW_ROWS, WINDOW_BYTES = 2**16, 2**28
-"""So many rows are held at a time, or rows of about so many bytes."""
+"""Most rows, and about most bytes of rows, that are held at a time."""
 Positions = np.ndarray[Any, np.dtype[np.int64]]
 
 

@@ -26,7 +26,7 @@ class Source(NamedTuple):
     columns: dict[str, Any]
     """Columns that stand in the names of its directories, such as `lang=en`."""
     streamed: bool = False
-    """Whether it is the copy of what came through a pipe, and its name says nothing."""
+    """Whether it is the copy of a stream, whose name says nothing about its format."""
 
 
 def sources_of(path: str, copy: Path | None = None) -> list[Source]:
@@ -34,7 +34,7 @@ def sources_of(path: str, copy: Path | None = None) -> list[Source]:
 
     Args:
         path: As `dataset.path` has it.
-        copy: The copy of what it names, where that can be read only once.
+        copy: The copy to read instead, where the path names a stream.
 
     Raises:
         DatasetError: it names none.
@@ -49,7 +49,7 @@ def _found(path: str) -> list[Source]:
     file = Path(path).expanduser()
     if file.is_file():
         return [Source(file, {})]
-    if file.is_dir():
+    if path and file.is_dir():  # "" is a variable of a shell's that was not set
         return _with_columns(file, _inside(path, file))
     if is_remote(path):
         raise DatasetError(f"dataset.path={path!r} {_NOT_YET}")

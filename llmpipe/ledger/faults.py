@@ -18,7 +18,7 @@ _OF_DAMAGE = {
     sqlite3.SQLITE_NOTADB,
     sqlite3.SQLITE_SCHEMA,
 }
-"""What SQLite says of a file that is none of its own, or has other tables; all else leaves the file as it was."""
+"""Error codes for a file that is not SQLite's, is damaged, or has other tables; after all others the file is whole."""
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def faults_named(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", None)
-        # Without a code, Python itself says that text is none, or that it was misused.
+        # Without a code an OperationalError is the sqlite3 module's own: a text that cannot be decoded.
         if code is None and isinstance(error, sqlite3.OperationalError) or (code or 0) & 0xFF in _OF_DAMAGE:
             raise damaged(path, str(error)) from error
         raise LedgerError(f"cannot read or write {path}: {error}; what was committed before is safe") from error

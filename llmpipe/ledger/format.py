@@ -1,4 +1,4 @@
-"""The tables of a ledger, and what stands in their cells: each with a checksum of what it says, and of where."""
+"""The tables of a ledger and the form of their values; each value has a checksum over itself and its key."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def unpacked(row: int, sample: int, data: bytes) -> Completion:
 
 
 def checksum(data: bytes, key: bytes) -> int:
-    """Return a checksum of what stands under a key, and of the key: nothing may change its place unnoticed."""
+    """Return a checksum over a value and its key, so that a value that moves to another key is noticed."""
     return crc32(data, crc32(key))
 
 

@@ -18,11 +18,11 @@ from llmpipe.system.files import new_files, seal
 
 
 def locked(directory: Path, lock: filelock.BaseFileLock | None = None) -> filelock.BaseFileLock:
-    """Let no other process at a run directory, which is made if it is not there, until the lock is released.
+    """Lock a run directory, which is made if it is not there, against other processes.
 
     Args:
         directory: The run directory.
-        lock: The lock of it, where it is held already; then it has to be released once more.
+        lock: Its lock, where this process holds it already; each time it is acquired, it has to be released.
 
     Raises:
         LedgerError: another process has it, or the directory cannot be written.
@@ -65,7 +65,7 @@ def begun(directory: Path) -> bool:
     """Say whether a run has begun in a directory. A ledger without tables is what a killed beginning may have left.
 
     Raises:
-        LedgerError: the file that should be the ledger is none, or damaged.
+        LedgerError: the file is not a ledger, or is damaged.
     """
     path = directory / FILE
     if not os.path.lexists(path):

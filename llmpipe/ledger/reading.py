@@ -28,7 +28,7 @@ class LedgerReader:
     _db: sqlite3.Connection
 
     def __init__(self, directory: Path) -> None:
-        self.path = directory / FILE
+        self.directory, self.path = directory, directory / FILE
         self._turn = threading.RLock()
         """Held by the thread that uses the connection."""
 
@@ -48,7 +48,7 @@ class LedgerReader:
         if fingerprint is not None and known != json.loads(json.dumps(fingerprint)):
             changes = "; ".join([*differences(known, fingerprint), *([remark] if remark else [])])
             raise LedgerError(
-                f"{self.path.parent} holds a run of another configuration: {changes}. Drop the difference "
+                f"{self.directory} holds a run of another configuration: {changes}. Drop the difference "
                 f"to go on with it, or use another hydra.run.dir"
             )
 
@@ -160,7 +160,7 @@ class LedgerSnapshot(LedgerReader):
 
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
-        """Call nothing damaged that was only written to."""
+        """Say of a ledger that looks damaged because a run goes on writing to it that it is in use."""
         try:
             yield
         except LedgerError:
@@ -174,7 +174,7 @@ class LedgerSnapshot(LedgerReader):
             LedgerError: it went on, and what was read may be anything.
         """
         if self._at_rest and self._at_rest != last_change(self.path):
-            raise LedgerError(f"the run in {self.path.parent} went on while this was reading it: do it once more")
+            raise LedgerError(f"the run in {self.directory} went on while this was reading it: do it once more")
 
 
 def saved_arguments(directory: Path) -> list[str]:

@@ -20,9 +20,9 @@ from llmpipe.records import Completion
 
 COMMIT_EVERY_S = 0.5
 COMMIT_EVERY_ROWS = 2000
-"""So many wait for no half second; who adds them commits them, so that nobody adds faster than the disk can take."""
+"""So many are committed at once by whoever adds them, so that nobody adds faster than the disk can take."""
 COMMIT_AT_ONCE_BYTES = 2**16
-"""An answer of more waits for nobody, so that few of them are held."""
+"""An answer of more bytes is committed at once, so that few large ones are held."""
 _BESIDE_BYTES = 1000
 """More than what SQLite keeps beside an answer, which counts towards the largest size that it takes."""
 
@@ -160,7 +160,7 @@ class Ledger(LedgerReader):
         self.set(suspects=list(suspects.items()))
 
     def close(self) -> None:
-        """Commit nothing, close the file, let others at the directory."""
+        """Close the file and release the directory's lock; what is not committed is dropped."""
         self._closing.set()
         if self._committer is not None:
             self._committer.join()
@@ -171,7 +171,7 @@ class Ledger(LedgerReader):
         """Write all that happens inside, synced to disk, or nothing of it."""
         if _identity(self.path) != self._file:  # SQLite would go on, in a file that is elsewhere, or nowhere
             raise LedgerError(
-                f"{self.path.parent} was moved, replaced or deleted while the run went on; where it is now, it "
+                f"{self.directory} was moved, replaced or deleted while the run went on; where it is now, it "
                 f"continues with llmpipe resume DIRECTORY"
             )
         with self._turn, faults_named(self.path):

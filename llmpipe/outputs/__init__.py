@@ -2,6 +2,14 @@
 
 A row's own columns come out as they went in. To add a format: write a class like `JsonlWriter` in a file of its own and
 name it in `WRITERS`.
+
+layout.py       the columns that are added, and their values
+writing.py      the files of a run, and what writes each format
+jsonl.py        JSON Lines
+parquet.py      Parquet
+arrow_types.py  the Arrow types that hold all values of the columns
+own.py          files that are written again and again, as an export is
+reading.py      a run directory → data frames
 """
 
 from llmpipe.outputs.arrow_types import ColumnTypes

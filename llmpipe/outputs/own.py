@@ -1,7 +1,7 @@
 """Files that are written again and again under one name, as an export is: only over what llmpipe itself wrote there.
 
-Beside such a file stands a note of its digest and of what it was written for. What has no note, or is not what the note
-says, is somebody's, and is never replaced.
+Beside such a file stands a note with its digest and with what it was written for. A file without a note, or with
+another digest, is somebody's own and is never replaced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llmpipe.system.links import check_link
 
 
 def note_of(path: Path) -> Path:
-    """Return where it is noted what was written to a file."""
+    """Return the path of the note on a file."""
     return path.with_name(f".{path.name}.llmpipe")
 
 
@@ -35,7 +35,7 @@ def refuse_foreign(path: Path, of: Mapping[str, Any], force: bool = False) -> li
         force: Whether what llmpipe wrote for another purpose may be replaced too.
 
     Returns:
-        The digest of what is there, if anything is.
+        The digest of the file that stands there, in a list; an empty list where there is none.
 
     Raises:
         LLMError: it is not to be replaced; says why, and what to do.

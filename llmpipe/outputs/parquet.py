@@ -121,7 +121,7 @@ def _leaves(kind: pa.DataType) -> int:
 def _id_type(own: pa.DataType) -> pa.DataType | None:
     """Return the text type in which ids are written, those by position too; None where the column stays as it is.
 
-    Integers stay, and what is no id at all; floats, UUIDs and dates become the text that they are called by.
+    Integers, booleans and nested values stay; floats, UUIDs and dates become text, as ids are written in JSON.
     """
     import pyarrow as pa
 

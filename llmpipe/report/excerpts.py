@@ -33,7 +33,7 @@ class Text(NamedTuple):
 
     text: str
     characters: int
-    """Of the whole."""
+    """Length of the whole text."""
 
 
 class Failed(NamedTuple):
@@ -52,7 +52,7 @@ class Answer(NamedTuple):
     asked: list[tuple[Text, Text]]
     """What the model was asked, each with its role; of templated prompts, the row that they were made of."""
     turns_before: int
-    """Of the chat, left out."""
+    """How many earlier turns of the chat are left out."""
     text: Text
     reference: Text | None
     scores: dict[str, float]

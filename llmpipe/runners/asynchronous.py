@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import ClassVar, Literal, Unpack, overload
+from typing import Literal, Unpack, overload
 
 from llmpipe.records import Chunk, Completion, Request
 from llmpipe.runners.conveniences import ChatOptions, Prompt, RequestOptions, unbroken
-from llmpipe.runners.driver import Driver
 from llmpipe.runners.openai_chat import Messages, OpenAIChat, ToolChoice, answered
 from llmpipe.runners.openai_format import (
     ChatChunks,
@@ -20,7 +19,6 @@ from llmpipe.runners.openai_format import (
     StreamOptions,
     chat_completion,
 )
-from llmpipe.runners.turns import Holder, Stream
 from llmpipe.stopwatch import Stopwatch
 
 
@@ -33,7 +31,7 @@ class AsyncConveniences(OpenAIChat):
     stream of another kind open is refused, because it could only wait for itself.
     """
 
-    joinable: ClassVar[bool]
+    joinable: bool
 
     @abstractmethod
     def cancel(self, request_id: int) -> None:
@@ -146,7 +144,3 @@ class AsyncConveniences(OpenAIChat):
                 yield replace(chunk, request_id=request.id)
         finally:
             self._stepper.leave(self, call)
-
-    def open_stream(self, requests: Iterator[Request | None], driver: Driver, place: Holder) -> Stream[Chunk]:
-        """Open a stream for the stepper; see `Source`."""
-        return self._exclusively(self.stream(requests), driver, place)  # type: ignore[arg-type]  # None if `joinable`

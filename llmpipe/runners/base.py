@@ -25,7 +25,7 @@ from llmpipe.runners.chat import ChatTemplate
 from llmpipe.runners.decoding import StopStrings
 from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.facts import Facts
-from llmpipe.runners.turns import Stream
+from llmpipe.runners.turns import Holder, Stream
 from llmpipe.stopwatch import Stopwatch, complete
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class BaseLLMRunner(AsyncConveniences):
 
     ticks: ClassVar[bool] = False
     """Whether `stream` calls `tick` by itself, at each of its steps; otherwise that is done after each chunk."""
-    joinable: ClassVar[bool] = False
+    joinable: bool = False
     """Whether requests may join a running `stream`: it takes None among them for "none just now", and asks again."""
     honours: ClassVar[frozenset[str]] = frozenset({"temperature", "max_tokens", "stop", "n"})
     """The sampling options that it honours, by default those that reach `_run_streaming`; see `check_sampling`."""
@@ -196,6 +196,7 @@ class BaseLLMRunner(AsyncConveniences):
 
         Raises:
             LLMInferenceError: this backend has no tokens.
+            ValueError: an id is none of the model's.
         """
         raise LLMInferenceError(f"{type(self).__name__} has no tokens that could be told")
 
@@ -220,13 +221,21 @@ class BaseLLMRunner(AsyncConveniences):
         """
         return self._exclusively(complete(self._ticking, requests, self.tick, stopwatch), driver)
 
-    def driven(self, requests: Iterable[Request], driver: Driver = NOBODY) -> Stream[Chunk]:
-        """Yield the chunks of `stream` while holding the runner, which `driver` drives, as in `completions`."""
-        return self._exclusively(self._ticking(requests), driver)
+    def driven(
+        self, requests: Iterable[Request | None], driver: Driver = NOBODY, place: Holder | None = None
+    ) -> Stream[Chunk]:
+        """Yield the chunks of `stream` while holding the runner, which `driver` drives, as in `completions`.
 
-    def _ticking(self, requests: Iterable[Request]) -> Iterator[Chunk]:
-        """Stream, with a tick after each chunk where the backend does not see to its ticks itself."""
-        chunks = self.stream(requests)
+        Args:
+            requests: What to answer; None among them, if it is `joinable`, where there is none just now.
+            driver: As in `completions`.
+            place: One among those who wait for the runner, taken before.
+        """
+        return self._exclusively(self._ticking(requests), driver, place)
+
+    def _ticking(self, requests: Iterable[Request | None]) -> Iterator[Chunk]:
+        """Stream, once it has its turn, with a tick after each chunk where the backend does not see to that itself."""
+        chunks = self.stream(requests)  # type: ignore[arg-type]  # there is None only if it is joinable
         try:
             for chunk in chunks:
                 yield chunk

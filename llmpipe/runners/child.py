@@ -1,8 +1,8 @@
 """A process for a runner, as its parent sees it: started, talked to, ended, and asked how it died.
 
 Messages are pairs of a kind and a content, pickled, over a socket. The parent sends `stream`, then `requests` for each
-`pull` of the child, and gets `chunks`, many to a message, until `ended` or `failed`. What answers them in the child is
-in service.py.
+`pull` of the child (None where there are none just now, and later what there is), and gets `chunks`, many to a message,
+until `ended` or `failed`. What answers them in the child is in service.py.
 
 This guards against accidents. The child has the parent's rights, so it is no sandbox for hostile code.
 """
@@ -109,12 +109,20 @@ class Child:
         Raises:
             ChildDied: nobody is there to read it.
         """
-        data = pickle.dumps((kind, content), pickle.HIGHEST_PROTOCOL)
         try:
-            with self._sending:
-                self._connection.send_bytes(data)
+            self._send(kind, content)
         except OSError as error:
             raise self._death() from error
+
+    def mention(self, kind: str, content: Any = None) -> None:
+        """Send a message, from any thread, if somebody is there to read it."""
+        with suppress(OSError):  # whoever waits for an answer will find out
+            self._send(kind, content)
+
+    def _send(self, kind: str, content: Any) -> None:
+        data = pickle.dumps((kind, content), pickle.HIGHEST_PROTOCOL)
+        with self._sending:
+            self._connection.send_bytes(data)
 
     def receive(self, timeout_s: float) -> Message | None:
         """Return the next message; None where there is none in time, or one for the log, which has it then.

@@ -28,8 +28,8 @@ class ControlTexts:
 
     Args:
         ids: The tokens, by their texts.
-        left: Texts of those that take the white space on their left.
-        right: Texts of those that take the white space on their right.
+        left: Texts of the tokens that strip the white space on their left.
+        right: Texts of the tokens that strip the white space on their right.
     """
 
     def __init__(self, ids: Mapping[str, int], left: Collection[str] = (), right: Collection[str] = ()) -> None:
@@ -59,9 +59,9 @@ class ControlTexts:
     def pieces(self, text: str, mark: str) -> Iterator[Piece]:
         """Split a rendered chat: what is between two control tokens, and has marks, stands by itself."""
         start = 0
-        """Of what goes to the tokenizer as it is."""
+        """Where the next piece without marks begins."""
         words = 0
-        """Start of what has followed the last control token."""
+        """Where the text after the last control token begins."""
         strips = False
         own = re.compile(rf"(?:{self._any})(?!{mark}|{re.escape(_escaped(mark))})")
         for token in [*own.finditer(text), None]:
@@ -84,7 +84,7 @@ class ControlTexts:
 
     @cached_property
     def _spelt(self) -> re.Pattern[str]:
-        """The first characters of control tokens, and of what may become one with the text that follows."""
+        """The first characters of control tokens, and of endings that the next text may complete to one."""
         begun = {text[:size] for text in self.ids for size in range(1, len(text))}
         return re.compile(rf"(?={self._any}|(?:{_any_of(begun)})\Z)(?s:.)")
 
@@ -116,7 +116,7 @@ def _escaped(mark: str) -> str:
 
 
 def _any_of(texts: Collection[str]) -> str:
-    """Return a pattern of the longest of the texts that is there, or of nothing where there is none to look for."""
+    """Return a pattern that matches the longest of some texts; without texts, one that never matches."""
     return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
 
 

@@ -13,7 +13,9 @@ from llmpipe.exceptions import LLMConfigError, LLMInferenceError
 from llmpipe.records import Chunk, Completion, Request, failed
 from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.lifecycle import Lifecycle
+from llmpipe.runners.turns import Holder, Stream
 from llmpipe.seeds import derive_seed
+from llmpipe.stopwatch import Stopwatch
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A plain prompt, or the messages of a chat."""
@@ -45,11 +47,15 @@ class Conveniences(Lifecycle):
         """See `BaseLLMRunner`."""
 
     @abstractmethod
-    def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
+    def driven(
+        self, requests: Iterable[Request | None], driver: Driver = NOBODY, place: Holder | None = None
+    ) -> Stream[Chunk]:
         """See `BaseLLMRunner`."""
 
     @abstractmethod
-    def completions(self, requests: Iterable[Request], driver: Driver = NOBODY) -> Iterator[Completion]:
+    def completions(
+        self, requests: Iterable[Request], driver: Driver = NOBODY, stopwatch: Stopwatch | None = None
+    ) -> Iterator[Completion]:
         """See `BaseLLMRunner`."""
 
     def request(
@@ -202,8 +208,13 @@ class Conveniences(Lifecycle):
         return (chunk.text for chunk in self._raising(request) if chunk.text)
 
     def _raising(self, request: Request) -> Iterator[Chunk]:
-        """Stream one request; an error chunk raises."""
-        return map(unbroken, self._exclusively(self.stream([request])))
+        """Stream one request, of which every sample comes to its end; an error chunk raises."""
+        stopwatch = Stopwatch()
+        for chunk in self.driven(stopwatch.watch([request])):
+            stopwatch.add(chunk)
+            yield unbroken(chunk)
+        for completion in stopwatch.abandoned():
+            raise LLMInferenceError(completion.error)
 
 
 def unbroken(chunk: Chunk) -> Chunk:

@@ -30,7 +30,7 @@ TEMPLATES = "additional_chat_templates"
 
 
 class State(NamedTuple):
-    """What the system says of a name: of the link that it may be, and of what is there."""
+    """What the file system says of a path: of the link, where it is one, and of the file there."""
 
     place: tuple[int, ...]
     """Which link leads to which file."""
@@ -187,7 +187,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _states(path: Path) -> dict[Path, State]:
-    """Look at all that is read, and at the directory that it is in.
+    """Return the states of all files of a model that are read, and of their directory.
 
     Raises:
         OSError: something is not there any more.

@@ -1,7 +1,7 @@
-"""What whoever drives a stream has to do with it meanwhile, as one object that goes in with the requests.
+"""The caller's side of a stream: what is to be called while it goes on. It goes in with the requests.
 
-A backend may know nothing of this. One that computes or waits for long without a chunk calls `self.tick()`, and that
-is all there is to it; the rest is for a runner whose model is in a process of its own.
+A backend need not know it. One that computes or waits for long without a chunk calls `self.tick()`; all else is for a
+runner whose model is in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Driver:
     """Whoever drives a stream; by default somebody who only takes what comes."""
 
     tick: Tick = no_tick
-    """Called at each step: commits what is due, looks at the clock and at signals. What it raises ends the stream."""
+    """Called at each step: looks at the clock, at signals and for commits that failed; may raise to end the stream."""
     suspects: Mapping[int, int] = field(default_factory=dict)
     """How often each request was run alone that was in a process when that died, by its id; as noted earlier."""
     note_suspects: Callable[[dict[int, int]], None] = lambda suspects: None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import SupportsIndex
+
 from llmpipe.config import SamplingConfig
 
 
@@ -15,6 +18,18 @@ def check_tokens(sampling: SamplingConfig, n_vocab: int) -> None:
         for token in getattr(sampling, name):
             if not 0 <= token < n_vocab:
                 raise ValueError(f"{name} names token {token}; the model has tokens 0 to {n_vocab - 1}")
+
+
+def known_tokens(ids: Sequence[int], n_vocab: int) -> list[int]:
+    """Return token ids as a list.
+
+    Raises:
+        ValueError: one of them is none of the model's.
+    """
+    for token in ids:
+        if not (isinstance(token, SupportsIndex) and 0 <= token.__index__() < n_vocab):
+            raise ValueError(f"{token!r} is not a token; the model has tokens 0 to {n_vocab - 1}")
+    return [token.__index__() for token in ids]
 
 
 def fit_prompt(tokens: list[int], context: int, truncate: bool) -> tuple[list[int], int]:

@@ -11,7 +11,6 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from llmpipe.chats import ChatInput
@@ -23,6 +22,7 @@ from llmpipe.runners.child import Child, error_of
 from llmpipe.runners.deaths import ChildDied, ChildHung, ChildKilled
 from llmpipe.runners.facts import Facts
 from llmpipe.runners.triage import NO_ROW, Cohort, Losses, Triage
+from llmpipe.stopwatch import Tick, no_tick
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class IsolatedRunner(BaseLLMRunner):
         self._status: dict[str, Any] = {}
         self._restarts = 0
         self.crashes = 0
-        """How often the child died of what ran in it."""
+        """How often the child died by a fault of what ran in it, rather than by a kill from outside."""
         self._losses = Losses()
         super().__init__(config, device, sampling, weights)
 
@@ -88,6 +88,7 @@ class IsolatedRunner(BaseLLMRunner):
                 while (message := self._child.receive(TICK_S)) is None:  # loading takes what it takes
                     self.tick()
                 self._status = self._content(message)
+                self.joinable = self._status["joinable"]
                 return
             except ChildDied as death:
                 if not (self.is_loaded or isinstance(death, ChildKilled)):  # what was there before can be there again
@@ -135,7 +136,7 @@ class IsolatedRunner(BaseLLMRunner):
 
     # --- generating -----------------------------------------------------------------------------------------------
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
+    def stream(self, requests: Iterable[Request | None]) -> Iterator[Chunk]:
         """Answer `requests`; see `BaseLLMRunner.stream`. A row that is run again says so, see `Chunk.restarts`."""
         self._check_loaded()
         self._losses.forget()
@@ -168,11 +169,19 @@ class IsolatedRunner(BaseLLMRunner):
         Raises:
             ChildDied: the child crashed, or hung and was killed.
         """
-        ended = False
+        ended, asked = False, 0
+
+        def hand_on() -> None:
+            """Give the child the rows that it has asked for, once there are any."""
+            nonlocal asked
+            if asked and (rows := cohort.pull(asked)) is not None:
+                child.send("requests", rows)
+                asked = 0
+
         try:
             child.send("stream", self.now)
             while not ended:
-                kind, content = message = self._receive(child)
+                kind, content = message = self._receive(child, hand_on)
                 if kind == "chunks":
                     for values in content:
                         chunk = Chunk(*values)
@@ -181,7 +190,10 @@ class IsolatedRunner(BaseLLMRunner):
                             self._losses.forget()
                         yield chunk
                 elif kind == "pull":
-                    child.send("requests", cohort.pull(content))
+                    asked = content
+                    hand_on()
+                    if asked:
+                        child.send("requests", None)
                 else:
                     ended = True
                     self._status = self._content(message)
@@ -192,16 +204,18 @@ class IsolatedRunner(BaseLLMRunner):
             if not ended:
                 _leave(child)
 
-    def _receive(self, child: Child) -> tuple[str, Any]:
-        """Return the child's next message.
+    def _receive(self, child: Child, meanwhile: Tick = no_tick) -> tuple[str, Any]:
+        """Return the child's next message, and do something `meanwhile`, now and then.
 
         Raises:
             ChildDied: it crashed, or said nothing for too long.
         """
         limit, since = self.config.row_timeout_s, time.monotonic()
         self.tick()
+        meanwhile()
         while (message := child.receive(TICK_S)) is None:
             self.tick()
+            meanwhile()
             if limit is not None and time.monotonic() - since > limit:
                 child.kill()
                 raise ChildHung(f"hung the backend for {limit:g} s")
@@ -209,9 +223,9 @@ class IsolatedRunner(BaseLLMRunner):
 
     def cancel(self, request_id: int) -> None:
         """Give up a request of the running stream, where the runner inside can; see `BaseLLMRunner.cancel`."""
-        if self._child is not None:
-            with suppress(ChildDied):  # the stream will find out
-                self._child.send("cancel", request_id)
+        child = self._child  # which the thread of the stream may just replace
+        if child is not None:
+            child.mention("cancel", request_id)
 
     # --- what the child says of itself ----------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
@@ -64,8 +65,10 @@ class Lifecycle(ABC):
         self.load_s = 0.0
         self.is_loaded = False
         self._turns = Turns()
-        self._stepper = Stepper(self._turns)
+        self._own_stepper = Stepper(self._turns)
         self._driver = NOBODY
+        self._resident = threading.RLock()
+        """Held by whoever reads a model without having a turn, and while it is released."""
         self.now = datetime.now().astimezone()
         """The time that chat templates are told; of a run, its start, so that it has the same prompts when resumed."""
         self.renderer = ChatRenderer()
@@ -143,10 +146,11 @@ class Lifecycle(ABC):
         self.close()
 
     def _unload(self) -> None:
-        if self.is_loaded or self.preview is not None:
-            self.is_loaded, self.preview = False, None
-            self._release_model()
-            memory.give_back()
+        with self._resident:
+            if self.is_loaded or self.preview is not None:
+                self.is_loaded, self.preview = False, None
+                self._release_model()
+                memory.give_back()
 
     def _load(self, weights: bool = True) -> None:
         started = time.perf_counter()
@@ -164,6 +168,13 @@ class Lifecycle(ABC):
             raise LLMInitializationError(message) from error
         self.load_s = time.perf_counter() - started
         self.is_loaded = weights
+
+    @property
+    def _stepper(self) -> Stepper:
+        """Answers what is asked asynchronously; a new one in a forked process, where no thread came along."""
+        if self._own_stepper.is_elsewhere:
+            self._own_stepper = Stepper(self._turns)
+        return self._own_stepper
 
     def _check_loaded(self) -> None:
         if not self.is_loaded:

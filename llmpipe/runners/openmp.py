@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
-"""By which OpenMP is told how to wait, when it is loaded."""
+"""Environment variables that tell OpenMP, when it is loaded, how its threads wait."""
 BRIEFLY = {"GOMP_SPINCOUNT": "120000", "KMP_BLOCKTIME": "5"}
 """Some five milliseconds awake, for GNU's OpenMP and for LLVM's, whose own defaults are about 10 and 200.
 
@@ -20,7 +20,7 @@ Less costs speed where nobody else wants the processors: what one thread does al
 """
 
 _leave: threading.Event | None = None
-"""Ends the thread that makes GNU's OpenMP have too many; None where there is none."""
+"""Ends the thread that makes GNU's OpenMP count more threads than processors; None while there is no such thread."""
 
 
 def wait_briefly() -> None:
@@ -55,7 +55,8 @@ def sleep_at_once(wanted: bool, threads: int) -> bool:
 
 def _crowd(libraries: list[ctypes.CDLL], threads: int, leave: threading.Event) -> None:
     for library in libraries:
-        nothing = ctypes.cast(library.omp_get_level, ctypes.c_void_p)  # any function will do for them to run
+        # The threads run a function without effect: that there are so many of them is all that is wanted.
+        nothing = ctypes.cast(library.omp_get_level, ctypes.c_void_p)
         missing = max(0, library.omp_get_num_procs() - threads) + 1
         library.GOMP_parallel(nothing, None, 1 + missing, 0)
     leave.wait()
@@ -63,8 +64,9 @@ def _crowd(libraries: list[ctypes.CDLL], threads: int, leave: threading.Event) -
 
 def _gnu_libraries() -> list[ctypes.CDLL]:
     """Return GNU's OpenMP as it is loaded here: packages may bring one each."""
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text(errors="surrogateescape").splitlines() if maps.exists() else []
+    lines: list[str] = []
+    with suppress(OSError):  # there is none but on Linux, and where processes may look at themselves
+        lines = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
     found = []
     for path in sorted({"/" + line.partition("/")[2] for line in lines if "/libgomp" in line}):
         with suppress(OSError):  # it is there no longer

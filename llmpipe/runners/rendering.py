@@ -1,4 +1,4 @@
-"""A chat as one model's template can take it, and what is worth saying of that, once.
+"""A chat → the form that one model's template can take, with each change to the chat mentioned once.
 
 The template itself, and how it is kept in bounds, are chat.py.
 """

@@ -43,7 +43,7 @@ _values = attrgetter(*(f.name for f in fields(Chunk)))
 
 
 class Abandoned(BaseException):
-    """The parent wants no more of a stream. No `Exception`, because a backend may go on after any of those."""
+    """The parent has given up a stream. No `Exception`, because a backend may catch every `Exception` and go on."""
 
 
 def serve(handle: int, parent: int) -> None:
@@ -64,14 +64,16 @@ class Service:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._blocks: queue.SimpleQueue[list[Request]] = queue.SimpleQueue()
+        self._blocks: queue.SimpleQueue[list[Request] | None] = queue.SimpleQueue()
+        self._unanswered = 0
+        """How many samples the runner has in flight."""
         self._outbox = Outbox(connection)
         self._abandoned = False
         self._runner: BaseLLMRunner | None = None
         threading.Thread(target=self._read, name="llmpipe-read", daemon=True).start()
 
     def run(self) -> None:
-        """Do what is asked for; ends with the process."""
+        """Answer the parent's messages, one after another, until the process ends."""
         while True:
             kind, content = self._inbox.get()
             answer: Callable[[Any], Message] = getattr(self, f"_{kind}")
@@ -82,7 +84,7 @@ class Service:
                 self._outbox.send("failed", named(error))
 
     def _read(self) -> None:
-        """Take messages as they come, whatever the runner is doing."""
+        """Receive messages in a thread of their own, so that they arrive while the runner computes."""
         while True:
             try:
                 kind, content = pickle.loads(self._connection.recv_bytes())
@@ -117,10 +119,11 @@ class Service:
     def _stream(self, now: datetime) -> Message:
         assert self._runner is not None
         self._runner.now = now
-        self._abandoned, self._blocks = False, queue.SimpleQueue()
+        self._abandoned, self._blocks, self._unanswered = False, queue.SimpleQueue(), 0
         driver = Driver(self._tick)
         with suppress(Abandoned), closing(self._runner.driven(self._requests(), driver)) as chunks:
             for chunk in chunks:
+                self._unanswered -= chunk.finish_reason is not None
                 self._outbox.add(_values(chunk))
         return "ended", self._status()
 
@@ -128,15 +131,21 @@ class Service:
         if self._abandoned:
             raise Abandoned
 
-    def _requests(self) -> Iterator[Request]:
+    def _requests(self) -> Iterator[Request | None]:
         """Pull from the parent: one at first, then ever more at a time."""
         count = 1
         while True:
             self._outbox.send("pull", count)
             block = self._blocks.get()
+            while block is None:  # the parent has none just now
+                yield None
+                with suppress(queue.Empty):
+                    block = self._blocks.get(block=not self._unanswered)
             if not block or self._abandoned:
                 return
-            yield from block
+            for request in block:
+                self._unanswered += len(request.samples)
+                yield request
             count = min(2 * count, MOST_HANDED)
 
     def _render(self, chat: ChatInput) -> Message:
@@ -157,6 +166,7 @@ class Service:
             "info": self._runner.info() if self._runner.is_loaded else {},
             "facts": self._runner.facts(),
             "chat_template": self._runner.chat_template,
+            "joinable": self._runner.joinable,
             "device_memory_mb": self._runner._device_memory_mb(),
             "load_s": self._runner.load_s,
             "peak_rss_mb": _peak_rss_bytes() / 1e6,

@@ -10,12 +10,13 @@ Knows nothing of event loops: a call says by which function its chunks are hande
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from llmpipe.exceptions import LLMInferenceError
 from llmpipe.records import Chunk, Request
@@ -30,10 +31,10 @@ NO_ANSWER = "the runner ended without an answer"
 class Source(Protocol):
     """What of a runner the stepper needs."""
 
-    joinable: ClassVar[bool]
+    joinable: bool
     """Whether `None` may be among the requests, for "none just now"."""
 
-    def open_stream(self, requests: Iterator[Request | None], driver: Driver, place: Holder) -> Stream[Chunk]:
+    def driven(self, requests: Iterator[Request | None], driver: Driver, place: Holder) -> Stream[Chunk]:
         """Open a stream that has its turn when `place` has, and is driven by `driver`, also while it waits."""
 
     def cancel(self, request_id: int) -> None:
@@ -41,7 +42,7 @@ class Source(Protocol):
 
 
 class NobodyWaits(BaseException):
-    """All that is computed is for nobody. No `Exception`, because a backend may go on after any of those."""
+    """Nobody waits for an answer any more. No `Exception`, because a backend may catch every `Exception` and go on."""
 
 
 class Call:
@@ -51,8 +52,19 @@ class Call:
         self.request = request
         self.give = give
         self.samples = set(request.samples)
-        """Those that have no end yet."""
-        self.is_left = False
+        """Samples that have not ended."""
+        self._left = False
+        self._thread = threading.current_thread()
+
+    def leave(self) -> None:
+        """Wait no longer."""
+        self._left = True
+
+    @property
+    def is_left(self) -> bool:
+        """Whether nobody waits: he left, or his thread ends with the program, whose main thread has ended."""
+        main = threading.main_thread()
+        return self._left or ((self._thread is main or self._thread.daemon) and not main.is_alive())
 
 
 class Stepper:
@@ -64,40 +76,51 @@ class Stepper:
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
+        self._process = os.getpid()
         self._ids = itertools.count()
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._waiting: deque[Call] = deque()
         self._open: dict[int, Call] = {}
-        """Those that the stream has pulled, by id."""
+        """Calls whose requests the stream has pulled, by id."""
         self._place: Holder | None = None
-        """The next stream's in the queue, where one is needed for those who wait."""
+        """The next stream's place in the queue; None where the waiting calls need no next stream."""
         self._joins = False
-        """Whether those who wait are sure to be pulled by the stream there is."""
+        """Whether the current stream is sure to pull the waiting calls."""
         self._has_turn = False
         self._driver = Driver(self._tick)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether this is a copy of one in the process that this one was forked from."""
+        return self._process != os.getpid()
 
     def submit(self, source: Source, request: Request, give: Give) -> Call:
         """Have a request answered.
 
         Raises:
-            LLMInferenceError: the calling thread has a stream open, so that it would wait for itself.
+            LLMInferenceError: the calling thread has a stream open, so that it would wait for itself; or there is no
+                thread to be had.
         """
         if self._turns.is_mine:
             raise LLMInferenceError(BUSY)
         call = Call(replace(request, id=next(self._ids)), give)
         with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                thread = threading.Thread(target=self._run, args=(source,), name="llmpipe-step")
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    raise LLMInferenceError(f"no thread could be started for this request: {error}") from error
+                self._thread = thread  # which waits for the lock
             self._waiting.append(call)
             self._take_place()
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, args=(source,), name="llmpipe-step")
-                self._thread.start()
         return call
 
     def leave(self, source: Source, call: Call) -> None:
         """Give a call up: nobody waits for it any more. Does nothing where it has ended."""
         with self._lock:
-            call.is_left = True
+            call.leave()
             with suppress(ValueError):
                 self._waiting.remove(call)
             is_open = call.request.id in self._open
@@ -109,10 +132,11 @@ class Stepper:
         with self._lock:
             for call in (*self._open.values(), *self._waiting):
                 self._give(call, error)
-                call.is_left = True
+                call.leave()
             self._waiting.clear()
 
     def _take_place(self) -> None:
+        self._waiting = deque(call for call in self._waiting if not call.is_left)
         if self._waiting and self._place is None and not self._joins:
             self._place = self._turns.queue()
 
@@ -128,16 +152,16 @@ class Stepper:
                     return
                 self._joins, self._has_turn = True, False
             try:
-                with closing(source.open_stream(self._requests(source.joinable), self._driver, place)) as chunks:
+                with closing(source.driven(self._requests(source.joinable), self._driver, place)) as chunks:
                     for chunk in chunks:
                         self._take(source, chunk)
-                        self._tick()
                 for call in self._open.values():
                     self._give(call, LLMInferenceError(NO_ANSWER))
             except NobodyWaits:
                 pass
-            except Exception as error:  # of the whole runner, so that those who wait would fare no better
-                self.end(error)
+            except BaseException as error:  # of the whole runner, so that those who wait would fare no better
+                # What is no Exception, such as a panic of native code, would end the event loops of those who wait.
+                self.end(error if isinstance(error, Exception) else LLMInferenceError(f"the backend raised {error!r}"))
             finally:
                 self._turns.leave(place)
                 with self._lock:
@@ -167,7 +191,7 @@ class Stepper:
 
     def _take(self, source: Source, chunk: Chunk) -> None:
         call = self._open.get(chunk.request_id)
-        if call is None:
+        if call is None or chunk.sample not in call.samples:
             return
         if chunk.finish_reason is not None:
             call.samples.discard(chunk.sample)
@@ -184,13 +208,11 @@ class Stepper:
             try:
                 call.give(what)
             except RuntimeError:  # its event loop is closed
-                call.is_left = True
+                call.leave()
 
     def _tick(self) -> None:
         """End a stream, or the wait for its turn, that is for nobody."""
-        if self._has_turn:
-            in_vain = bool(self._open) and all(call.is_left for call in self._open.values())
-        else:
-            in_vain = not self._waiting
-        if in_vain:
+        with self._lock:
+            in_vain = all(call.is_left for call in (self._open.values() if self._has_turn else self._waiting))
+        if in_vain and (self._open or not self._has_turn):
             raise NobodyWaits

@@ -1,8 +1,8 @@
 """CPU threads: how many compute beside whatever else the machine does.
 
 A step is hundreds of small computations, at the end of each of which all threads wait for the last. Where another
-process keeps one of them from running, the others wait for it hundreds of times: they had better sleep meanwhile, which
-leaves it their processors, or, where they cannot be told so, be fewer.
+process keeps one of them from running, the others wait for it hundreds of times: they had better sleep meanwhile, so
+that it has their processors. Threads that cannot be told to sleep are made fewer instead.
 """
 
 from __future__ import annotations

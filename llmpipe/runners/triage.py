@@ -67,20 +67,24 @@ class Cohort:
         alone: The row, where it is a suspect that is run by itself.
     """
 
-    def __init__(self, rows: Iterator[Request], alone: Request | None = None) -> None:
+    def __init__(self, rows: Iterator[Request | None], alone: Request | None = None) -> None:
         self.rows = rows
         self.alone = alone
         self._open: dict[int, tuple[Request, set[int]]] = {}
-        """The requests that it holds, and which of their samples have no answer."""
+        """The requests that the child holds, and which of their samples have no answer."""
         self._begun: set[tuple[int, int]] = set()
-        """Those of the samples of which text is out."""
+        """Samples that have yielded text and have not ended."""
         self.answered: list[int] = []
         """Ids of the requests that are done."""
 
-    def pull(self, count: int) -> list[Request]:
-        """Return the next rows, at most so many, which the child holds then."""
-        pulled = list(islice(self.rows, count))
-        self._open.update({request.id: (request, set(request.samples)) for request in pulled})
+    def pull(self, count: int) -> list[Request] | None:
+        """Return the next rows, at most so many, which the child holds then; None where there are none just now."""
+        pulled: list[Request] = []
+        for request in islice(self.rows, count):
+            if request is None:
+                return pulled or None
+            self._open[request.id] = request, set(request.samples)
+            pulled.append(request)
         return pulled
 
     def take(self, chunk: Chunk) -> None:
@@ -111,7 +115,7 @@ class Triage:
     """Divides the rows of one stream into cohorts, and judges them when their child dies.
 
     Args:
-        requests: The rows.
+        requests: The rows; None among them where there are none just now.
         suspects: How often each suspect of an earlier run was run alone, by its id.
         note: Makes the suspects durable.
         losses: Told of deaths that no row is to blame for.
@@ -119,7 +123,7 @@ class Triage:
 
     def __init__(
         self,
-        requests: Iterable[Request],
+        requests: Iterable[Request | None],
         suspects: Mapping[int, int],
         note: Callable[[dict[int, int]], None],
         losses: Losses,
@@ -135,10 +139,10 @@ class Triage:
         self._last: deque[list[Request]] = deque()
         """Suspects to be run, each alone, when all others are done."""
 
-    def _unsuspected(self, requests: Iterable[Request]) -> Iterator[Request]:
+    def _unsuspected(self, requests: Iterable[Request | None]) -> Iterator[Request | None]:
         """Yield `requests`, but put suspects of an earlier run off."""
         for request in requests:
-            if request.id in self._suspects:
+            if request is not None and request.id in self._suspects:
                 self._last.append([request])
             else:
                 yield request
@@ -154,7 +158,7 @@ class Triage:
         return Cohort(iter(group), alone=group[0] if len(group) == 1 else None)
 
     def given_up(self, cohort: Cohort) -> list[Chunk]:
-        """Return what ends a row that may not be run alone once more; nothing where the cohort is to be run."""
+        """Return the chunks that end a row which was run alone too often; none where the cohort may run."""
         row = cohort.alone
         if row is None or self._suspects[row.id] < ALONE_ATTEMPTS:
             return []
@@ -165,7 +169,7 @@ class Triage:
         self._count(cohort, 1)
 
     def withdraw(self, cohort: Cohort) -> None:
-        """Take back what `begin` has noted: the run of the cohort was ended by what no row has to do with."""
+        """Take back what `begin` has noted, because no row is to blame for the end of this cohort's run."""
         self._count(cohort, -1)
 
     def _count(self, cohort: Cohort, by: int) -> None:
@@ -183,7 +187,7 @@ class Triage:
             self._suspects.pop(answered, None)
 
     def blame(self, cohort: Cohort, death: ChildDied) -> list[Chunk]:
-        """Decide what becomes of a cohort's rows after their child's death; return what ends those that are given up.
+        """Decide which rows of a cohort run again after their child died; return the chunks that end the others.
 
         Raises:
             LLMInferenceError: the child was lost too often, with no row to blame.
@@ -205,7 +209,7 @@ class Triage:
             return []
         size = max(isqrt(len(held)), 1)  # few restarts, and neighbours still share the model
         groups = [held[i : i + size] for i in range(0, len(held), size)]
-        if cohort.rows is not self._source and (left := list(cohort.rows)):
+        if cohort.rows is not self._source and (left := [row for row in cohort.rows if row is not None]):
             groups.append(left)
         self._apart.extendleft(reversed(groups))
         return []

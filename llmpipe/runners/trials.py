@@ -32,7 +32,7 @@ TALKERS = ("llmpipe.runners", "llmpipe.llama_cpp")
 
 
 class Trial:
-    """One set of files, in circumstances that decide what comes of them.
+    """One set of files, under the circumstances (versions, options) that decide whether they load.
 
     Args:
         files: All that is read.
@@ -51,7 +51,7 @@ class Trial:
         try:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         except RuntimeError:  # an unknown user, who has no home
-            cache = Path(os.devnull)  # in which nothing can be
+            cache = Path(os.devnull)  # no file can be made below it, so nothing is remembered
         self._memory = cache / "llmpipe" / "loaded" / digest[:32]
 
     @property
@@ -60,14 +60,14 @@ class Trial:
         return os.name == "posix" and any(file.parent != BUNDLED_DIR for file in self.files)
 
     def recall(self) -> str | None:
-        """Return what came of it; None where it was not tried, or failed."""
+        """Return the outcome of the trial; None where it was never made, or failed."""
         try:
             return self._memory.read_text(encoding="ascii")
         except (OSError, ValueError):
             return None
 
     def remember(self, outcome: str) -> None:
-        """Keep what came of it."""
+        """Keep the outcome of a trial that succeeded."""
         with suppress(OSError):  # then it is tried again
             self._memory.parent.mkdir(parents=True, exist_ok=True)
             self._memory.write_text(outcome, encoding="ascii")
@@ -75,7 +75,7 @@ class Trial:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep what a trial says to those who ask for details: its sizes and restarts are not those of a run."""
+    """Show log lines of a trial only where details are asked for: its sizes and restarts are not those of a run."""
     loggers = [logging.getLogger(name) for name in TALKERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

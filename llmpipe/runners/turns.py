@@ -39,7 +39,10 @@ GOES_NOT_ON = "a stream cannot go on in a process that was forked off meanwhile:
 
 
 class Thread:
-    """Stands for a thread for as long as that lives."""
+    """Stands for a thread for as long as that lives; for the main one, as long as the program does."""
+
+    def __init__(self) -> None:
+        self.is_main = threading.get_ident() == threading.main_thread().ident
 
 
 _here = threading.local()
@@ -90,7 +93,7 @@ class Stream(Iterator[T]):
             return next(self._items)
 
     def close(self) -> None:
-        """End it."""
+        """End the stream, after the item that is being made."""
         with self._step:
             self._items.close()
 
@@ -104,7 +107,7 @@ class Stream(Iterator[T]):
         if not self._step.acquire(blocking=False):
             return False
         try:
-            if self.at_work:  # it is its own source, or the like, that asks
+            if self.at_work:  # asked from inside itself, for instance by the iterator that it pulls requests from
                 return False
             self._ended = why
             self._items.close()
@@ -114,7 +117,7 @@ class Stream(Iterator[T]):
 
 
 class Holder:
-    """Who has a turn or waits for one: a stream, or a call where there is none."""
+    """One that has a turn or waits for it: a stream, or, where no stream is set, a call."""
 
     def __init__(self) -> None:
         self._stream: weakref.ref[Stream[Any]] | None = None
@@ -143,7 +146,8 @@ class Holder:
     @property
     def is_gone(self) -> bool:
         """Whether its thread has ended."""
-        return self._thread() is None
+        thread = self._thread()
+        return thread is None or (thread.is_main and not threading.main_thread().is_alive())
 
     @property
     def is_here(self) -> bool:

@@ -86,14 +86,19 @@ def _download_gguf(model: str) -> Path:
         raise MissingDependencyError("huggingface_hub", "transformers", f"the hub model {model}") from error
     repo, _, pattern = model.partition(":")
     try:
-        there = os.listdir(snapshot_download(repo, local_files_only=True))
+        cache = Path(snapshot_download(repo, local_files_only=True))
+        there = [file.relative_to(cache).as_posix() for file in sorted(cache.rglob("*.gguf"))]
     except LocalEntryNotFoundError:
         there = []
-    online = hub.is_needed(model, cached=any(name.endswith(".gguf") for name in there))
+
+    def wanted(files: list[str]) -> list[str]:
+        named = [name for name in files if fnmatch.fnmatch(name.lower(), f"*{pattern.lower()}*")]
+        return [name for name in named if name.endswith(".gguf")]
+
+    online = hub.is_needed(model, cached=bool(wanted(there)))
     try:
-        files = [name for name in (HfApi().list_repo_files(repo) if online else there) if name.endswith(".gguf")]
-        wanted = [name for name in files if not pattern or fnmatch.fnmatch(name.lower(), f"*{pattern.lower()}*")]
-        name = _only_gguf(wanted, f"hub repository {repo}", f"backend.model={repo}:")
+        files = HfApi().list_repo_files(repo) if online else there
+        name = _only_gguf(wanted(files), f"hub repository {repo}", f"backend.model={repo}:")
         first, split, _ = name.partition("-00001-of-")
         parts = [part for part in files if part.startswith(f"{first}-0")] if split else [name]
         paths = {part: Path(hf_hub_download(repo, part, local_files_only=not online)) for part in parts}
@@ -129,16 +134,18 @@ def find_checkpoint(model: str) -> str:
     return str(path)
 
 
-def hub_commit(model: str, file: str, revision: str | None = None) -> str | None:
+def hub_commit(model: str, file: str | Path, revision: str | None = None) -> str | None:
     """Return the commit of a hub model whose files have been fetched; None of a local one, or where that is unknown.
 
     Args:
         model: As in `backend.model`.
-        file: Name of a file of the repository.
+        file: Name of a file of the repository, or where it was fetched to.
         revision: The branch, tag or commit that was asked for.
     """
-    found = None if local_path(model) is not None else cached(model, file, revision)
-    return None if found is None else found.parts[-1 - len(Path(file).parts)]
+    if local_path(model) is not None:
+        return None
+    found = file if isinstance(file, Path) else cached(model, file, revision)
+    return next((path.name for path in found.parents if path.parent.name == "snapshots"), None) if found else None
 
 
 def cached(model: str, file: str, revision: str | None = None) -> Path | None:

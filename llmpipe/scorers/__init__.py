@@ -17,7 +17,7 @@ from llmpipe.records import Completion, Row
 from llmpipe.scorers.matching import contains, exact_match
 
 Scorer = Callable[[str, str], float]
-"""Of completion and reference."""
+"""Takes completion and reference; returns a score."""
 Answered = TypeVar("Answered", bound=tuple[Row, Completion])
 
 SCORERS: dict[str, Scorer] = {"exact_match": exact_match, "contains": contains}

@@ -14,14 +14,14 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
 ROOT = Path("/")
 """Where /proc and /sys are."""
 LEAST_LOOK_S = 0.2
-"""Shortest time of which it can be said who had the processors: the system counts in hundredths of a second."""
+"""Shortest time over which the use of processors can be measured: the system counts in hundredths of a second."""
 
 
 class Cores(NamedTuple):
@@ -126,7 +126,10 @@ def _processor_times() -> tuple[float, float, float]:
 
     Free is what was idle or spent by this process, and by those of lower priority, which give way. In seconds.
     """
-    every, mask = psutil.cpu_times(percpu=True), _affinity()
+    every: list[Any] = []
+    with suppress(OSError):  # some containers hide what their host does
+        every = psutil.cpu_times(percpu=True)
+    mask = _affinity()
     times = [every[cpu] for cpu in mask if cpu < len(every)] or every
     yields = ("idle", "iowait") if hasattr(os, "nice") and os.nice(0) > 0 else ("idle", "iowait", "nice")
     free = sum(getattr(each, name, 0.0) for each in times for name in yields)

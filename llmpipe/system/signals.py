@@ -8,7 +8,7 @@ HANGUP = getattr(signal, "SIGHUP", None)
 """Comes when the terminal is closed; Windows has none."""
 SIGNALS = [signum for signum in (signal.SIGINT, signal.SIGTERM, HANGUP) if signum is not None]
 TWICE = {HANGUP}
-"""Those that come twice for one wish: a terminal that is closed says so by itself, and through the shell."""
+"""Signals that come twice for one wish: of a closed terminal both the kernel and the shell tell."""
 
 
 def heeded() -> list[int]:

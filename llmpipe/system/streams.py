@@ -24,7 +24,7 @@ PLAIN |= dict.fromkeys("‘’", "'") | dict.fromkeys("“”", '"')
 
 
 class Outlet(io.FileIO):
-    """A file descriptor that takes what it can; `lost` is the error of what it could not take for lack of room."""
+    """A file descriptor that drops what it cannot write; `lost` is the reason, such as a full disk."""
 
     lost: OSError | None = None
 

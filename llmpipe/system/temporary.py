@@ -1,4 +1,4 @@
-"""Temporary directories of which none is left: those of a process that was killed are removed by the next."""
+"""Temporary directories that are always removed: those of a process that was killed, by the next process."""
 
 from __future__ import annotations
 

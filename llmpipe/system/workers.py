@@ -26,7 +26,7 @@ LEAVE_S = 5.0
 """How long a worker may take to end in order."""
 
 _handlers: dict[int, Any] = {}
-"""Those that were there before `passing_on`."""
+"""Handlers that were there before `passing_on`, by their signals."""
 
 
 class Signalled(KeyboardInterrupt):

@@ -6,6 +6,7 @@ something. It is imported when it is asked for.
 arguments.py   what a verb takes: options of its own, Hydra's flags, a run directory, KEY=VALUE
 jobs.py        what Hydra makes of it: jobs, one or those of a sweep
 former.py      keys that were there before the verbs
+run.py, plan.py, resume.py, export.py, help.py, version.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ A word is a run directory, or a setting: KEY=VALUE. What stands behind `--` is a
 from __future__ import annotations
 
 import argparse
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,9 @@ from llmpipe.verbs.former import refuse_former
 from llmpipe.version import __version__
 
 MODES = ("run", "multirun", "cfg", "shell_completion", "info")
-"""Flags that say what Hydra is to do, of which it can do one."""
+"""Hydra's flags that choose what it does; they exclude each other."""
+COMPLETION = ("install", "uninstall", "query")
+"""What a shell's completion is asked to do, with the name of the shell."""
 QUIET = ("hydra.output_subdir=null", "hydra/job_logging=terminal")
 """Settings with which Hydra leaves nothing in a run directory."""
 
@@ -49,7 +52,7 @@ class Parser(_Parser):
     def __init__(self, verb: str, about: str) -> None:
         super().__init__(
             prog=f"llmpipe {verb}",
-            usage=f"llmpipe {verb} {VERBS[verb].takes}",
+            usage=f"llmpipe {verb} {VERBS[verb].takes}".rstrip(),
             description=about,
             epilog="llmpipe --help explains every KEY, llmpipe --hydra-help Hydra's flags.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -73,8 +76,12 @@ class Parser(_Parser):
             self.error(f"{' and '.join(modes)} do not go together")
         if asked.resolve and asked.cfg is None:
             self.error("--resolve goes with --cfg")
-        if (asked.config_path or "").endswith((".yaml", ".yml")):
-            self.error(f"--config-path={quoted(asked.config_path)} is no directory: --config-name chooses a file")
+        if asked.shell_completion and sum(word.partition("=")[0] in COMPLETION for word in words) != 1:
+            self.error(f"--shell-completion goes with one of {', '.join(f'{word}=SHELL' for word in COMPLETION)}")
+        if asked.config_path and "://" not in asked.config_path:
+            if not Path(asked.config_path).is_dir():
+                self.error(f"--config-path={quoted(asked.config_path)} is no directory: --config-name chooses a file")
+            asked.config_path = os.path.abspath(asked.config_path)  # Hydra would look beside its caller
         if asked.experimental_rerun is not None and not Path(asked.experimental_rerun).is_file():
             self.error(f"--experimental-rerun={quoted(asked.experimental_rerun)} is no file")
         return Namespace(**{**vars(asked), **vars(own), "words": [*words, *behind]})
@@ -112,7 +119,7 @@ def chosen(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     if {"-h", "--help"} & {*before}:
         return "help", []
     if words and not _is_setting(words[0]):
-        if Path(words[0]).is_dir():
+        if words[0] and Path(words[0]).is_dir():
             go_on = shell_command("resume", words[0])
             raise LLMConfigError(f"{quoted(words[0])} is a directory, and no verb; to go on with its run: {go_on}")
         raise LLMConfigError(unknown_name(words[0], VERBS, "verb"))

@@ -25,10 +25,11 @@ def refuse_former(settings: Sequence[str], arguments: Sequence[str]) -> None:
     Raises:
         LLMConfigError: says the command to use.
     """
-    former = [text for text in settings if "=" in text and key_of(text) in KEYS]
+    former = [text for text in settings if key_of(text) in KEYS]
     if not former:
         return
-    value = {key_of(text): value for text in former if (value := _value(text)).lower() not in OFF}
+    asked = [text for text in former if not text.startswith("~")]
+    value = {key_of(text): value for text in asked if (value := _value(text)).lower() not in OFF}
     rest = [text for text in arguments if text not in former]
     if {"export", "plan", "resume"} & value.keys():
         rest = [text for text in rest if text not in VERBS]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import tempfile
 from argparse import Namespace
@@ -30,19 +31,22 @@ from llmpipe.config.escapes import text_of
 from llmpipe.config.loading import check_configs, checked
 from llmpipe.config.messages import in_words
 from llmpipe.config.trust import key_of
-from llmpipe.exceptions import LLMError, RunInterrupted
+from llmpipe.exceptions import LLMConfigError, LLMError, RunInterrupted
 from llmpipe.place import check_place
 from llmpipe.redaction import RedactedFormatter, redacted
 from llmpipe.replay import composed_from, find_files, typed, with_files
 from llmpipe.system.streams import usable_streams
 from llmpipe.system.temporary import temporary_directory
 from llmpipe.system.workers import become_worker, in_this_process, is_worker, passing_on
-from llmpipe.verbs import OK, REFUSED, SOME_ERRORS
+from llmpipe.verbs import OK, REFUSED, SOME_ERRORS, VERBS
 from llmpipe.verbs.arguments import refuse_remote
 
 log = logging.getLogger("llmpipe")
 
 CONFIG_NAME = "config"
+_DIRECTED = "|".join(name for name, verb in VERBS.items() if verb.takes.startswith("DIR"))
+_BEHIND_A_VERB = re.compile(rf"^(\s*\S+\s+)(?:(?:{_DIRECTED})\s+\S+|{'|'.join(VERBS)})\s+")
+"""The verb in a line that a shell completes, and its directory, of which Hydra knows nothing."""
 
 
 class Job(NamedTuple):
@@ -74,7 +78,7 @@ def run_jobs(flags: Namespace, settings: Sequence[str], work: Work, compare: Com
 
     Raises:
         RunInterrupted: a signal ended a job; no other was begun.
-        LLMError, HydraException, OmegaConfBaseException, OSError: no job could begin.
+        LLMError, HydraException, OmegaConfBaseException, OSError: no job could begin, or there was none.
     """
     for setting in settings:
         if key_of(setting) in ("hydra.run.dir", "hydra.sweep.dir"):
@@ -90,13 +94,18 @@ def run_jobs(flags: Namespace, settings: Sequence[str], work: Work, compare: Com
         except Interrupted as interrupted:
             program.end(compare)
             raise interrupted.error from None
-        return program.end(compare)
+        code = program.end(compare)
+        if code is None and flags.multirun and not flags.hydra_help:
+            raise LLMConfigError("the sweep has no job: glob() finds options of a group, such as sampling=glob(*)")
+        return code
 
 
 def _start(flags: Namespace, program: Program) -> None:
     """Do what `hydra.main` does; that reads the flags from `sys.argv`, where they have to stand in one order."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors by itself, with a stack trace, and exits
     version.setbase("1.3")
+    if flags.shell_completion and "COMP_LINE" in os.environ:
+        os.environ["COMP_LINE"] = _BEHIND_A_VERB.sub(r"\1", os.environ["COMP_LINE"])
     if flags.experimental_rerun is not None:
         program.job(_get_rerun_conf(flags.experimental_rerun, flags.overrides))
     else:
@@ -132,15 +141,14 @@ def look_first(log_config: DictConfig, verbose_config: bool | str | Sequence[str
         LLMError: something there leads elsewhere, or is another program's.
     """
     job: Any = HydraConfig.get() if HydraConfig.initialized() else None
-    if job is not None and not OmegaConf.is_missing(
-        job.runtime, "output_dir"
-    ):  # launchers call this before they have one
+    # Launchers call this before a job has a directory, too.
+    if job is not None and not OmegaConf.is_missing(job.runtime, "output_dir"):
         check_directory(job, log_config)
     configure_log(log_config, verbose_config)
 
 
 def check_directory(job: Any, log_config: DictConfig) -> None:
-    """Refuse links, and what is another program's, where Hydra is going to write for a job.
+    """Refuse links, and files of other programs, where Hydra is going to write for a job.
 
     Args:
         job: The job's node of Hydra's.
@@ -169,15 +177,15 @@ class Outcome(NamedTuple):
     exit_code: int
     settings: list[str]
     found: dict[str, Any] | None
-    """None of one that was refused or stopped."""
+    """What the job found, such as its metrics; None where it was refused or stopped."""
 
 
 _outcomes: dict[int, Outcome] = {}
-"""Of the jobs of a sweep, by their numbers."""
+"""The outcomes of a sweep's jobs, by their numbers."""
 
 
 class Found(dict[str, Any]):
-    """What a job of a sweep returns, with what came of it, which is noted in each process that it comes to.
+    """What a job of a sweep returns. Making or unpickling it notes the job's outcome in the process where that is done.
 
     Args:
         found: What was found.
@@ -277,8 +285,8 @@ def job_of(composed: DictConfig, job: Any) -> Job:
     if job.job.chdir:  # what is read is named from where the command was given all the same
         find_files(vars(config), job.runtime.cwd)
         arguments = [with_files(text, job.runtime.cwd) for text in arguments]
-    if config.trusted_modules and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # as `python -m llmpipe` has it, but behind what is installed
+    if config.trusted_modules and job.runtime.cwd not in sys.path:
+        sys.path.append(job.runtime.cwd)  # as `python -m llmpipe` has it, but behind what is installed
     return Job(config, Path(job.runtime.output_dir), arguments)
 
 

@@ -33,7 +33,7 @@ class Batch:
 
     @property
     def output_indices(self) -> npt.NDArray[np.intp]:
-        """Where in the batch the tokens stand whose logits are wanted."""
+        """Indices in the batch of the tokens whose logits are wanted."""
         return np.flatnonzero(self.outputs[: self.size])
 
     def clear(self) -> None:

@@ -176,7 +176,7 @@ def shared_prefixes(prompts: Sequence[Tokens]) -> list[Group]:
 
 
 def _best_groups(common: Sequence[int], first: int, last: int) -> list[Group]:
-    """Return the groups of the sorted prompts in [first, last], of which neighbours i, i + 1 share `common[i]`."""
+    """Return the groups of the sorted prompts in [first, last]; neighbours i and i + 1 share `common[i]` tokens."""
     if first == last:
         return []
     shortest = min(common[first:last])

@@ -57,7 +57,7 @@ class Scheduler:
         self._limit = limit
         self._context: Context | None = None
         self.sizes = replace(executor.ideal, slots=1)
-        """Those of the context there is, or was last."""
+        """Sizes of the current context, or of the last one."""
         self.cancelled: set[int] = set()
         """Ids of requests to give up; their rows leave before the next step."""
         self.most_rows_in_flight = 0
@@ -70,13 +70,13 @@ class Scheduler:
         self._ahead: LookAhead
         self._chunks: list[Chunk] = []
         self._running: list[Sequence] = []
-        """Those that have slots, in the order in which they came."""
+        """Rows that have slots, in the order in which they came."""
         self._prefilling: list[Sequence] = []
-        """Those of them whose next token needs more than the last one to be computed."""
+        """Running rows with more than one token still to be computed: their prompt, or what they lost."""
         self._sharing: list[Sequence] = []
-        """Those of them whose slot has yet to get what they share."""
+        """Running rows that wait for the cache of a prefix that they share with others."""
         self._suspended: list[Sequence] = []
-        """Those that gave up their slots and wait for others."""
+        """Rows that gave up their slots and wait for new ones."""
         self._free: list[int] = []
         self._prefixes: PrefixCache
         self._spoiled = False
@@ -121,6 +121,8 @@ class Scheduler:
         if self.cancelled:
             self._drop_cancelled()
         self._admit()
+        if not self._executor.is_static:
+            self._compact()
         return self._share() or self._prefill() or self._decode()
 
     def advance(self, step: Step, tokens: list[int]) -> None:
@@ -170,7 +172,7 @@ class Scheduler:
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def _share(self) -> Step | None:
-        """Let new rows have the caches of what they share, and compute what of it is not there."""
+        """Copy caches of shared prefixes to new rows; return the step that computes the next missing one."""
         while self._sharing:
             if (step := self._prefixes.provide(self._sharing[0])) is not None:
                 return step
@@ -178,7 +180,7 @@ class Scheduler:
         return None
 
     def _prefill(self) -> Step | None:
-        """Compute one batch of tokens of new rows; those that lack none get the next one."""
+        """Put tokens of new rows into the batch, as many as it takes; a row with none left over gets its next token."""
         if not self._prefilling:
             return None
         batch = self.context.batch
@@ -203,7 +205,7 @@ class Scheduler:
         slots = [row.slot for row in rows]
         step = Step([(row, 1) for row in rows], rows, is_prefill=False)
         if len(rows) == 1 and self._config.reproducible and self._executor.never_alone:
-            step.idle_slot = slots[0] + 1  # any token will do
+            step.idle_slot = slots[0] + 1  # its token does not matter: nobody reads its logits
             tokens, positions, slots = [*tokens, tokens[0]], [*positions, 0], [*slots, step.idle_slot]
         self.context.batch.set_columns(tokens, positions, slots)
         return step
@@ -233,7 +235,6 @@ class Scheduler:
             self._seat(sequence)
             self._sharing.append(sequence)
         self.most_rows_in_flight = max(self.most_rows_in_flight, len(self._running))
-        self._compact()
 
     def _sequence(self, sample: Sample) -> Sequence:
         sampler, detokenizer = self._executor.sampler(sample), self._executor.detokenizer(sample)
@@ -267,14 +268,16 @@ class Scheduler:
         self._leave(sequence)
 
     def _compact(self) -> None:
-        """Move the highest rows into gaps below them: a batch over neighbouring slots is computed in fewer pieces."""
-        context = self.context
+        """Move the highest rows into gaps below them: a batch over neighbouring slots is computed in fewer pieces.
+
+        Also where no row may begin any more: in reproducible mode a row in a piece of its own would be computed alone.
+        """
         while self._running and self._free:
             last, gap = max(self._running, key=_slot), min(self._free)
             if gap > last.slot:
                 return
-            context.copy(last.slot, gap)
-            context.forget(last.slot)
+            self.context.copy(last.slot, gap)
+            self.context.forget(last.slot)
             self._free.remove(gap)
             self._free.append(last.slot)
             last.slot = gap

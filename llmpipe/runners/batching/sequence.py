@@ -10,7 +10,7 @@ from llmpipe.runners.batching.lookahead import Sample
 from llmpipe.runners.decoding import StopStrings
 
 OPTIONS = frozenset({"max_tokens", "stop", "stop_token_ids", "ignore_eos", "n", "seed"})
-"""Sampling options that a `Sequence` honours, and those of which its request has made samples and their seeds."""
+"""Sampling options that a `Sequence` honours; `n` and `seed` have made its request's samples and their seeds."""
 
 
 class Sequence:
@@ -27,9 +27,9 @@ class Sequence:
         self.sample = sample
         self.sampler = sampler
         self.tokens = list(sample.prompt)
-        """The prompt's, and all that were generated."""
+        """The tokens of the prompt, and all that were generated."""
         self.slot = -1
-        """Where its cache is; -1 while it has none."""
+        """The slot that holds its cache; -1 while it has none."""
         self.cached = 0
         """How many of its tokens are in the cache. The others are computed next; then comes a new one."""
         self.copied = 0

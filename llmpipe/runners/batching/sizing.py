@@ -78,7 +78,7 @@ class Sizes:
         return (self.slots + self.prefixes) * self.context
 
     def covers(self, other: Sizes) -> bool:
-        """Say whether a context of this plan can do the work of one of the other."""
+        """Say whether a context of these sizes can do the work of one of the other sizes."""
         return (
             self.slots >= other.slots
             and self.prefixes >= other.prefixes

@@ -19,9 +19,9 @@ class Step:
     """One call; its tokens stand in the context's batch."""
 
     parts: list[tuple[Cached, int]]
-    """Whose tokens they are, and how many of each: they are in its cache once they are computed."""
+    """The sequences or prefixes whose tokens the call computes, and how many of each; they are in its cache then."""
     outputs: list[Sequence]
-    """Those that get their next token from it, in the order in which they stand in the batch."""
+    """Sequences that get their next token from the call, in the order in which they stand in the batch."""
     is_prefill: bool = True
     """Whether it computes tokens that were given, and not one that was generated for each sequence."""
     idle_slot: int | None = None

@@ -10,6 +10,8 @@ probe.py       a file that was never loaded → first into a process of its own
 devices.py     the memory of GPUs
 ggml.py        number formats
 log.py         llama.cpp's log → Python's logging
+abort.py       ends a call of llama.cpp from another thread
+vocabulary.py  a GGUF file without its weights: tokens, chat template, sizes
 """
 
 from llmpipe.runners.openmp import wait_briefly

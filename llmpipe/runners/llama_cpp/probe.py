@@ -87,6 +87,7 @@ def _try(runner: TrialRunner) -> None:
         LLMInferenceError: there are none, for the process ended.
     """
     sampling = SamplingConfig(max_tokens=2, ignore_eos=True, n=2)
-    runner.run([Request(0, sampling, PROMPT, samples=(0, 1))])
+    done = runner.run([Request(0, sampling, PROMPT, samples=(0, 1))])
     if runner.crashes:
-        raise LLMInferenceError("computing with it crashed the backend")
+        how = next((completion.error for completion in done if completion.error), "crashed the backend, but not always")
+        raise LLMInferenceError(f"computing with it {how}")

@@ -15,7 +15,7 @@ from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
 from llmpipe.runners.encoding import tokens_of, with_stop_tokens
 from llmpipe.runners.facts import Facts
-from llmpipe.runners.fitting import check_tokens, fit_prompt
+from llmpipe.runners.fitting import check_tokens, fit_prompt, known_tokens
 from llmpipe.runners.threads import Threads
 from llmpipe.runners.weights import find_gguf, hub_commit
 
@@ -153,15 +153,18 @@ class LlamaCppRunner(BaseLLMRunner):
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Return the token ids of a text; see `BaseLLMRunner.tokenize`."""
-        self._check_loaded()
-        assert self._model is not None
-        return self._model.tokenize(text, literal=not special)
+        with self._resident:
+            self._check_loaded()
+            assert self._model is not None
+            return self._model.tokenize(text, literal=not special)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Return the text of token ids; see `BaseLLMRunner.detokenize`."""
-        self._check_loaded()
-        assert self._model is not None
-        return b"".join(map(self._model.piece, ids)).decode("utf-8", "replace")
+        with self._resident:
+            self._check_loaded()
+            assert self._model is not None
+            tokens = known_tokens(ids, self._model.n_vocab)
+            return b"".join(map(self._model.piece, tokens)).decode("utf-8", "replace")
 
     @property
     def chat_template(self) -> str | None:
@@ -194,7 +197,7 @@ class LlamaCppRunner(BaseLLMRunner):
     def facts(self) -> Facts:
         """Say what decides the answers beside the options; see `BaseLLMRunner.facts`."""
         return Facts(
-            decides={"commit": hub_commit(self.config.model, self._path.name)},
+            decides={"commit": hub_commit(self.config.model, self._path)},
             may_decide={"context": self._limit, "llama_cpp_python": llama_cpp.__version__},
             last_digits={"device": self._where, "kernels": llama_cpp.llama_print_system_info().decode().strip()},
         )

@@ -28,7 +28,7 @@ class ModelContext:
         self.sizes = sizes
         self.batch = Batch(capacity)
         self.logits = torch.empty(0)
-        """Of the last call's outputs: (outputs, vocabulary), float32."""
+        """Logits of the last call's outputs: (outputs, vocabulary), float32."""
         self._model = model
         self._parameters = inspect.signature(model.forward).parameters
         """The names that the model's forward pass takes."""

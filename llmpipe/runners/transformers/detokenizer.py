@@ -56,7 +56,7 @@ class Detokenizer:
             self._settled = len(self._ids)
             self._given = len(self._text)
         elif len(self._ids) - self._settled > MOST_GARBAGE:
-            # How garbage begins and how it ends decides what becomes of the next bytes.
+            # Of bytes that are no text, only the first and last tokens decide how the next ones decode.
             held = len(text) - self._given
             self._keep(self._ids[: self._settled + UNFINISHED + 1] + self._ids[-UNFINISHED - 1 :])
             self._given = len(self._text) - held

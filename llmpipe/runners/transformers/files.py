@@ -16,11 +16,11 @@ from transformers.utils import cached_file
 from llmpipe.exceptions import LLMInitializationError
 
 TOLD_ONLY = frozenset({"_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_file"})
-"""Where a file came from, which is read by nobody; for `tokenizer_file`, transformers puts the one beside it."""
+"""Keys that only say where a file came from. Nobody reads it; transformers replaces `tokenizer_file` by its own."""
 LOADS_OTHERS = ("XLORA", "SHADOW")
-"""Types of adapters that name others, or models, which peft would load from anywhere, pickled or not."""
+"""Types of adapters that name other adapters or models, which peft would load from anywhere, even pickled."""
 PART = "shard-"
-"""What the names of files begin with that transformers takes for parts of a distributed program's weights."""
+"""Beginning of file names that transformers takes for parts of a distributed program's weights."""
 
 
 def refuse_strangers(name: str, path: str, source: Mapping[str, Any], allow_pickle: bool) -> None:
@@ -39,7 +39,8 @@ def refuse_strangers(name: str, path: str, source: Mapping[str, Any], allow_pick
     indexes = ["model.safetensors.index.json", *(["pytorch_model.bin.index.json"] if allow_pickle else [])]
     ending = "" if allow_pickle else ".safetensors"
     configs = ["config.json"]
-    for other in files.read("config.json").get("configuration_files") or ():  # of which one is read instead
+    # Of these, transformers reads the one for its own version instead of config.json.
+    for other in files.read("config.json").get("configuration_files") or ():
         files.check("config.json", other)
         configs.append(other)
     for config in configs:

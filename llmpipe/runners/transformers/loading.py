@@ -98,7 +98,7 @@ def load(config: TransformersConfig, path: str, device: torch.device) -> Loaded:
 class Checkpoint:
     """What a checkpoint says of itself: its config and its tokenizer, without the weights.
 
-    A GGUF file is looked at apart from what lies beside it, of which transformers would read this and that.
+    A GGUF file is loaded from a directory of its own, because transformers would also read files that lie beside it.
 
     Args:
         config: How to load it.

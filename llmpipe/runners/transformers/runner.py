@@ -17,7 +17,7 @@ from llmpipe.runners.batching import Engine, sequence, sizing
 from llmpipe.runners.chat import ChatTemplate, ChatTemplateError
 from llmpipe.runners.encoding import tokens_of, with_stop_tokens
 from llmpipe.runners.facts import Facts
-from llmpipe.runners.fitting import check_tokens, fit_prompt
+from llmpipe.runners.fitting import check_tokens, fit_prompt, known_tokens
 from llmpipe.runners.preview import Preview
 from llmpipe.runners.threads import Threads
 from llmpipe.runners.weights import find_checkpoint, hub_commit
@@ -36,7 +36,7 @@ except ImportError as error:
 log = logging.getLogger(__name__)
 
 MOST_THREADS = torch.get_num_threads()
-"""As set before this is first imported, by OMP_NUM_THREADS or by hand."""
+"""torch's threads when this is first imported, as OMP_NUM_THREADS or a person has set them."""
 
 
 def _chats_of(tokenizer: Any) -> dict[str, ChatTemplate]:
@@ -193,14 +193,16 @@ class TransformersRunner(BaseLLMRunner):
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Return the token ids of a text; see `BaseLLMRunner.tokenize`."""
-        self._check_loaded()
-        return self._tokens.tokenize(text, literal=not special)
+        with self._resident:
+            self._check_loaded()
+            return self._tokens.tokenize(text, literal=not special)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Return the text of token ids; see `BaseLLMRunner.detokenize`."""
-        self._check_loaded()
-        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
+        with self._resident:
+            self._check_loaded()
+            tokens = known_tokens(ids, self._vocabulary)
+            return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     @property
     def chat_template(self) -> str | None:

@@ -14,9 +14,11 @@ import torch
 
 from llmpipe.config import SamplingConfig
 
-OPTIONS = frozenset({"logit_bias", "repetition_penalty", "presence_penalty", "frequency_penalty", "temperature"})
-OPTIONS |= {"top_k", "top_p", "min_p", "typical_p"}
-"""Sampling options that the choice of a token honours."""
+CHANGES = ("logit_bias", "repetition_penalty", "presence_penalty", "frequency_penalty")
+"""Options that change the scores of tokens; greedy rows honour these alone."""
+DRAWS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+"""Options of the distribution that a token is drawn from."""
+OPTIONS = frozenset({*CHANGES, *DRAWS})
 FEW = 256
 """Tokens that are ranked first: seldom are more likely enough to count, and to rank a vocabulary takes its time."""
 
@@ -65,9 +67,9 @@ class Sampler:
 
 
 def _options(s: SamplingConfig) -> Hashable:
-    """Return all of a config that the choice of a token depends on."""
-    changes = (s.repetition_penalty, s.presence_penalty, s.frequency_penalty, tuple(s.logit_bias.items()))
-    return changes if s.is_greedy else (*changes, s.temperature, s.top_k, s.top_p, s.min_p, s.typical_p)
+    """Return the values of all options that the choice of a token depends on."""
+    values = (getattr(s, name) for name in (CHANGES if s.is_greedy else CHANGES + DRAWS))
+    return tuple(tuple(value.items()) if isinstance(value, dict) else value for value in values)
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]
@@ -195,7 +197,7 @@ def candidates(
 
 
 def _first(weights: torch.Tensor, mass: float, short: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keep the first candidates of each row that have a probability of `mass`; say where there are too few."""
+    """Keep each row's first candidates up to a probability of `mass`; say which rows have too few candidates for it."""
     sums = weights.cumsum(-1)
     few = sums[:, -1] < mass
     return weights.masked_fill(sums - weights >= mass, 0), few if short is None else short | few
