@@ -70,6 +70,7 @@ class TransformersRunner(BaseLLMRunner):
 
     def _initialize_model(self) -> None:
         config = self.config
+        memory.reset_peak()
         self._threads = Threads(config, MOST_THREADS)
         self._set_threads()
         loaded = loading.load(config, find_checkpoint(config.model), loading.torch_device(self.device))
