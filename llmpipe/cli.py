@@ -79,6 +79,8 @@ def understood(error: Exception) -> Exception:
         error = cause
     if not isinstance(error, OSError) or isinstance(error, (LLMError, HydraException)):
         return error
+    if error.filename is None and error.errno == errno.ENOENT:  # as `os.getcwd` says it
+        return LLMError("the working directory is not there any more: change to one that is")
     if error.filename is None:  # Hydra's configuration, half written
         why = error.strerror if error.errno in FULL else None
         return LLMError(f"cannot write to the run directory: {why}; choose another hydra.run.dir") if why else error

@@ -67,7 +67,7 @@ FIGURES = (
     Figure(
         "error_reasons",
         "the most frequent reasons, alike but for numbers and quoted text: `rows` that had it, and `reason`, `file` "
-        "and `line` of one; of more than 200 kinds, `rows` is a lower bound",
+        "and `line` of one; of more than 200 kinds, `rows` is a lower bound, and `exact` false",
     ),
     Figure("completions", "answers", count),
     Figure(
@@ -180,8 +180,8 @@ FIGURES = (
     Figure(
         "peak_rss_mb",
         "the most resident memory that was seen while the run went on, of this process and of the one that an "
-        "isolated model is in; looked at every `metrics.memory_interval_s=` seconds. What an earlier job of a sweep "
-        "left in the same process is in it: the libraries that it loaded, which cannot be given back",
+        "isolated model is in, over all attempts at it; looked at every `metrics.memory_interval_s=` seconds. What "
+        "earlier jobs of a sweep freed is given back before; the libraries that they loaded stay, and are in it",
         memory,
         "peak memory",
         "resident",
@@ -190,7 +190,7 @@ FIGURES = (
     ),
     Figure(
         "peak_device_mb",
-        "the most memory of a GPU that the model and its cache took",
+        "the most memory of a GPU that the model and its cache took, since the model was loaded",
         memory,
         "peak device memory",
         "of the model and its cache",

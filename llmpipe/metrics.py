@@ -1,4 +1,4 @@
-"""Completions → totals and percentiles. To add a figure: one line in `Totals.summary`."""
+"""Completions → totals and percentiles. To add a figure: a line in `Totals.summary`, and its entry in `FIGURES`."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def sealed(value: Any, written: Any, known: Any = None) -> Any:
 
 
 def change(was: Any, now: Any) -> str:
-    """Say of two values that differ, either of which may be sealed, what was and what is."""
+    """Say how a value has changed: what it was, and what it is. Both may be sealed."""
     old, new = (_SEALED.sub(r"\1", value) if isinstance(value, str) else value for value in (was, now))
     if old == new:
         return f"is {new} as before, but with another value"

@@ -115,7 +115,7 @@ def _read(text: str) -> dict[str, Any]:
 
 
 def _without(values: dict[str, Any], names: Iterable[str], path: str = "") -> dict[str, Any]:
-    """Return values less those of some keys."""
+    """Return values without those of some keys."""
     kept = {name: value for name, value in values.items() if f"{path}{name}" not in names}
     return {n: _without(v, names, f"{path}{n}.") if isinstance(v, dict) else v for n, v in kept.items()}
 
@@ -164,7 +164,7 @@ def _is_file(text: str) -> bool:
 
 
 def _describes_a_run(argument: str) -> bool:
-    """Say whether an argument sets a key, or chooses a group, of what describes a run, and asks for nothing else."""
+    """Say whether an argument only describes a run: it sets a `DESCRIPTIVE` key, or chooses such a group."""
     if argument.startswith("-"):
         return False
     try:

@@ -147,6 +147,37 @@ def test_a_request_joins_a_batch_that_is_running_already(runner: BaseLLMRunner) 
     assert idle(runner)
 
 
+def test_a_request_joins_the_batch_of_a_process_of_its_own() -> None:
+    with LLMRunnerFactory.create_runner({"backend": "llama_cpp", "isolation": True, "threads": 1}) as isolated:
+
+        async def main() -> None:
+            long = asyncio.create_task(isolated.agenerate(STORY, **LONG))
+            async with aclosing(isolated.astream(STORY, **LONG)) as stream:
+                await anext(stream)
+                assert await isolated.agenerate(CHAT, temperature=0) == "Paris"
+            assert not long.done()
+            long.cancel()
+
+        run(main())
+        assert idle(isolated)
+
+
+def test_a_long_answer_goes_on_while_short_ones_never_cease(runner: BaseLLMRunner) -> None:
+    async def main() -> None:
+        long = asyncio.create_task(runner.agenerate(STORY, max_tokens=24, ignore_eos=True))
+
+        async def on_and_on(i: int) -> None:
+            while not long.done():
+                await runner.agenerate(f"{i} {STORY}" + " And then another one." * 8, max_tokens=1)
+
+        tasks = [asyncio.create_task(on_and_on(i)) for i in range(64)]
+        assert await long
+        await asyncio.gather(*tasks)
+
+    run(main())
+    assert idle(runner)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +210,43 @@ def test_a_fault_of_the_whole_runner_reaches_all_and_the_next_ones_are_run() -> 
 
     run(main())
     assert idle(failing)
+
+
+def test_what_is_no_exception_ends_neither_loops_nor_the_runner() -> None:
+    class Panicking(Failing):
+        def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
+            for chunk in super().stream(requests):
+                if self.fails:
+                    raise SystemExit(3)
+                yield chunk
+
+    panicking = Panicking({"model": "x"})
+
+    async def main() -> None:
+        found = await asyncio.gather(*(panicking.agenerate(prompt) for prompt in "ab"), return_exceptions=True)
+        assert [repr(error) for error in found] == [repr(LLMInferenceError("the backend raised SystemExit(3)"))] * 2
+        panicking.fails = False
+        assert await panicking.agenerate("a") == "x" == await asyncio.to_thread(panicking.generate_text, "a")
+
+    run(main())
+    assert idle(panicking)
+
+
+@pytest.mark.parametrize("answers", [[], [Chunk(9, text="x", finish_reason="stop")]])
+def test_text_that_has_no_end_is_no_answer(answers: list[Chunk]) -> None:
+    class Strange(Failing):
+        def stream(self, requests: Iterable[Request]) -> Iterator[Chunk]:
+            for request in requests:
+                yield Chunk(request.id, text="x")
+                yield from answers
+
+    strange = Strange({"model": "x"})
+    reason = "which is not waiting for one" if answers else "ended without an answer"
+    for call in (strange.generate_text, lambda prompt: list(strange.create_chat_completion(CHAT, stream=True))):
+        with pytest.raises(LLMInferenceError, match=reason):
+            call("a")
+    with pytest.raises(LLMInferenceError, match="ended without an answer"):
+        run(strange.agenerate("a"))
 
 
 def test_closing_ends_those_who_wait_and_those_who_come(any_runner: BaseLLMRunner) -> None:
@@ -266,6 +334,41 @@ def test_a_closed_loop_leaves_the_runner_free_and_a_program_ends_whatever_it_lef
         "loop.run_until_complete(asyncio.sleep(0.05))\n"
         "left = runner.generate_text_streaming('hi')\n"
         "next(left)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=WITHIN_S)
+    assert (done.returncode, done.stdout) == (0, "Paris\n"), done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing is forked there")
+def test_a_process_forked_off_meanwhile_is_refused_and_does_not_hang() -> None:
+    program = (
+        "import asyncio, os, signal, threading, llmpipe\n"
+        "runner = llmpipe.LLMRunnerFactory.create_runner({'backend': 'llama_cpp', 'threads': 1})\n"
+        "def ask(): print(asyncio.run(asyncio.wait_for(runner.agenerate('hi'), 20)), flush=True)\n"
+        "async def main():\n"
+        "    task = asyncio.create_task(runner.agenerate('hi', max_tokens=400, ignore_eos=True))\n"
+        "    await asyncio.sleep(0.1)\n"
+        "    if not (child := os.fork()):\n"
+        "        signal.alarm(20)\n"
+        "        thread = threading.Thread(target=ask)\n"
+        "        thread.start(), thread.join(), os._exit(0)\n"
+        "    assert os.waitpid(child, 0)[1] == 0\n"
+        "    assert await task\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=WITHIN_S)
+    assert done.returncode == 0, done.stderr
+    assert "this runner was at work when this process was forked off" in done.stderr
+
+
+def test_a_program_ends_where_others_wait_for_a_stream_that_its_main_thread_left_open() -> None:
+    program = (
+        "import asyncio, threading, llmpipe\n"
+        "runner = llmpipe.LLMRunnerFactory.create_runner({'backend': 'llama_cpp', 'threads': 1})\n"
+        "left = runner.generate_text_streaming('hi', max_tokens=400, ignore_eos=True)\n"
+        "next(left)\n"
+        "ask = lambda: print(asyncio.run(runner.agenerate('What is the capital of France?', temperature=0)))\n"
+        "threading.Thread(target=ask).start()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=WITHIN_S)
     assert (done.returncode, done.stdout) == (0, "Paris\n"), done.stderr
@@ -368,3 +471,9 @@ def test_reloading_waits_for_what_is_in_flight(runner: BaseLLMRunner) -> None:
         assert await runner.agenerate(STORY, max_tokens=30) == expected
 
     run(main())
+
+
+def test_a_stream_that_was_asked_for_before_a_reload_is_of_the_model_after_it(runner: BaseLLMRunner) -> None:
+    stream = runner.generate_text_streaming(CHAT)
+    runner.reload()
+    assert "".join(stream) == "Paris"

@@ -235,6 +235,15 @@ def test_a_log_that_cannot_be_opened_is_said_in_a_line(tmp_path: Path, three_row
     assert "run.log: Is a directory" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_a_working_directory_that_is_gone_is_said_in_a_line(tmp_path: Path, three_rows: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = f'cd gone && rmdir ../gone && "{sys.executable}" -m llmpipe backend=echo dataset.path="{three_rows}"'
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "the working directory is not there any more" in done.stderr
+
+
 def test_resume_without_a_directory_is_refused(tmp_path: Path) -> None:
     for given in ([], [""]):
         done = run_llmpipe("resume", *given, cwd=tmp_path)

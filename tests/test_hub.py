@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -58,6 +59,22 @@ def test_a_hub_that_does_not_answer_is_said_to_be_so_within_seconds(
     took, said = seconds_to_load(backend, endpoint, tmp_path)
     assert took < SOON_S
     assert f"cannot fetch 'owner/name': the hub {endpoint} does not answer" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("backend", ["llama_cpp", "transformers"])
+def test_it_is_said_before_the_packages_of_a_backend_are_imported(backend: str, endpoint: str, tmp_path: Path) -> None:
+    program = f"""
+import sys, llmpipe
+try:
+    llmpipe.run(llmpipe.compose(["backend={backend}", "backend.model=owner/name", "dataset.limit=3"]), "out")
+except llmpipe.LLMInitializationError as error:
+    print("torch" in sys.modules or "llama_cpp" in sys.modules, error)
+"""
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.stdout.startswith(f"False cannot fetch 'owner/name': the hub {endpoint} does not answer"), done
 
 
 @pytest.mark.parametrize("backend", ["llama_cpp", "transformers"])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,3 +119,13 @@ def test_the_environment_names_version_and_machine() -> None:
     found = environment()
     assert set(found) == {"llmpipe", "python", "platform", "cpu_cores", "memory_mb"}
     assert math.isfinite(found["memory_mb"])
+
+
+def test_the_peak_of_a_job_is_its_own_whatever_ran_before_it_in_the_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "llmpipe", "-m", "backend=llama_cpp", "backend.slots=4,200,4"]
+    command += ["sampling.max_tokens=8", f"hydra.sweep.dir={tmp_path}"]
+    subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True)
+    found = [json.loads((tmp_path / str(job) / "metrics.json").read_text()) for job in range(3)]
+    first, large, third = (one["peak_rss_mb"] for one in found)
+    assert large > first + 40
+    assert abs(third - first) < 12  # what imports and first calls leave for good

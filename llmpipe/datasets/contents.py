@@ -53,10 +53,10 @@ class Contents:
             yield block
 
     def compare(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
-        """Yield rows in blocks, each of which holds what it held when it was noted.
+        """Yield rows in blocks, each only after it was found to hold what was noted of it.
 
         Raises:
-            DatasetError: the next block does not.
+            DatasetError: the next block holds something else.
         """
         blocks, before = self._blocks(rows), _NOTHING
         for noted in self._ends:

@@ -62,7 +62,7 @@ class _Held:
         self._attached_bytes = 0
 
     def add(self, place: int, row: Row) -> None:
-        """Hold a row; of too many, those of the last places are given up."""
+        """Hold a row; where there are too many, give up those with the last places."""
         self.rows[place] = row
         self._size += row.size
         if row.batch is not None:

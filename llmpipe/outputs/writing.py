@@ -49,7 +49,7 @@ def writer_of(config: OutputConfig) -> type[Writer]:
 
 
 def column_types(config: OutputConfig) -> ColumnTypes | None:
-    """Return what has to look at every row before answers are written; None where nothing has.
+    """Return the object that has to see every row before answers are written; None where the format needs none.
 
     Raises:
         LLMConfigError: there is no such format.

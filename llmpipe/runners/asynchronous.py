@@ -102,7 +102,7 @@ class AsyncConveniences(OpenAIChat):
     # --- chunks ---------------------------------------------------------------------------------------------------
 
     async def _acompletions(self, request: Request) -> list[Completion]:
-        """Return the answers to all samples of a request, each of which has one."""
+        """Return the completions of a request, one for each of its samples."""
         stopwatch = Stopwatch()
         [request] = stopwatch.watch([request])
         async with aclosing(self._achunks(request)) as chunks:

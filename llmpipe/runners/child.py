@@ -125,7 +125,7 @@ class Child:
             self._connection.send_bytes(data)
 
     def receive(self, timeout_s: float) -> Message | None:
-        """Return the next message; None where there is none in time, or one for the log, which has it then.
+        """Return the next message; None where none comes in time, or where it was a log record, which is logged here.
 
         Raises:
             ChildDied: there will be no more.

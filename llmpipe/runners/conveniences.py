@@ -208,7 +208,7 @@ class Conveniences(Lifecycle):
         return (chunk.text for chunk in self._raising(request) if chunk.text)
 
     def _raising(self, request: Request) -> Iterator[Chunk]:
-        """Stream one request, of which every sample comes to its end; an error chunk raises."""
+        """Stream one request until all of its samples have ended; an error chunk raises."""
         stopwatch = Stopwatch()
         for chunk in self.driven(stopwatch.watch([request])):
             stopwatch.add(chunk)

@@ -9,6 +9,7 @@ from llmpipe.config import (
     BACKENDS,
     BackendConfig,
     BackendType,
+    BatchingConfig,
     DeviceConfig,
     ModelConfig,
     backend_config,
@@ -21,6 +22,7 @@ from llmpipe.exceptions import LLMConfigError
 from llmpipe.runners.base import BaseLLMRunner
 from llmpipe.runners.isolated import IsolatedRunner
 from llmpipe.runners.targets import import_class
+from llmpipe.runners.weights import refuse_unreachable
 
 
 class LLMRunnerFactory:
@@ -64,7 +66,10 @@ class LLMRunnerFactory:
             raise LLMConfigError(unknown_name(name, names, "backend"))
         if backend_config(config, schema).isolation:  # then nothing of a backend of llmpipe's is imported here
             return IsolatedRunner(target, schema, config)
-        return import_class(target)(config) if builtin is not None else runner(config)
+        if builtin is None:
+            return runner(config)
+        _refuse_early(schema, config.model_path)
+        return import_class(target)(config)
 
     @classmethod
     def from_target(
@@ -86,11 +91,19 @@ class LLMRunnerFactory:
         own = any(type(backend) is schema and target == schema._target_ for schema in BACKENDS.values())
         if isinstance(backend, BackendConfig) and own and weights and backend.isolation:  # nothing of it is needed here
             return IsolatedRunner(target, type(backend), backend, device)
+        if isinstance(backend, BackendConfig) and own:
+            _refuse_early(type(backend), backend.model)
         runner = import_class(target)
         config = backend if type(backend) is runner.config_type else build(runner.config_type, values, "backend option")
         if weights and config.isolation:
             return IsolatedRunner(target, runner.config_type, config, device)
         return runner(config, device) if weights else runner(config, device, weights=False)
+
+
+def _refuse_early(schema: type[BackendConfig], model: str) -> None:
+    """Refuse a model that cannot be had before the packages of its backend are imported."""
+    if issubclass(schema, BatchingConfig):  # the others have no files
+        refuse_unreachable(model)
 
 
 def _builtin(name: str) -> BackendType | None:

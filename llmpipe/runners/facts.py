@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Facts:
-    """Told by what another value means for a run that is resumed. Plain values, as JSON has them."""
+    """Plain values, as JSON has them, grouped by what another value means for a run that is resumed."""
 
     decides: dict[str, Any] = field(default_factory=dict)
     """Another value is another model: the number format that `auto` became, the commit of a hub model. Refused."""

@@ -10,7 +10,7 @@ from llmpipe.exceptions import LLMInitializationError, one_line
 
 log = logging.getLogger(__name__)
 
-ANSWERS_WITHIN_S = 4.0
+ANSWERS_WITHIN_S = 3.0
 """How long a hub that answers may take; `HF_HUB_ETAG_TIMEOUT` in the environment can make it longer."""
 PATIENCE_WITH_CACHE_S = 1.0
 """How long it may take where what it would be asked for is here."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 import weakref
@@ -151,7 +150,7 @@ class Lifecycle(ABC):
             if self.is_loaded or self.preview is not None:
                 self.is_loaded, self.preview = False, None
                 self._release_model()
-                gc.collect()
+                memory.give_back()
 
     def _load(self, weights: bool = True) -> None:
         started = time.perf_counter()

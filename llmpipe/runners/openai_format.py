@@ -81,7 +81,7 @@ class StreamOptions(TypedDict, total=False):
 
 
 def chat_completion(model: str, completions: Sequence[Completion]) -> ChatCompletion:
-    """Return the `chat.completion` of one request, a choice for each of its samples, none of which has failed."""
+    """Return the `chat.completion` of one request, a choice for each of its samples; none may have failed."""
     choices: list[Choice] = [
         {
             "index": completion.sample,

@@ -29,7 +29,7 @@ NO_ANSWER = "the runner ended without an answer"
 
 
 class Source(Protocol):
-    """What of a runner the stepper needs."""
+    """The part of a runner that the stepper needs."""
 
     joinable: bool
     """Whether `None` may be among the requests, for "none just now"."""

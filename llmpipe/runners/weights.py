@@ -112,6 +112,25 @@ def _download_gguf(model: str) -> Path:
     return paths[name]
 
 
+def refuse_unreachable(model: str) -> None:
+    """Refuse a model of which nothing is here and whose hub does not answer.
+
+    Backends ask the hub themselves, for what they need of it; but their packages take seconds to import before.
+
+    Raises:
+        LLMInitializationError: it is so, or `model` is written as a path, and nothing is there.
+    """
+    if local_path(model) is not None:
+        return
+    try:
+        from huggingface_hub import constants
+    except ImportError:  # whoever needs it says so
+        return
+    repo = model.partition(":")[0]
+    if not Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}").exists():
+        hub.is_needed(model, cached=False)
+
+
 def find_checkpoint(model: str) -> str:
     """Return the directory of a transformers checkpoint, a GGUF file, or the hub id as it is.
 

@@ -122,7 +122,7 @@ def _affinity() -> set[int]:
 
 
 def _processor_times() -> tuple[float, float, float]:
-    """Return the time, what has been counted of it on the processors of this process, and how much of that was free.
+    """Return the clock, and the times that the processors of this process have counted: in all, and free.
 
     Free is what was idle or spent by this process, and by those of lower priority, which give way. In seconds.
     """
@@ -216,7 +216,7 @@ def _text(file: Path) -> str:
 
 
 def _number(text: str | None) -> int | None:
-    """Return a number; None where there is none, such as `max`."""
+    """Return a number; None where the text is not one, such as `max`."""
     try:
         return int(text or "")
     except ValueError:

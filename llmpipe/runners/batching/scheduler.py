@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 LOOK_AHEAD = 4
 """Slots' worth of samples that wait."""
+WRITES = 8
+"""Steps in which rows write between two in which others are read, where there is no end of others."""
 PATIENCE = 4
 """Rows per slot that must finish after memory ran out before more slots are tried; doubles each time."""
 
@@ -79,6 +81,8 @@ class Scheduler:
         """Rows that gave up their slots and wait for new ones."""
         self._free: list[int] = []
         self._prefixes: PrefixCache
+        self._writes_left = 0
+        """How many steps are for rows that write before others are read."""
         self._spoiled = False
         """Whether the context keeps a NaN that could get into new rows."""
         self._cap: Sizes | None = None
@@ -123,6 +127,10 @@ class Scheduler:
         self._admit()
         if not self._executor.is_static:
             self._compact()
+        if self._writes_left and (step := self._decode()) is not None:
+            self._writes_left -= 1
+            return step
+        self._writes_left = WRITES if self._ahead.is_live else 0
         return self._share() or self._prefill() or self._decode()
 
     def advance(self, step: Step, tokens: list[int]) -> None:
@@ -197,10 +205,10 @@ class Scheduler:
         return step
 
     def _decode(self) -> Step | None:
-        """Compute the last token of every row."""
-        if not self._running:
+        """Compute the last token of every row that has been read."""
+        rows = sorted((row for row in self._running if row not in self._prefilling), key=_slot)
+        if not rows:
             return None
-        rows = sorted(self._running, key=_slot)
         tokens, positions = [row.tokens[-1] for row in rows], [row.cached for row in rows]
         slots = [row.slot for row in rows]
         step = Step([(row, 1) for row in rows], rows, is_prefill=False)

@@ -42,7 +42,7 @@ UNKNOWN_BYTES = 2**50
 
 @dataclass(frozen=True)
 class Footprint:
-    """What of a model decides its size in use."""
+    """The figures of a model that decide how much memory it takes in use."""
 
     parameters: int
     cache_bytes_per_token: int

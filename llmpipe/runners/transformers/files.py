@@ -93,7 +93,7 @@ class Files:
         self._source = {key: value for key, value in source.items() if key in ("revision", "local_files_only")}
 
     def find(self, file: str) -> str | None:
-        """Return where a file is; of a hub id, it is downloaded. None where there is none."""
+        """Return the path of a file, downloaded where the model is a hub id; None where there is no such file."""
         quiet = ("gated_repo", "missing_entries", "connection_errors")
         found: str | None = cached_file(
             self._path, file, **self._source, **{f"_raise_exceptions_for_{what}": False for what in quiet}

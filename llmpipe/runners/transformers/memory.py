@@ -75,6 +75,13 @@ def used_and_peak_bytes(devices: list[torch.device]) -> tuple[int, int] | None:
     return None
 
 
+def reset_peak() -> None:
+    """Let the peak of device memory begin with what is in use now."""
+    if torch.cuda.is_initialized():  # else nothing was used yet
+        for gpu in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(gpu)
+
+
 def empty_caches() -> None:
     """Give back what PyTorch keeps of device memory for later."""
     if torch.cuda.is_available():

@@ -89,7 +89,7 @@ class PaddedContext(ModelContext):
         return ids.to(device)
 
     def _extend(self) -> torch.Tensor:
-        """Return the next token of each row, (rows, 1), that of a row that has left being whatever it is."""
+        """Return the next token of each row, (rows, 1); for rows that have left, any token."""
         left = [row for row, slot in enumerate(self._slots) if slot != GONE]
         if len(left) <= len(self._slots) // 2:  # copying the cache pays once half of it is of no more use
             index = torch.tensor(left, device=self._mask.device)

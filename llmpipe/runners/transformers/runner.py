@@ -70,6 +70,7 @@ class TransformersRunner(BaseLLMRunner):
 
     def _initialize_model(self) -> None:
         config = self.config
+        memory.reset_peak()
         self._threads = Threads(config, MOST_THREADS)
         self._set_threads()
         loaded = loading.load(config, find_checkpoint(config.model), loading.torch_device(self.device))
@@ -141,7 +142,7 @@ class TransformersRunner(BaseLLMRunner):
         return replace(config, slots=1)
 
     def _refuse_slots(self) -> None:
-        """Raise what of the config speaks against slots."""
+        """Refuse slots where an option of the config does not go with them."""
         if self.config.batching is Batching.padded:
             raise UnsuitableModelError("backend.batching=padded")
         if self.config.attn_implementation is not None:
