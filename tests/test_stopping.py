@@ -185,7 +185,12 @@ def one_long_step(tmp_path: Path, *overrides: str) -> RunConfig:
 
 
 def signal_after(seconds: float, *signums: int) -> None:
+    """Send signals to this process, the first so many seconds after a run has begun to heed them."""
+    before = signal.getsignal(signums[0])
+
     def send() -> None:
+        while signal.getsignal(signums[0]) is before:
+            time.sleep(0.01)
         for signum in signums:
             time.sleep(seconds)
             os.kill(os.getpid(), signum)
