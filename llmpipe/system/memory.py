@@ -18,11 +18,16 @@ def own_rss_bytes() -> int:
 
 
 def give_back() -> None:
-    """Give memory that nobody uses any more back to the system, as far as its allocator can."""
+    """Free what nobody refers to any more, and give what is free back to the system."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:  # glibc, which keeps what was freed below something that is still in use
-        trim(0)
+    trim()
+
+
+def trim() -> None:
+    """Give what is free back to the system: glibc's allocator keeps what lies below something that is in use."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 class MemorySampler:
@@ -53,7 +58,7 @@ class MemorySampler:
         return self._peak_bytes / 1e6
 
     def __enter__(self) -> Self:
-        give_back()
+        trim()
         self._look()
         self._thread.start()
         return self
