@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Literal, Unpack, overload
 
 from llmpipe.records import Chunk, Completion, Request
 from llmpipe.runners.conveniences import ChatOptions, Prompt, RequestOptions, unbroken
+from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.openai_chat import Messages, OpenAIChat, ToolChoice, answered
 from llmpipe.runners.openai_format import (
     ChatChunks,
@@ -19,6 +20,7 @@ from llmpipe.runners.openai_format import (
     StreamOptions,
     chat_completion,
 )
+from llmpipe.runners.turns import Holder, Stream
 from llmpipe.stopwatch import Stopwatch
 
 
@@ -32,6 +34,12 @@ class AsyncConveniences(OpenAIChat):
     """
 
     joinable: bool
+
+    @abstractmethod
+    def driven(
+        self, requests: Iterable[Request | None], driver: Driver = NOBODY, place: Holder | None = None
+    ) -> Stream[Chunk]:
+        """See `BaseLLMRunner`."""
 
     @abstractmethod
     def cancel(self, request_id: int) -> None:

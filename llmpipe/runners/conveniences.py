@@ -13,7 +13,6 @@ from llmpipe.exceptions import LLMConfigError, LLMInferenceError
 from llmpipe.records import Chunk, Completion, Request, failed
 from llmpipe.runners.driver import NOBODY, Driver
 from llmpipe.runners.lifecycle import Lifecycle
-from llmpipe.runners.turns import Holder, Stream
 from llmpipe.seeds import derive_seed
 from llmpipe.stopwatch import Stopwatch
 
@@ -47,9 +46,7 @@ class Conveniences(Lifecycle):
         """See `BaseLLMRunner`."""
 
     @abstractmethod
-    def driven(
-        self, requests: Iterable[Request | None], driver: Driver = NOBODY, place: Holder | None = None
-    ) -> Stream[Chunk]:
+    def _ticking(self, requests: Iterable[Request | None]) -> Iterator[Chunk]:
         """See `BaseLLMRunner`."""
 
     @abstractmethod
@@ -208,9 +205,12 @@ class Conveniences(Lifecycle):
         return (chunk.text for chunk in self._raising(request) if chunk.text)
 
     def _raising(self, request: Request) -> Iterator[Chunk]:
-        """Stream one request until all of its samples have ended; an error chunk raises."""
+        """Stream one request; an error chunk raises, and so does the end of the stream before that of a sample."""
+        return self._exclusively(self._until_ended(request))
+
+    def _until_ended(self, request: Request) -> Iterator[Chunk]:
         stopwatch = Stopwatch()
-        for chunk in self.driven(stopwatch.watch([request])):
+        for chunk in self._ticking(stopwatch.watch([request])):
             stopwatch.add(chunk)
             yield unbroken(chunk)
         for completion in stopwatch.abandoned():

@@ -130,7 +130,8 @@ class Scheduler:
         if self._writes_left and (step := self._decode()) is not None:
             self._writes_left -= 1
             return step
-        self._writes_left = WRITES if self._ahead.is_live else 0
+        # In reproducible mode all rows are read first: the slot beside a lone one is to be idle, see `_decode`.
+        self._writes_left = WRITES if self._ahead.is_live and not self._config.reproducible else 0
         return self._share() or self._prefill() or self._decode()
 
     def advance(self, step: Step, tokens: list[int]) -> None:
