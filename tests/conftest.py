@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import settings
 from traps import Said, lay
 
 from llmpipe import BaseLLMRunner, Chunk, EchoRunner, LLMRunnerFactory, Request, RunConfig, compose
+from llmpipe.runners.weights import BUNDLED_DIR
 
 BACKENDS = ["llama_cpp", "transformers"]
 
@@ -56,6 +58,12 @@ def real() -> Callable[[str], Path]:
         pytest.skip(f"{name} is not below a directory in LLMPIPE_REAL")
 
     return find
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy of the bundled model as a directory for transformers."""
+    return Path(shutil.copytree(BUNDLED_DIR, tmp_path / "copy", ignore=shutil.ignore_patterns("*.gguf")))
 
 
 @pytest.fixture(params=BACKENDS)

@@ -31,11 +31,6 @@ def expected() -> list[str]:
         return answers(runner)
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(BUNDLED_DIR, tmp_path / "copy", ignore=shutil.ignore_patterns("*.gguf")))
-
-
 # --- files ------------------------------------------------------------------------------------------------------------
 
 

@@ -280,6 +280,23 @@ def test_every_sample_ends_once_and_as_alone(
                 assert "out of memory for this row alone" in end.error and (faults.compute or faults.sample)
 
 
+def test_a_row_that_writes_alone_takes_no_slot_for_company_in_which_another_is_being_read() -> None:
+    config = LlamaCppConfig(slots=2, reproducible=True, batch_tokens=1)
+    engine = made(config, Faults(), is_static=False, keeps_nan=False)
+    options = {"max_tokens": 40, "ignore_eos": True}
+    wanted = asked([("BCDEF", options), ("GHI" * 20, options)])
+    texts = {0: "", 1: ""}
+
+    def pulled() -> Iterator[Request | None]:
+        yield wanted[0]
+        yield None
+        yield wanted[1]
+
+    for chunk in engine.stream(pulled(), encode, lambda: check(engine)):
+        texts[chunk.request_id] += chunk.text
+    assert texts == {request.id: alone(request)[0] for request in wanted}
+
+
 @settings(max_examples=100, deadline=None)
 @given(requests, configs, st.integers(0, 40), st.integers(-1, 30), st.booleans())
 def test_a_stream_that_ends_anywhere_leaves_the_engine_as_it_was(

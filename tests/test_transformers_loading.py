@@ -35,11 +35,6 @@ def expected() -> list[str]:
         return answers(runner)
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(BUNDLED_DIR, tmp_path / "copy", ignore=shutil.ignore_patterns("*.gguf")))
-
-
 def save(model: hf.PreTrainedModel, directory: Path) -> Path:
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(BUNDLED_DIR).save_pretrained(directory)
